@@ -1,0 +1,29 @@
+"""FlashKAT: the Kolmogorov-Arnold Transformer with fast group-rational kernels, as Hugging Face models."""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+from .coefficients import START_TABLES
+from .configuration_flashkat import FlashKATConfig
+from .layers import GRKANMlp, GroupRational
+from .modeling_flashkat import FlashKATForImageClassification, FlashKATModel, FlashKATPreTrainedModel
+from .ops import rational
+from .processing import IMAGE_PROCESSOR_CLASSES, make_image_processor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "START_TABLES",
+    "FlashKATConfig",
+    "FlashKATForImageClassification",
+    "FlashKATModel",
+    "FlashKATPreTrainedModel",
+    "GRKANMlp",
+    "GroupRational",
+    "make_image_processor",
+    "rational",
+]
+
+AutoConfig.register("flashkat", FlashKATConfig, exist_ok=True)
+AutoModel.register(FlashKATConfig, FlashKATModel, exist_ok=True)
+AutoModelForImageClassification.register(FlashKATConfig, FlashKATForImageClassification, exist_ok=True)
+AutoImageProcessor.register(FlashKATConfig, image_processor_classes=IMAGE_PROCESSOR_CLASSES, exist_ok=True)

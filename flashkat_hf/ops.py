@@ -1,0 +1,110 @@
+"""The operator `rational`: checks its arguments, picks the device's kernel, differentiates.
+
+`flashkat::rational` and `flashkat::rational_backward` are registered with `torch.library`: the dispatcher picks the
+device, `torch.compile` sees one opaque operation and breaks no graph, and both run without a GPU.
+"""
+
+import torch
+from torch import Tensor
+
+from .reference import rational_decomposed, rational_gradients, rational_value
+
+try:
+    from .triton_rational import rational_backward, rational_forward
+except ImportError:  # no triton: the plain path serves every device
+    rational_forward, rational_backward = rational_value, rational_gradients
+
+TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm's name too
+
+
+def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Apply one learned rational function to each group of channels.
+
+        y = (a_0 + a_1 x + ... + a_5 x^5) / (1 + |b_1||x| + |b_2||x|^2 + |b_3||x|^3 + |b_4||x|^4)
+
+    Args:
+        x: `(..., hidden_size)`; float32, bfloat16, float16 or float64, any strides.
+        numerator: `(num_groups, 6)`, constant term first; `(1, 6)` serves all groups.
+        denominator: `(num_groups, 4)`, linear term first, signs are ignored; `(1, 4)` serves all groups.
+
+    Returns:
+        Same shape, dtype and device as `x`, under autocast too. Float32 arithmetic (float64 for float64), rounded once.
+        Gradients are closed-form, with the sign of zero taken as +1, and the same from run to run, bit for bit.
+
+    Raises:
+        ValueError: `x` is not of a real floating dtype or has no channels, a table has another shape, `hidden_size` is
+            not a multiple of `num_groups`, or the tensors are on different devices.
+
+    Source: Yang and Wang, Kolmogorov-Arnold Transformer, ICLR 2025, with |b_j| taken term by term.
+    """
+    _check(x, numerator, denominator)
+    if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and x.device.type == "cpu"):
+        return rational_decomposed(x, numerator, denominator)
+    return _rational(x.contiguous(), numerator.contiguous(), denominator.contiguous())
+
+
+def _check(x: Tensor, numerator: Tensor, denominator: Tensor) -> None:
+    for name, tensor in (("x", x), ("numerator", numerator), ("denominator", denominator)):
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, not {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}; they must be on one device")
+    for name, table, columns in (("numerator", numerator, 6), ("denominator", denominator, 4)):
+        if table.ndim != 2 or table.shape[1] != columns or table.shape[0] == 0:
+            raise ValueError(f"{name} must have shape (num_groups, {columns}) or (1, {columns}), not {tuple(table.shape)}")
+    rows = {numerator.shape[0], denominator.shape[0]}
+    num_groups = max(rows)
+    if not rows <= {1, num_groups}:
+        raise ValueError(
+            f"numerator has {numerator.shape[0]} rows and denominator {denominator.shape[0]}; they must agree or be 1"
+        )
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have at least one dimension and one channel, not shape {tuple(x.shape)}")
+    if x.shape[-1] % num_groups:
+        raise ValueError(f"hidden_size ({x.shape[-1]}) must be a multiple of num_groups ({num_groups})")
+
+
+@torch.library.custom_op("flashkat::rational", mutates_args=())
+def _rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    return rational_value(x, numerator, denominator)
+
+
+@torch.library.custom_op("flashkat::rational_backward", mutates_args=())
+def _rational_backward(
+    grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return rational_gradients(grad_y, x, numerator, denominator)
+
+
+@_rational.register_kernel(TRITON_DEVICES)
+def _(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    forward = rational_value if x.dtype == torch.float64 else rational_forward
+    return forward(x, numerator, denominator)
+
+
+@_rational_backward.register_kernel(TRITON_DEVICES)
+def _(grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    backward = rational_gradients if x.dtype == torch.float64 else rational_backward
+    return backward(grad_y, x, numerator, denominator)
+
+
+@_rational.register_fake
+def _(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_rational_backward.register_fake
+def _(grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return grad_x, torch.empty_like(numerator), torch.empty_like(denominator)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _rational_backward(grad_y.contiguous(), *ctx.saved_tensors)
+
+
+_rational.register_autograd(_backward, setup_context=_setup_context)

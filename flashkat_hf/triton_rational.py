@@ -1,0 +1,176 @@
+"""Triton kernels of the group rational, forward and backward, with one launcher each.
+
+Both see the contiguous tensor as segments (`triton_tiles.py`): segment i holds channels of one row and of group
+(i % segments_per_row) // segments_per_group. Nothing but element types, tile sizes and pointer alignment is compiled in,
+so another batch size or hidden size runs the same kernel.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import coefficient_gradients
+from .triton_math import load_denominator, load_numerator, quotient, slope
+from .triton_tiles import Tile, backward_tile, forward_tile
+
+SIZES = ("num_segments", "segments_per_row", "segments_per_group", "numerator_stride", "denominator_stride")
+
+
+@triton.jit(do_not_specialize=SIZES)
+def rational_forward_kernel(
+    x_ptr,  # (num_segments * WIDTH,), contiguous, any float
+    numerator_ptr,  # (1 or num_groups, 6), any float; numerator_stride is 0 when one row serves all groups
+    denominator_ptr,  # (1 or num_groups, 4), likewise
+    y_ptr,  # like x
+    num_segments: tl.int64,
+    segments_per_row: tl.int32,
+    segments_per_group: tl.int32,
+    numerator_stride: tl.int32,
+    denominator_stride: tl.int32,
+    SEGMENTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """y[i] = P_g(x[i]) / Q_g(x[i]), g the group of element i.
+
+    Grid (ceil(num_segments / SEGMENTS),). Memory: one read and one write of each element; the tables are a few hundred
+    bytes, stay in the cache and are read once for each segment. Arithmetic: float32.
+    """
+    first = tl.program_id(0).to(tl.int64) * SEGMENTS
+    segment = tl.arange(0, SEGMENTS)[:, None]
+    offset = first * WIDTH + segment * WIDTH + tl.arange(0, WIDTH)[None, :]
+    group = ((first % segments_per_row).to(tl.int32) + segment) % segments_per_row // segments_per_group
+    a = load_numerator(numerator_ptr + group * numerator_stride)
+    b = load_denominator(denominator_ptr + group * denominator_stride)
+    mask = segment < num_segments - first
+    y, _ = quotient(tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32), a, b)
+    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def rational_backward_kernel(
+    grad_y_ptr,  # (num_segments * WIDTH,), contiguous, any float
+    x_ptr,  # like grad_y
+    numerator_ptr,  # (1 or num_groups, 6), any float; numerator_stride is 0 when one row serves all groups
+    denominator_ptr,  # (1 or num_groups, 4), likewise
+    grad_x_ptr,  # like x
+    partial_ptr,  # (10, num_programs, SEGMENTS) float32: the sums for a_0..a_5 and |b_1|..|b_4|
+    num_segments: tl.int64,
+    segments_per_row: tl.int32,
+    segments_per_group: tl.int32,
+    numerator_stride: tl.int32,
+    denominator_stride: tl.int32,
+    SEGMENTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """grad_x, and for each program and segment of its tile the sums over the segments that it met there.
+
+    Grid (num_programs,), with num_programs * SEGMENTS a multiple of segments_per_row: the step between a program's tiles
+    is whole rows, so a segment of the tile stays in one group and its coefficients and sums stay in registers. Memory:
+    two reads and one write of each element. Arithmetic: float32, about 50 instructions and one reciprocal an element.
+    """
+    first = tl.program_id(0).to(tl.int64) * SEGMENTS
+    step = tl.num_programs(0).to(tl.int64) * SEGMENTS
+    segment = tl.arange(0, SEGMENTS)
+    offset = segment[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    group = ((first % segments_per_row).to(tl.int32) + segment[:, None]) % segments_per_row // segments_per_group
+    a = load_numerator(numerator_ptr + group * numerator_stride)
+    b = load_denominator(denominator_ptr + group * denominator_stride)
+    zero = tl.zeros([SEGMENTS], tl.float32)
+    a0, a1, a2, a3, a4, a5 = zero, zero, zero, zero, zero, zero
+    b1, b2, b3, b4 = zero, zero, zero, zero
+    for start in range(first, num_segments, step):
+        mask = (segment < num_segments - start)[:, None]
+        x = tl.load(x_ptr + start * WIDTH + offset, mask=mask, other=0.0).to(tl.float32)
+        grad_y = tl.load(grad_y_ptr + start * WIDTH + offset, mask=mask, other=0.0).to(tl.float32)
+        f, reciprocal = quotient(x, a, b)
+        grad_x = grad_y * slope(x, f, reciprocal, a, b)
+        tl.store(grad_x_ptr + start * WIDTH + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        u = grad_y * reciprocal
+        x2 = x * x
+        x3, x4 = x2 * x, x2 * x2
+        a0 += tl.sum(u, 1)
+        a1 += tl.sum(u * x, 1)
+        a2 += tl.sum(u * x2, 1)
+        a3 += tl.sum(u * x3, 1)
+        a4 += tl.sum(u * x4, 1)
+        a5 += tl.sum(u * (x4 * x), 1)
+        u = u * f
+        b1 -= tl.sum(u * tl.abs(x), 1)
+        b2 -= tl.sum(u * x2, 1)
+        b3 -= tl.sum(u * tl.abs(x3), 1)
+        b4 -= tl.sum(u * x4, 1)
+    partial_ptr += first + segment
+    tl.store(partial_ptr, a0)
+    tl.store(partial_ptr + step, a1)
+    tl.store(partial_ptr + step * 2, a2)
+    tl.store(partial_ptr + step * 3, a3)
+    tl.store(partial_ptr + step * 4, a4)
+    tl.store(partial_ptr + step * 5, a5)
+    tl.store(partial_ptr + step * 6, b1)
+    tl.store(partial_ptr + step * 7, b2)
+    tl.store(partial_ptr + step * 8, b3)
+    tl.store(partial_ptr + step * 9, b4)
+
+
+def rational_forward(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Launch the forward kernel; arguments are valid and contiguous, `x` is `(..., hidden_size)`."""
+    y = torch.empty_like(x)
+    num_groups = max(numerator.shape[0], denominator.shape[0])
+    tile = forward_tile(x.numel(), x.shape[-1] // num_groups, x.element_size())
+    if x.numel():
+        with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType] - None is a no-op
+            rational_forward_kernel[(tile.num_programs,)](
+                x, numerator, denominator, y, *_layout(x, numerator, denominator, tile), num_warps=tile.num_warps
+            )
+    return y
+
+
+def rational_backward(
+    grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward kernel and add up its partial sums, in a fixed order; arguments are valid and contiguous."""
+    grad_x = torch.empty_like(x)
+    hidden_size, num_groups = x.shape[-1], max(numerator.shape[0], denominator.shape[0])
+    tile = backward_tile(
+        x.numel(), hidden_size, hidden_size // num_groups, x.element_size(), _num_multiprocessors(x.device)
+    )
+    partial = torch.empty(10, tile.num_programs, tile.segments, dtype=torch.float32, device=x.device)
+    if x.numel():
+        with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType]
+            rational_backward_kernel[(tile.num_programs,)](
+                grad_y,
+                x,
+                numerator,
+                denominator,
+                grad_x,
+                partial,
+                *_layout(x, numerator, denominator, tile),
+                num_warps=tile.num_warps,
+            )
+    # Neighbouring segments of a group stand together, and the programs' tiles in a row make whole rows of x.
+    sums = partial.view(10, -1, num_groups, hidden_size // tile.width // num_groups).sum((1, 3)).T
+    return grad_x, *coefficient_gradients(sums[:, :6], sums[:, 6:], numerator, denominator)
+
+
+def _layout(x: Tensor, numerator: Tensor, denominator: Tensor, tile: Tile) -> tuple[int, ...]:
+    """The kernels' arguments from num_segments to WIDTH."""
+    segments_per_row = x.shape[-1] // tile.width
+    return (
+        x.numel() // tile.width,
+        segments_per_row,
+        segments_per_row // max(numerator.shape[0], denominator.shape[0]),
+        0 if numerator.shape[0] == 1 else 6,
+        0 if denominator.shape[0] == 1 else 4,
+        tile.segments,
+        tile.width,
+    )
+
+
+@lru_cache
+def _num_multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 1  # Triton's interpreter
+    return getattr(torch.get_device_module(device).get_device_properties(device), "multi_processor_count", 64)

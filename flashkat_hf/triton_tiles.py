@@ -1,0 +1,46 @@
+"""Tile sizes and warps of the kernels: a pure function of shape, element size and device, never an autotuner.
+
+The kernels see a contiguous tensor as segments of `width` neighbouring channels of one group, at most 16 bytes: what one
+thread loads at once. A tile is `segments` of them in a row, contiguous in memory.
+"""
+
+import math
+from typing import NamedTuple
+
+MAX_WIDTH_BYTES = 16
+
+
+class Tile(NamedTuple):
+    segments: int  # a power of two
+    width: int  # channels in a segment: a power of two that divides the group size
+    num_warps: int
+    num_programs: int
+
+
+def segment_width(group_size: int, element_bytes: int) -> int:
+    return math.gcd(group_size, MAX_WIDTH_BYTES // element_bytes)
+
+
+def forward_tile(num_elements: int, group_size: int, element_bytes: int) -> Tile:
+    """One tile for each program; four segments a thread keep enough loads in flight."""
+    segments, width = 256, segment_width(group_size, element_bytes)
+    return Tile(segments, width, num_warps=2, num_programs=_cdiv(num_elements, segments * width))
+
+
+def backward_tile(
+    num_elements: int, hidden_size: int, group_size: int, element_bytes: int, num_multiprocessors: int
+) -> Tile:
+    """Few programs that walk over the tensor in steps of whole rows, so that each thread stays in one group.
+
+    Its coefficients and their partial sums then live in registers. The step, `num_programs * segments`, must be a
+    multiple of the segments in a row.
+    """
+    segments, width = 128, segment_width(group_size, element_bytes)
+    segments_per_row = hidden_size // width
+    whole_rows = segments_per_row // math.gcd(segments_per_row, segments)
+    wanted = min(6 * num_multiprocessors, _cdiv(num_elements, segments * width))
+    return Tile(segments, width, num_warps=4, num_programs=_cdiv(wanted, whole_rows) * whole_rows)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,234 @@
+"""The operator on every device: numbers, layouts, PyTorch's machinery around it, and its error messages."""
+
+from functools import partial
+
+import pytest
+import torch
+from helpers import (
+    CASES,
+    DTYPES,
+    ROWS,
+    SHAPES,
+    assert_no_worse,
+    exact_value_and_gradients,
+    random_inputs,
+    reference_case,
+    relative_error,
+    value_and_gradients,
+)
+from torch.utils.checkpoint import checkpoint
+
+from flashkat_hf import rational
+from flashkat_hf.reference import rational_reference
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stored_numbers(case, device):
+    stored = reference_case(case)
+    inputs = (stored[name].to(device) for name in ("x", "numerator", "denominator", "grad_output"))
+    results = value_and_gradients(rational, *inputs)
+    for actual, name in zip(results, ("y", "dx", "d_numerator", "d_denominator"), strict=True):
+        assert relative_error(actual, stored[name]) <= 2e-5, name  # asked of float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_and_gradients(shape, rows, dtype, device):
+    inputs = random_inputs(shape, dtype, device, rows)
+    baseline = value_and_gradients(rational_reference, *inputs)
+    for actual, plain, exact in zip(
+        value_and_gradients(rational, *inputs), baseline, exact_value_and_gradients(*inputs), strict=True
+    ):
+        assert_no_worse(actual, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_low_precision_tables(dtype, device):
+    """Tables in the model's dtype, as after `model.to(bfloat16)`: gradients come back in it."""
+    x, numerator, denominator, grad_y = random_inputs((4, 5, 24), dtype, device)
+    inputs = x, numerator.to(dtype), denominator.to(dtype), grad_y
+    baseline = value_and_gradients(rational_reference, *inputs)
+    for actual, plain, exact in zip(
+        value_and_gradients(rational, *inputs), baseline, exact_value_and_gradients(*inputs), strict=True
+    ):
+        assert_no_worse(actual, plain, exact)
+
+
+def transposed(x):
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def sliced(x):
+    return torch.cat((x, x), dim=-1)[..., : x.shape[-1]]
+
+
+def unaligned(x):
+    return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("layout", [transposed, sliced, unaligned])
+def test_layouts(layout, device):
+    x, numerator, denominator, grad_y = random_inputs((6, 7, 48), torch.float32, device)
+    expected = value_and_gradients(rational, x, numerator, denominator, grad_y)
+
+    def through_layout(x, numerator, denominator):
+        return rational(layout(x), numerator, denominator)
+
+    actual = value_and_gradients(through_layout, x, numerator, denominator, layout(grad_y))
+    for result, whole in zip(actual, expected, strict=True):
+        assert torch.equal(result, whole)
+
+
+def test_expanded_input_and_gradient(device):
+    """Stride 0, as `sum().backward()` and broadcasting make it; the original kernels read past such tensors."""
+    x, numerator, denominator, _ = random_inputs((1, 1, 48), torch.float32, device)
+    x = x.expand(5, 7, 48)
+    plain = value_and_gradients(rational, x.contiguous(), numerator, denominator, torch.ones(5, 7, 48, device=device))
+    leaves = [tensor.clone().requires_grad_() for tensor in (x[:1, :1], numerator, denominator)]
+    y = rational(leaves[0].expand(5, 7, 48), *leaves[1:])
+    y.sum().backward()
+    assert torch.equal(y, plain[0])
+    torch.testing.assert_close(leaves[0].grad, plain[1].sum((0, 1), keepdim=True))
+    assert torch.equal(leaves[1].grad, plain[2])
+    assert torch.equal(leaves[2].grad, plain[3])
+
+
+def test_double_precision(device):
+    inputs = [tensor.double() for tensor in random_inputs((4, 24), torch.float64, device)]
+    for actual, exact in zip(
+        value_and_gradients(rational, *inputs), exact_value_and_gradients(*inputs), strict=True
+    ):
+        torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck():
+    inputs = [tensor.double().requires_grad_() for tensor in random_inputs((3, 16), torch.float64, "cpu")[:3]]
+    assert torch.autograd.gradcheck(rational, inputs)
+
+
+def test_autocast_keeps_the_dtype_of_x(device):
+    inputs = random_inputs((4, 24), torch.float32, device)
+    expected = value_and_gradients(rational, *inputs)
+    with torch.autocast(device, torch.bfloat16):
+        actual = value_and_gradients(rational, *inputs)
+    for result, whole in zip(actual, expected, strict=True):
+        assert result.dtype == torch.float32
+        assert torch.equal(result, whole)
+
+
+def test_checkpointing(device):
+    inputs = random_inputs((4, 24), torch.float32, device)
+    expected = value_and_gradients(rational, *inputs)
+    actual = value_and_gradients(partial(checkpoint, rational, use_reentrant=False), *inputs)
+    for result, whole in zip(actual, expected, strict=True):
+        assert torch.equal(result, whole)
+
+
+def test_two_runs_agree_bit_for_bit(device):
+    inputs = random_inputs((64, 197, 192), torch.float32, device)
+    first, second = value_and_gradients(rational, *inputs), value_and_gradients(rational, *inputs)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # opcheck's own
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype, device):
+    x, numerator, denominator, grad_y = random_inputs((3, 5, 24), dtype, device)
+    leaves = [tensor.requires_grad_() for tensor in (x, numerator, denominator)]
+    torch.library.opcheck(torch.ops.flashkat.rational, leaves)
+    with torch.no_grad():
+        torch.library.opcheck(
+            torch.ops.flashkat.rational_backward,
+            (grad_y, *(leaf.detach() for leaf in leaves)),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@pytest.mark.parametrize("function", [rational, torch.ops.flashkat.rational], ids=["rational", "operator"])
+def test_compiles_without_a_graph_break(function, device):
+    inputs = random_inputs((4, 5, 24), torch.float32, device)
+    expected = value_and_gradients(function, *inputs)
+    actual = value_and_gradients(torch.compile(function, fullgraph=True), *inputs)
+    for result, plain in zip(actual, expected, strict=True):
+        torch.testing.assert_close(result, plain)
+
+
+def test_export_has_plain_operations_only():
+    class Layer(torch.nn.Module):
+        def forward(self, x, numerator, denominator):
+            return rational(x, numerator, denominator)
+
+    x, numerator, denominator, _ = random_inputs((4, 24), torch.float32, "cpu")
+    program = torch.export.export(
+        Layer(), (x, numerator, denominator), dynamic_shapes=({0: torch.export.Dim("rows")}, {}, {})
+    )
+    assert "flashkat" not in str(program.graph)
+    longer = torch.randn(9, 24)
+    torch.testing.assert_close(
+        program.module()(longer, numerator, denominator), rational(longer, numerator, denominator)
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "numerator", "denominator", "message"),
+    [
+        (torch.ones(2, 16, dtype=torch.int64), (1, 6), (8, 4), "x must be float32.*int64"),
+        (torch.ones(2, 16, dtype=torch.complex64), (1, 6), (8, 4), "x must be float32.*complex64"),
+        (torch.ones(2, 16), (1, 5), (8, 4), r"numerator must have shape .*6.* not \(1, 5\)"),
+        (torch.ones(2, 16), (1, 6), (8, 5), r"denominator must have shape .*4.* not \(8, 5\)"),
+        (torch.ones(2, 16), (6,), (8, 4), r"numerator must have shape .* not \(6,\)"),
+        (torch.ones(2, 16), (4, 6), (8, 4), "numerator has 4 rows and denominator 8"),
+        (torch.ones(2, 12), (1, 6), (8, 4), r"hidden_size \(12\) must be a multiple of num_groups \(8\)"),
+        (torch.ones(()), (1, 6), (8, 4), "at least one dimension"),
+        (torch.ones(2, 0), (1, 6), (8, 4), "one channel"),
+        (torch.ones(2, 16, device="meta"), (1, 6), (8, 4), "x is on meta but numerator is on cpu"),
+    ],
+)
+def test_bad_arguments(x, numerator, denominator, message):
+    with pytest.raises(ValueError, match=message):
+        rational(x, torch.ones(numerator), torch.ones(denominator))
+
+
+@pytest.mark.gpu
+def test_autocast_on_the_model_path():
+    """What a linear map under autocast gives is bfloat16, and stays so."""
+    linear = torch.nn.Linear(32, 48, device="cuda")
+    _, numerator, denominator, _ = random_inputs((1, 48), torch.float32, "cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        assert rational(linear(torch.randn(4, 32, device="cuda")), numerator, denominator).dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements():
+    rows, hidden_size = 2**20 + 3, 2048
+    x = torch.empty(rows, hidden_size, dtype=torch.bfloat16, device="cuda").normal_()
+    _, numerator, denominator, _ = random_inputs((1, hidden_size), torch.float32, "cuda")
+    leaves = [tensor.requires_grad_() for tensor in (x, numerator, denominator)]
+    y = rational(*leaves)
+    y.backward(x.detach())
+    for part in (slice(0, 5), slice(-5, None)):
+        expected = value_and_gradients(
+            rational_reference, x[part].detach(), numerator, denominator, x[part].detach()
+        )
+        torch.testing.assert_close(y[part].detach(), expected[0])
+        torch.testing.assert_close(x.grad[part], expected[1])
+    halves = [
+        value_and_gradients(rational, part, numerator, denominator, part)[2:] for part in x.detach().split(rows // 2)
+    ]
+    for whole, *parts in zip((numerator.grad, denominator.grad), *halves, strict=True):
+        torch.testing.assert_close(whole, sum(parts), rtol=1e-4, atol=0.0)  # float32 sums in another order
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_current():
+    inputs = random_inputs((4, 5, 24), torch.float32, "cuda:1")
+    assert torch.cuda.current_device() == 0
+    baseline = value_and_gradients(rational_reference, *inputs)
+    for actual, plain, exact in zip(
+        value_and_gradients(rational, *inputs), baseline, exact_value_and_gradients(*inputs), strict=True
+    ):
+        assert actual.device == torch.device("cuda:1")
+        assert_no_worse(actual, plain, exact)
