@@ -2,14 +2,13 @@
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
+from ._version import __version__
 from .coefficients import START_TABLES
 from .configuration_flashkat import FlashKATConfig
 from .layers import GRKANMlp, GroupRational
 from .modeling_flashkat import FlashKATForImageClassification, FlashKATModel, FlashKATPreTrainedModel
 from .ops import rational
 from .processing import IMAGE_PROCESSOR_CLASSES, make_image_processor
-
-__version__ = "0.1.0"
 
 __all__ = [
     "START_TABLES",
@@ -19,6 +18,7 @@ __all__ = [
     "FlashKATPreTrainedModel",
     "GRKANMlp",
     "GroupRational",
+    "__version__",
     "make_image_processor",
     "rational",
 ]

@@ -76,7 +76,13 @@ class FlashKATConfig(PreTrainedConfig):
         return cls(**{**SIZES[size], **overrides})
 
     def validate_sizes(self):
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size"):
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "image_size",
+        ):
             self._require(getattr(self, name) > 0, f"{name} must be positive", name)
         for name in ("patch_size", "num_channels", "num_groups"):
             self._require(getattr(self, name) > 0, f"{name} must be positive", name)

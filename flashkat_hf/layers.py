@@ -47,7 +47,7 @@ class GroupRational(nn.Module):
 
 
 class GRKANMlp(nn.Module):
-    """The KAT block's MLP of two group-rational KAN layers: fc2(act2(fc1(act1(x)))), with dropout before each linear map.
+    """The KAT block's MLP, two group-rational KAN layers: fc2(act2(fc1(act1(x)))), with dropout before each map.
 
     Args:
         hidden_size: channels in and out.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .coefficients import second_moment
@@ -54,7 +53,7 @@ class FlashKATEmbeddings(nn.Module):
         if interpolate_pos_encoding:
             positions = self.interpolate_pos_encoding(*patches.shape[-2:])
         tokens = patches.flatten(2).transpose(1, 2)
-        tokens = torch.cat((self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens), dim=1)
+        tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens), dim=1)
         return self.dropout(tokens + positions)
 
     def interpolate_pos_encoding(self, grid_height: int, grid_width: int) -> Tensor:
@@ -112,12 +111,10 @@ class FlashKATAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(
-        self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> tuple[Tensor, Tensor | None]:
         query, key, value = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation or "eager", eager_attention_forward
         )
         output, weights = attention_interface(
             self,
@@ -145,7 +142,7 @@ class FlashKATDropPath(nn.Module):
     def forward(self, branch: Tensor) -> Tensor:
         if not self.training or self.rate == 0.0:
             return branch
-        keep = branch.new_empty(len(branch), *[1] * (branch.ndim - 1)).bernoulli_(1 - self.rate)
+        keep = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(1 - self.rate)
         return branch * keep / (1 - self.rate)
 
     def extra_repr(self) -> str:
@@ -183,10 +180,12 @@ class FlashKATPreTrainedModel(PreTrainedModel):
     config: FlashKATConfig
     base_model_prefix = "flashkat"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]  # noqa: RUF012
     model_tags = ["flashkat", "kat", "kan"]  # noqa: RUF012 - transformers declares it so
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # the loss is the mean of the micro-batch: the trainer divides by the accumulation steps
+    accepts_loss_kwargs = (
+        False  # the loss is the mean of the micro-batch: the trainer divides by the accumulation steps
+    )
     _no_split_modules = ["FlashKATEmbeddings", "FlashKATLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -197,15 +196,14 @@ class FlashKATPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "patch_embeddings"
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As transformers', but weights of another architecture are an error rather than a random model.
 
         Raises:
             ValueError: the checkpoint holds none of this model's tensors.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if len(info["missing_keys"]) == len(model.state_dict()):
             found = sorted(info["unexpected_keys"])
             raise ValueError(
@@ -230,7 +228,7 @@ class FlashKATPreTrainedModel(PreTrainedModel):
         if isinstance(module, FlashKATPatchProjection):
             bound = 1 / math.sqrt(module.weight[0].numel())
             init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
+            init.uniform_(module.get_parameter("bias"), -bound, bound)
         elif isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
@@ -256,10 +254,10 @@ def init_mimetic(attention: FlashKATAttention) -> None:
     """Start attention as training leaves it: W_proj W_v near 0.4 (U - I), W_q^T W_k of a head near 0.7 (U + I).
 
     U is noise, uniform with variance 1 / hidden_size. With balanced factors A = L R of A = 0.4 (U - I), W_v = L and
-    W_proj = R; W_q and W_k are the leading `head_dim` columns of L and rows of R of an A = 0.7 (U + I) for each head.
-    The original factorises every one of these, a minute of work for base. But -1.75 times the first A has the law of the
-    second, and so it has in any orthonormal basis Z: here one factorisation serves a block, and each head looks at it in
-    a random basis of its own, (Z L)(R Z^T).
+    W_proj = R; W_q and W_k are leading columns of L and rows of R of an A = 0.7 (U + I) for each head. The original
+    factorises every one of these, a minute of work for base. But -1.75 times the first A has the law of the second,
+    and has it in any orthonormal basis Z: here one factorisation serves a block, and each head looks at it in a random
+    basis of its own, (Z L)(R Z^T).
 
     Source: Trockman and Kolter, Mimetic Initialization of Self-Attention Layers, ICML 2023, as released with KAT.
     """
@@ -368,7 +366,7 @@ class FlashKATForImageClassification(FlashKATPreTrainedModel):
         Raises:
             ValueError: wrong number of channels, image size or shape of labels.
         """
-        outputs = self.flashkat(pixel_values, interpolate_pos_encoding, **kwargs)
+        outputs = self.flashkat(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return ImageClassifierOutput(

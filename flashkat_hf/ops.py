@@ -51,7 +51,9 @@ def _check(x: Tensor, numerator: Tensor, denominator: Tensor) -> None:
             raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}; they must be on one device")
     for name, table, columns in (("numerator", numerator, 6), ("denominator", denominator, 4)):
         if table.ndim != 2 or table.shape[1] != columns or table.shape[0] == 0:
-            raise ValueError(f"{name} must have shape (num_groups, {columns}) or (1, {columns}), not {tuple(table.shape)}")
+            raise ValueError(
+                f"{name} must have shape (num_groups, {columns}) or (1, {columns}), not {tuple(table.shape)}"
+            )
     rows = {numerator.shape[0], denominator.shape[0]}
     num_groups = max(rows)
     if not rows <= {1, num_groups}:

@@ -1,10 +1,11 @@
 """The image processor that a FlashKAT checkpoint carries: ViT's, with KAT's evaluation transform."""
 
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from PIL.Image import Resampling
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-from transformers.utils import is_torchvision_available
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils.import_utils import is_torchvision_available
 
-IMAGE_PROCESSOR_CLASSES = {"pil": ViTImageProcessorPil}
+IMAGE_PROCESSOR_CLASSES: dict[str, type] = {"pil": ViTImageProcessorPil}
 if is_torchvision_available():
     from transformers.models.vit.image_processing_vit import ViTImageProcessor
 
@@ -37,7 +38,7 @@ def make_image_processor(
     return processor_class(
         do_convert_rgb=True,
         size={"shortest_edge": round(image_size / crop)},
-        resample=PILImageResampling.BICUBIC,
+        resample=Resampling.BICUBIC,
         do_center_crop=True,
         crop_size={"height": image_size, "width": image_size},
         image_mean=list(image_mean),

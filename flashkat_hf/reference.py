@@ -14,7 +14,7 @@ This file is the CPU path, the oracle of the tests and the documentation at once
 bfloat16 and float16 input and float64 for float64; the result is rounded to the input's dtype once. The work goes over
 blocks of rows that fit a processor's cache, so the extra memory is the output and a few blocks.
 
-Source: Yang and Wang, Kolmogorov-Arnold Transformer, ICLR 2025, section 4, with the denominator of its released kernels.
+Source: Yang and Wang, Kolmogorov-Arnold Transformer, ICLR 2025, with the denominator of its released kernels.
 """
 
 from collections.abc import Iterable
@@ -47,7 +47,7 @@ class _Rational(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y):
+    def backward(ctx, grad_y):  # pyright: ignore[reportIncompatibleMethodOverride]
         return rational_gradients(grad_y, *ctx.saved_tensors)
 
 
@@ -123,7 +123,7 @@ def _num_groups(numerator: Tensor, denominator: Tensor) -> int:
 
 
 def _coefficients(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
-    """P's `(6, groups, 1)` and Q's `(5, groups, 1)` coefficients, lowest power first, in the dtype of the arithmetic."""
+    """P's `(6, groups, 1)` and Q's `(5, groups, 1)` coefficients, lowest power first, in the arithmetic's dtype."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     a, b = (table.to(dtype).T.unsqueeze(-1) for table in (numerator, denominator))
     return a, torch.cat((torch.ones_like(b[:1]), b * _sign(b)))

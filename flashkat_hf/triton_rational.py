@@ -1,8 +1,8 @@
 """Triton kernels of the group rational, forward and backward, with one launcher each.
 
 Both see the contiguous tensor as segments (`triton_tiles.py`): segment i holds channels of one row and of group
-(i % segments_per_row) // segments_per_group. Nothing but element types, tile sizes and pointer alignment is compiled in,
-so another batch size or hidden size runs the same kernel.
+(i % segments_per_row) // segments_per_group. Only element types, tile sizes and pointer alignment are compiled in, so
+another batch size or hidden size runs the same kernel.
 """
 
 from functools import lru_cache
@@ -67,9 +67,10 @@ def rational_backward_kernel(
 ):
     """grad_x, and for each program and segment of its tile the sums over the segments that it met there.
 
-    Grid (num_programs,), with num_programs * SEGMENTS a multiple of segments_per_row: the step between a program's tiles
-    is whole rows, so a segment of the tile stays in one group and its coefficients and sums stay in registers. Memory:
-    two reads and one write of each element. Arithmetic: float32, about 50 instructions and one reciprocal an element.
+    Grid (num_programs,), with num_programs * SEGMENTS a multiple of segments_per_row: the step between a program's
+    tiles is whole rows, so a segment of the tile stays in one group and its coefficients and sums stay in registers.
+    Memory: two reads and one write of each element. Arithmetic: float32, about 50 instructions and one reciprocal an
+    element.
     """
     first = tl.program_id(0).to(tl.int64) * SEGMENTS
     step = tl.num_programs(0).to(tl.int64) * SEGMENTS
@@ -123,7 +124,12 @@ def rational_forward(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tenso
     if x.numel():
         with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType] - None is a no-op
             rational_forward_kernel[(tile.num_programs,)](
-                x, numerator, denominator, y, *_layout(x, numerator, denominator, tile), num_warps=tile.num_warps
+                x,
+                numerator,
+                denominator,
+                y,
+                *_layout(x, numerator, denominator, tile),
+                num_warps=tile.num_warps,
             )
     return y
 

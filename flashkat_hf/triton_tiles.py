@@ -1,6 +1,6 @@
 """Tile sizes and warps of the kernels: a pure function of shape, element size and device, never an autotuner.
 
-The kernels see a contiguous tensor as segments of `width` neighbouring channels of one group, at most 16 bytes: what one
+The kernels see a contiguous tensor as segments of `width` neighbouring channels of one group, at most 16 bytes: what a
 thread loads at once. A tile is `segments` of them in a row, contiguous in memory.
 """
 

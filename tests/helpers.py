@@ -14,12 +14,24 @@ from flashkat_hf.reference import rational_gradients, rational_value
 DATA = Path(__file__).parent / "data"
 CASES = list(json.loads((DATA / "rational_reference.json").read_text())["cases"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 8), (2, 197, 192), (3, 7, 24), (5, 40), (8,), (0, 64)]  # groups of 1, 24, 3, 5; one row; no rows
+SHAPES = [
+    (1, 8),
+    (2, 197, 192),
+    (3, 7, 24),
+    (5, 40),
+    (8,),
+    (0, 64),
+]  # groups of 1, 24, 3, 5; one row; no rows
 ROWS = [(1, 8), (8, 8), (8, 1), (1, 1)]  # rows of numerator and denominator: shared or one for each group
 
-MICRO = dict(
-    hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256, image_size=32, patch_size=8
-)
+MICRO = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 256,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 
 def micro_config(**overrides) -> FlashKATConfig:
@@ -66,7 +78,7 @@ def stored_model(kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """max |actual - exact| / max |exact|, the measure of the stored numbers."""
+    """Max |actual - exact| / max |exact|, the measure of the stored numbers."""
     exact = exact.to(actual.device, torch.float64)
     return ((actual.detach().double() - exact).abs().max() / exact.abs().max()).item()
 

@@ -70,7 +70,9 @@ def test_missing_coefficients_are_refilled(folder):
     assert torch.equal(model.flashkat.layers[1].mlp.act1.numerator, start_numerator)
     assert torch.equal(model.flashkat.layers[1].mlp.act1.denominator, start_denominator)
     assert model.flashkat.layers[1].attention.qkv.weight.isfinite().all()
-    assert torch.equal(model.flashkat.layers[1].attention.proj.weight, tensors["flashkat.layers.1.attention.proj.weight"])
+    assert torch.equal(
+        model.flashkat.layers[1].attention.proj.weight, tensors["flashkat.layers.1.attention.proj.weight"]
+    )
 
 
 def test_new_head(folder):
@@ -84,12 +86,15 @@ def test_image_processor(folder, image, backend):
     """Shorter side to 32 / 0.875, bicubic, center crop, ImageNet statistics; against PIL by hand."""
     processor = AutoImageProcessor.from_pretrained(folder, backend=backend)
     actual = processor(image.convert("L"), return_tensors="pt")["pixel_values"][0]
-    resized = image.convert("L").convert("RGB").resize((56, 37), Image.Resampling.BICUBIC)  # 32 / 0.875 = 36.6
-    assert actual.shape == (3, 32, 32)
-    left, top = (56 - 32) // 2, (37 - 32) // 2
+    resized = image.convert("L").convert("RGB").resize((55, 37), Image.Resampling.BICUBIC)  # 32 / 0.875 = 36.6
+    left, top = (55 - 32) // 2, (37 - 32) // 2
     pixels = numpy.asarray(resized, dtype=numpy.float32)[top : top + 32, left : left + 32] / 255
     expected = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    assert numpy.abs(actual.permute(1, 2, 0).numpy() - expected).max() < 2.5 / 255 / 0.224  # one level of rounding
+    one_level = 1 / 255 / 0.224  # torchvision's resize rounds some pixels the other way
+    assert actual.shape == (3, 32, 32)
+    assert numpy.abs(actual.permute(1, 2, 0).numpy() - expected).max() < (
+        1.01 * one_level if backend != "pil" else 1e-5
+    )
 
 
 def test_default_image_processor_is_kats_evaluation():
@@ -112,13 +117,13 @@ def test_pipeline(folder, image):
 def test_truncated_weights(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(Exception, match="(?i)safetensors|header|incomplete|deserializ"):
+    with pytest.raises(Exception, match=r"(?i)safetensors|header|incomplete|deserializ"):
         AutoModelForImageClassification.from_pretrained(folder)
 
 
 def test_foreign_weights(folder):
     save_file({"layer.weight": torch.zeros(3)}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="holds none of FlashKATForImageClassification.*such as layer.weight"):
+    with pytest.raises(ValueError, match=r"holds none of FlashKATForImageClassification.*such as layer.weight"):
         AutoModelForImageClassification.from_pretrained(folder)
 
 

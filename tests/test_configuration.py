@@ -45,7 +45,11 @@ def test_round_trip(tmp_path):
         ("hidden_size", "wide", "hidden_size"),
         ("hidden_size", 20.5, "hidden_size"),
         ("hidden_size", 0, "hidden_size must be positive; got hidden_size=0"),
-        ("hidden_size", 772, "hidden_size must be a multiple of num_groups; got hidden_size=772, num_groups=8"),
+        (
+            "hidden_size",
+            772,
+            "hidden_size must be a multiple of num_groups; got hidden_size=772, num_groups=8",
+        ),
         ("intermediate_size", 3073, "intermediate_size must be a multiple of num_groups"),
         ("num_attention_heads", 7, "hidden_size must be a multiple of num_attention_heads"),
         ("image_size", 225, "image_size must be a multiple of patch_size; got image_size=225, patch_size=16"),

@@ -58,5 +58,5 @@ def test_bad_sizes():
         GroupRational(20)
     with pytest.raises(ValueError, match=r"num_numerator_groups \(4\) must be 1 or num_groups \(8\)"):
         GroupRational(16, num_numerator_groups=4)
-    with pytest.raises(ValueError, match="unknown.*'softplus'.*swish"):
+    with pytest.raises(ValueError, match=r"unknown.*'softplus'.*swish"):
         GroupRational(16, init="softplus")

@@ -96,9 +96,7 @@ def test_expanded_input_and_gradient(device):
 
 def test_double_precision(device):
     inputs = [tensor.double() for tensor in random_inputs((4, 24), torch.float64, device)]
-    for actual, exact in zip(
-        value_and_gradients(rational, *inputs), exact_value_and_gradients(*inputs), strict=True
-    ):
+    for actual, exact in zip(value_and_gradients(rational, *inputs), exact_value_and_gradients(*inputs), strict=True):
         torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)
 
 
@@ -209,9 +207,7 @@ def test_more_than_2_to_the_31_elements():
     y = rational(*leaves)
     y.backward(x.detach())
     for part in (slice(0, 5), slice(-5, None)):
-        expected = value_and_gradients(
-            rational_reference, x[part].detach(), numerator, denominator, x[part].detach()
-        )
+        expected = value_and_gradients(rational_reference, x[part].detach(), numerator, denominator, x[part].detach())
         torch.testing.assert_close(y[part].detach(), expected[0])
         torch.testing.assert_close(x.grad[part], expected[1])
     halves = [
