@@ -197,13 +197,17 @@ class FlashKATPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs
+    ):
         """As transformers', but weights of another architecture are an error rather than a random model.
 
         Raises:
             ValueError: the checkpoint holds none of this model's tensors.
         """
-        model, info = super().from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        loaded: tuple = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )  # pyright: ignore[reportAssignmentType]
+        model, info = loaded
         if len(info["missing_keys"]) == len(model.state_dict()):
             found = sorted(info["unexpected_keys"])
             raise ValueError(
