@@ -76,8 +76,10 @@ def test_layouts(layout, device):
         return rational(layout(x), numerator, denominator)
 
     actual = value_and_gradients(through_layout, x, numerator, denominator, layout(grad_y))
-    for result, whole in zip(actual, expected, strict=True):
+    for result, whole in zip(actual[:2], expected[:2], strict=True):
         assert torch.equal(result, whole)
+    for result, whole in zip(actual[2:], expected[2:], strict=True):
+        torch.testing.assert_close(result, whole)  # unaligned loads add up in another order
 
 
 def test_expanded_input_and_gradient(device):
