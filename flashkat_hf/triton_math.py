@@ -43,9 +43,15 @@ def quotient(x, a, b):
 
 
 @triton.jit
-def slope(x, f, reciprocal, a, b):
-    """d(P/Q)/dx = (P'(x) - F s(x) Q'(|x|)) / Q, with F = P/Q and s(0) = +1, given F and 1 / Q."""
+def derivative_coefficients(a, b):
+    """Those of P' and of Q' as a polynomial in |x|: (a1, 2 a2, .., 5 a5) and (b1, 2 b2, .., 4 b4)."""
+    return (a[1], 2 * a[2], 3 * a[3], 4 * a[4], 5 * a[5]), (b[0], 2 * b[1], 3 * b[2], 4 * b[3])
+
+
+@triton.jit
+def slope_times_q(x, f, a_slope, b_slope):
+    """Q d(P/Q)/dx = P'(x) - F s(x) Q'(|x|), with F = P/Q, s(0) = +1 and `derivative_coefficients`."""
     u = tl.abs(x)
-    p_slope = a[1] + x * (2 * a[2] + x * (3 * a[3] + x * (4 * a[4] + x * (5 * a[5]))))
-    q_slope = f * (b[0] + u * (2 * b[1] + u * (3 * b[2] + u * (4 * b[3]))))
-    return reciprocal * (p_slope - tl.where(x < 0, -q_slope, q_slope))
+    p_slope = a_slope[0] + x * (a_slope[1] + x * (a_slope[2] + x * (a_slope[3] + x * a_slope[4])))
+    q_slope = f * (b_slope[0] + u * (b_slope[1] + u * (b_slope[2] + u * b_slope[3])))
+    return p_slope - tl.where(x < 0, -q_slope, q_slope)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import coefficient_gradients
-from .triton_math import load_denominator, load_numerator, quotient, slope
+from .triton_math import derivative_coefficients, load_denominator, load_numerator, quotient, slope_times_q
 from .triton_tiles import Tile, backward_tile, forward_tile
 
 SIZES = ("num_segments", "segments_per_row", "segments_per_group", "numerator_stride", "denominator_stride")
@@ -79,6 +79,7 @@ def rational_backward_kernel(
     group = ((first % segments_per_row).to(tl.int32) + segment[:, None]) % segments_per_row // segments_per_group
     a = load_numerator(numerator_ptr + group * numerator_stride)
     b = load_denominator(denominator_ptr + group * denominator_stride)
+    a_slope, b_slope = derivative_coefficients(a, b)  # once, not for each tile
     zero = tl.zeros([SEGMENTS], tl.float32)
     a0, a1, a2, a3, a4, a5 = zero, zero, zero, zero, zero, zero
     b1, b2, b3, b4 = zero, zero, zero, zero
@@ -87,9 +88,9 @@ def rational_backward_kernel(
         x = tl.load(x_ptr + start * WIDTH + offset, mask=mask, other=0.0).to(tl.float32)
         grad_y = tl.load(grad_y_ptr + start * WIDTH + offset, mask=mask, other=0.0).to(tl.float32)
         f, reciprocal = quotient(x, a, b)
-        grad_x = grad_y * slope(x, f, reciprocal, a, b)
-        tl.store(grad_x_ptr + start * WIDTH + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
         u = grad_y * reciprocal
+        grad_x = u * slope_times_q(x, f, a_slope, b_slope)
+        tl.store(grad_x_ptr + start * WIDTH + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
         x2 = x * x
         x3, x4 = x2 * x, x2 * x2
         a0 += tl.sum(u, 1)

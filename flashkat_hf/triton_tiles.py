@@ -32,13 +32,14 @@ def backward_tile(
 ) -> Tile:
     """Few programs that walk over the tensor in steps of whole rows, so that each thread stays in one group.
 
-    Its coefficients and their partial sums then live in registers. The step, `num_programs * segments`, must be a
+    Its coefficients and their partial sums then live in registers, which leave room for six programs on an H100's
+    multiprocessor: twelve are two full waves. The step, `num_programs * segments`, must be a
     multiple of the segments in a row.
     """
     segments, width = 128, segment_width(group_size, element_bytes)
     segments_per_row = hidden_size // width
     whole_rows = segments_per_row // math.gcd(segments_per_row, segments)
-    wanted = min(6 * num_multiprocessors, _cdiv(num_elements, segments * width))
+    wanted = min(12 * num_multiprocessors, _cdiv(num_elements, segments * width))
     return Tile(segments, width, num_warps=4, num_programs=_cdiv(wanted, whole_rows) * whole_rows)
 
 
