@@ -79,6 +79,7 @@ def check(provider: str, dtype: torch.dtype) -> None:
 
 def measure(provider: str, channels: int, dtype: torch.dtype, settings: Settings) -> dict[str, float]:
     """Milliseconds of the forward pass and of the backward pass alone."""
+    torch.compiler.reset()  # each shape and dtype compiles anew, and meets no limit on recompiling
     x, grad_y = (torch.randn(settings.batch_size, TOKENS, channels, device="cuda").to(dtype) for _ in range(2))
     leaves = [tensor.requires_grad_() for tensor in (x, *swish_tables())]
     run = partial(PROVIDERS[provider], *leaves)

@@ -216,7 +216,8 @@ def test_more_than_2_to_the_31_elements():
         value_and_gradients(rational, part, numerator, denominator, part)[2:] for part in x.detach().split(rows // 2)
     ]
     for whole, *parts in zip((numerator.grad, denominator.grad), *halves, strict=True):
-        torch.testing.assert_close(whole, sum(parts), rtol=1e-4, atol=0.0)  # float32 sums in another order
+        scale = whole.abs().max().item()  # float32 sums of 2^31 terms, that partly cancel, in another order
+        torch.testing.assert_close(whole, sum(parts), rtol=1e-4, atol=1e-5 * scale)
 
 
 @pytest.mark.gpu
