@@ -54,14 +54,19 @@ class Settings:
     epochs: int = field(default=40, metadata={"help": "passes over the training images"})
     max_steps: int | None = field(default=None, metadata={"help": "stop after so many updates"})
     batch_size: int = field(default=64, metadata={"help": "images per device"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "peak of the cosine schedule"})
-    weight_decay: float = field(default=0.05, metadata={"help": "of matrices and rational coefficients"})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "peak of the cosine schedule; default: 3e-3 for a fresh model, 1e-4 for --model"},
+    )
+    weight_decay: float = field(default=0.3, metadata={"help": "of matrices and rational coefficients"})
     warmup: float = field(default=0.1, metadata={"help": "part of the updates in which the learning rate grows"})
     label_smoothing: float = field(default=0.1, metadata={"help": "probability moved to the other classes"})
     num_workers: int = field(default=0, metadata={"help": "processes that read images"})
     seed: int = field(default=0, metadata={"help": "of weights, order and augmentation"})
 
     def __post_init__(self):
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", 3e-3 if self.model is None else 1e-4)
         if self.size != "micro" and self.size not in SIZES:
             raise SystemExit(f"--size: {self.size!r} is none of micro, {', '.join(SIZES)}")
         for name in ("epochs", "batch_size", "learning_rate"):
