@@ -1,6 +1,7 @@
 """FlashKAT: the Kolmogorov-Arnold Transformer with fast group-rational kernels, as Hugging Face models."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
 
 from ._version import __version__
 from .coefficients import START_TABLES

@@ -138,7 +138,7 @@ find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name.split(".")[0] == {missing!r} else find_spec(name, *a)
 import torch, flashkat_hf, transformers
 model = transformers.AutoModelForImageClassification.from_pretrained({str(folder)!r})
-processor = transformers.AutoImageProcessor.from_pretrained({str(folder)!r})
+processor = type(flashkat_hf.make_image_processor()).from_pretrained({str(folder)!r})
 from PIL import Image
 model(**processor(Image.new("RGB", (50, 50)), return_tensors="pt"), labels=torch.tensor([3])).loss.backward()
 print("works", flashkat_hf.make_image_processor().__class__.__name__)
