@@ -58,7 +58,7 @@ class GRKANMlp(nn.Module):
         act2_init: start table of the second activation.
         dropout: probability of dropping a channel after each activation, in training.
 
-    Shape: `(..., hidden_size)` in and out.
+    Shape: `(..., hidden_size)` in and out. Under autocast the MLP works in autocast's dtype from its input on.
 
     Source: Yang and Wang, Kolmogorov-Arnold Transformer, ICLR 2025, section 4.
     """
@@ -81,5 +81,7 @@ class GRKANMlp(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # layer norm gives float32, and fc1 would round after act1 anyway
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.fc1(self.dropout(self.act1(x)))
         return self.fc2(self.dropout(self.act2(x)))

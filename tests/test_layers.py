@@ -53,6 +53,15 @@ def test_dropout_acts_before_both_linear_maps_in_training_only():
     assert torch.equal(seen["fc1"], x)
 
 
+def test_autocast_rounds_the_input_once():
+    """As a plain MLP's: the first activation neither reads nor keeps float32."""
+    mlp, seen = GRKANMlp(16, 32), []
+    mlp.act1.register_forward_hook(lambda _, args, output: seen.extend([args[0].dtype, output.dtype]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mlp(torch.randn(2, 16)).dtype == torch.bfloat16
+    assert seen == [torch.bfloat16, torch.bfloat16]
+
+
 def test_bad_sizes():
     with pytest.raises(ValueError, match=r"hidden_size \(20\) must be a multiple of num_groups \(8\)"):
         GroupRational(20)
