@@ -269,14 +269,24 @@ def init_mimetic(attention: FlashKATAttention) -> None:
     qkv, proj, head_dim = attention.qkv.weight, attention.proj.weight, attention.head_dim
     if getattr(qkv, "_is_hf_initialized", False) and getattr(proj, "_is_hf_initialized", False):
         return
-    size = proj.shape[0]
-    left, right = _balanced_factors(size, 0.4, qkv.device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many small steps: threads that wait for each other on a busy machine cost far more
+    try:
+        query_key_value, output = _mimetic_weights(proj.shape[0], head_dim, qkv.device)
+    finally:
+        torch.set_num_threads(threads)
+    init.copy_(qkv, query_key_value)
+    init.copy_(proj, output)
+
+
+def _mimetic_weights(size: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A draw of the packed `(3 * size, size)` and the output `(size, size)` weights, float32."""
+    left, right = _balanced_factors(size, 0.4, device)
     # Z L[:, :k] and Z R[:k].T take Z on the span of these 2k columns only: an orthonormal frame of it, turned at random
     basis, columns = torch.linalg.qr(1.75**0.5 * torch.cat((left[:, :head_dim], -right[:head_dim].T), dim=1))
     turned = [nn.init.orthogonal_(torch.empty_like(basis)) @ columns for _ in range(size // head_dim)]
     query, key = torch.stack(turned).unflatten(-1, (2, head_dim)).permute(2, 0, 3, 1).flatten(1, 2)
-    init.copy_(qkv, torch.cat((query, key, left)))
-    init.copy_(proj, right)
+    return torch.cat((query, key, left)), right
 
 
 def _balanced_factors(size: int, scale: float, device: torch.device) -> tuple[Tensor, Tensor]:
