@@ -1,39 +1,49 @@
-"""Fine-tune a FlashKAT on images; without arguments, a micro model from scratch on scikit-learn's digits.
+"""Fine-tune a FlashKAT on images; without arguments, train a micro model from scratch on scikit-learn's digits.
 
-    python examples/finetune.py                                  # two CPU cores are enough
+    python examples/finetune.py                                  # a minute and a half on a CPU
     accelerate launch examples/finetune.py --data photos --size tiny
     accelerate launch --mixed_precision bf16 examples/finetune.py --data photos --model CHECKPOINT
 
-The data folder holds train/ and val/ with a sub-folder for each class. The output appears when training has ended.
+The data folder holds train/ and val/ with a sub-folder for each class. The output appears when training has succeeded.
 """
 
 import json
+import math
+import os
+import shlex
 import shutil
+import signal
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
+from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.optim import param_groups_weight_decay
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, make_image_processor
-from flashkat_hf.configuration_flashkat import SIZES
 from flashkat_hf.data import (
-    Examples,
-    ImageData,
+    DataError,
     ImageDataset,
     evaluation_transform,
     load_digits,
     load_image_folder,
-    open_image,
     training_transform,
 )
+
+try:
+    from timm.optim import param_groups_weight_decay
+    from tqdm import tqdm
+except ImportError as error:
+    raise SystemExit(f"finetune.py needs more packages: pip install 'flashkat_hf[train]' ({error})") from error
 
 MICRO = {
     "hidden_size": 64,
@@ -43,64 +53,122 @@ MICRO = {
     "image_size": 16,
     "patch_size": 4,
 }
+RANGES = (  # at least, below
+    (("epochs", "max_steps", "batch_size"), 1, math.inf),
+    (("learning_rate",), 1e-12, math.inf),
+    (("weight_decay", "workers"), 0, math.inf),
+    (("warmup", "drop_path"), 0, 1),
+    (("seed",), 0, 2**31),
+)
+SAVED = {"config.json", "metrics.jsonl", "model.safetensors", "preprocessor_config.json", "samples", "settings.json"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Settings:
-    data: Path | None = field(default=None, metadata={"help": "folder with train/ and val/; default: the digits"})
-    model: str | None = field(default=None, metadata={"help": "FlashKAT folder or Hub id; default: a fresh model"})
-    size: str = field(default="micro", metadata={"help": "of a fresh model: micro, tiny, small or base"})
-    output: Path = field(default=Path("runs/digits"), metadata={"help": "the model is saved here"})
-    epochs: int = field(default=40, metadata={"help": "passes over the training images"})
-    max_steps: int | None = field(default=None, metadata={"help": "stop after so many updates"})
-    batch_size: int = field(default=64, metadata={"help": "images per device"})
-    learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "peak of the cosine schedule; default: 3e-3 for a fresh model, 1e-4 for --model"},
+    data: Path | None = HfArg(default=None, help="folder with train/ and val/; default: the digits")  # noqa: RUF009
+    model: str | None = HfArg(default=None, help="FlashKAT folder or Hub id; default: a fresh model")
+    size: Literal["micro", "tiny", "small", "base"] | None = HfArg(
+        default=None, help="of a fresh model; default: micro for the digits, tiny for a folder"
     )
-    weight_decay: float = field(default=0.3, metadata={"help": "of matrices and rational coefficients"})
-    warmup: float = field(default=0.1, metadata={"help": "part of the updates in which the learning rate grows"})
-    label_smoothing: float = field(default=0.1, metadata={"help": "probability moved to the other classes"})
-    num_workers: int = field(default=0, metadata={"help": "processes that read images"})
-    seed: int = field(default=0, metadata={"help": "of weights, order and augmentation"})
+    output: Path | None = HfArg(  # noqa: RUF009
+        default=None, help="folder for the model, made at the end; default: runs/digits, or runs/ and the data's name"
+    )
+    epochs: int = HfArg(default=50, help="passes over the training images")
+    max_steps: int | None = HfArg(default=None, help="train for so many updates at most")
+    batch_size: int = HfArg(default=64, help="images for each device")
+    learning_rate: float | None = HfArg(
+        default=None, help="the highest; default: 3e-3 for a micro model, 5e-4 for others, 1e-4 for --model"
+    )
+    weight_decay: float = HfArg(default=0.05, help="of matrices and rational coefficients")
+    warmup: float = HfArg(default=0.1, help="part of the updates in which the learning rate rises")
+    drop_path: float = HfArg(default=0.0, help="stochastic depth of the last block")
+    workers: int | None = HfArg(
+        default=None, help="processes for each device that read images; default: 0 for the digits, else up to 4"
+    )
+    seed: int = HfArg(default=0, help="of weights, order and augmentation")
 
     def __post_init__(self):
+        for names, low, high in RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not low <= value < high:
+                    raise SystemExit(f"--{name}: {value} must be at least {low} and below {high}")
+        if self.data is not None and not self.data.is_dir():
+            raise SystemExit(f"--data: {self.data} is not a folder")
+        if self.model is not None and self.size is not None:
+            raise SystemExit(
+                f"--size: {self.size} is for a fresh model, but --model {self.model} has a size of its own"
+            )
+        if self.output is None:
+            self.output = Path("runs", "digits" if self.data is None else self.data.resolve().name)
+        if os.path.lexists(self.output):
+            check_replaceable(self.output)
+        if self.model is None and self.size is None:
+            self.size = "micro" if self.data is None else "tiny"
         if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", 3e-3 if self.model is None else 1e-4)
-        if self.size != "micro" and self.size not in SIZES:
-            raise SystemExit(f"--size: {self.size!r} is none of micro, {', '.join(SIZES)}")
-        for name in ("epochs", "batch_size", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise SystemExit(f"--{name}: {getattr(self, name)} must be positive")
-        if self.max_steps is not None and self.max_steps <= 0:
-            raise SystemExit(f"--max_steps: {self.max_steps} must be positive")
-        if self.output.exists() and any(self.output.iterdir()) and not (self.output / "settings.json").is_file():
-            raise SystemExit(f"--output: {self.output} exists and was not written by this script")
+            self.learning_rate = 1e-4 if self.model else 3e-3 if self.size == "micro" else 5e-4
+        if self.workers is None:
+            self.workers = 0 if self.data is None else min(4, os.cpu_count() or 1)
+
+
+def check_replaceable(output: Path) -> None:
+    """Refuse to replace what this script has not written."""
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if not names >= SAVED:
+        raise SystemExit(f"--output: {output} exists and holds no model saved by this script; move it or name another")
+    if names > SAVED:
+        raise SystemExit(f"--output: {output} also holds what others wrote: {', '.join(sorted(names - SAVED))}")
+
+
+@contextmanager
+def replacing(output: Path) -> Iterator[Path]:
+    """A new folder beside `output` that takes its place at the end; after an error, the old one stands as it was."""
+    output = output.resolve()
+    new, old = (output.with_name(f".{output.name}.{uuid4().hex[:8]}.{suffix}") for suffix in ("new", "old"))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if output.exists():
+            output.rename(old)
+        new.rename(output)
+    finally:
+        if old.exists() and not output.exists():  # interrupted between the two
+            old.rename(output)
+        for folder in (new, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def build(settings: Settings, class_names: list[str]):
     """The model, with a head for these classes, and its image processor."""
-    labels = {
+    overrides = {
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: i for i, name in enumerate(class_names)},
+        "drop_path_rate": settings.drop_path,
     }
     if settings.model is None:
-        if settings.size == "micro":
-            config = FlashKATConfig(**MICRO, **labels)
-        else:
-            config = FlashKATConfig.from_size(settings.size, **labels)
-        crop = 1.0 if settings.data is None else 0.875  # the digits fill their image
+        micro = settings.size == "micro"
+        config = FlashKATConfig(**MICRO, **overrides) if micro else FlashKATConfig.from_size(settings.size, **overrides)
+        crop = 1.0 if settings.data is None else 0.875  # a digit fills its image
         return FlashKATForImageClassification(config), make_image_processor(config.image_size, crop)
-    config = AutoConfig.from_pretrained(settings.model)
-    if not isinstance(config, FlashKATConfig):
-        raise ValueError(f"{settings.model} is a {config.model_type} model, not a FlashKAT")
-    processor = AutoImageProcessor.from_pretrained(settings.model)
-    return (
-        FlashKATForImageClassification.from_pretrained(
-            settings.model, num_labels=len(class_names), **labels, ignore_mismatched_sizes=True
-        ),
-        processor,
-    )
+    path = Path(settings.model)
+    if path.exists() != path.is_dir() or (len(path.parts) > 1 and path.parent.is_dir() and not path.is_dir()):
+        raise SystemExit(f"--model: {path} is not a folder")  # sooner than the Hub says so
+    try:
+        config = AutoConfig.from_pretrained(settings.model)
+        if config.model_type != "flashkat":
+            raise ValueError(f"it is a {config.model_type} model, not a FlashKAT")
+        processor = AutoImageProcessor.from_pretrained(settings.model)
+        if (crop := processor.crop_size["height"]) != config.image_size:
+            raise ValueError(f"its processor makes images of {crop} pixels, but the model takes {config.image_size}")
+        model, info = FlashKATForImageClassification.from_pretrained(
+            settings.model, **overrides, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        fresh = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        if lost := sorted(name for name in fresh if not name.startswith("classifier.")):
+            raise ValueError(f"the weights do not fit the config: {len(lost)} differ, such as {lost[0]}")
+    except Exception as error:  # whatever the Hub, safetensors and transformers raise
+        raise SystemExit(f"--model: cannot load {settings.model}: {' '.join(str(error).split())}") from error
+    return model, processor
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
@@ -110,99 +178,123 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 @torch.no_grad()
-def evaluate(model, loader: DataLoader, accelerator: Accelerator) -> float:
+def evaluate(model: torch.nn.Module, loader: DataLoader, accelerator: Accelerator) -> float:
     """Top-1 accuracy; no image counts twice, however many processes there are."""
-    model.eval()
-    correct = total = 0
+    model = accelerator.unwrap_model(model).eval()
+    correct = []
     for batch in loader:
-        predictions = model(batch["pixel_values"]).logits.argmax(-1)
-        predictions, labels = accelerator.gather_for_metrics((predictions, batch["labels"]))
-        correct += (predictions == labels).sum().item()
-        total += len(labels)
-    return correct / total
+        # the class's own forward: accelerate wraps the object's in mixed precision, and `pipeline` has none
+        predictions = type(model).forward(model, batch["pixel_values"]).logits.argmax(-1)
+        correct.append(accelerator.gather_for_metrics(predictions == batch["labels"]))
+    correct = torch.cat(correct)
+    return correct.sum().item() / len(correct)
 
 
-def train(settings: Settings, data: ImageData, accelerator: Accelerator) -> None:
-    set_seed(settings.seed)
-    with accelerator.main_process_first():
-        model, processor = build(settings, data.class_names)
-    transform = training_transform(processor, flip=settings.data is not None)
-    set_seed(settings.seed, device_specific=True)  # each process augments in its own way
-    train_loader = DataLoader(
-        ImageDataset(data.train, transform), settings.batch_size, shuffle=True, num_workers=settings.num_workers
-    )
-    test_loader = DataLoader(
-        ImageDataset(data.test, evaluation_transform(processor)), settings.batch_size, num_workers=settings.num_workers
-    )
+def train(settings: Settings, model, train_set: ImageDataset, test_set: ImageDataset, accelerator: Accelerator):
+    """Train `model`; yields a line of metrics for each epoch."""
+    workers = {"num_workers": settings.workers, "persistent_workers": settings.workers > 0}
+    train_loader = DataLoader(train_set, settings.batch_size, shuffle=True, **workers)
+    test_loader = DataLoader(test_set, settings.batch_size, **workers)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.learning_rate)
     model, optimizer, train_loader, test_loader = accelerator.prepare(model, optimizer, train_loader, test_loader)
-    num_steps = min(settings.epochs * len(train_loader), settings.max_steps or 2**62)
+    num_steps = min(settings.epochs * len(train_loader), settings.max_steps or math.inf)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(settings.warmup * num_steps), num_steps)
-    cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
-    history, step, start = [], 0, time.perf_counter()
-    bar = tqdm(total=num_steps, unit="step", disable=not accelerator.is_main_process)
-    while step < num_steps:
-        model.train()
-        for batch in train_loader:
-            loss = cross_entropy(model(batch["pixel_values"]).logits.float(), batch["labels"])
-            accelerator.backward(loss)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            step += 1
-            rate = step * settings.batch_size * accelerator.num_processes / (time.perf_counter() - start)
-            bar.update()
-            bar.set_postfix(
-                loss=f"{loss.item():.3f}", lr=f"{schedule.get_last_lr()[0]:.1e}", images_per_s=f"{rate:.0f}"
-            )
-            if step == num_steps:
-                break
-        history.append({"step": step, "loss": loss.item(), "test_accuracy": evaluate(model, test_loader, accelerator)})
-        bar.write(f"step {step}: test accuracy {history[-1]['test_accuracy']:.2%}") if len(history) % 10 == 0 else None
-    bar.close()
-    if accelerator.is_main_process:
-        save(settings, accelerator.unwrap_model(model), processor, data.test, history)
-        print(f"test accuracy {history[-1]['test_accuracy']:.2%} on {len(data.test.labels)} images")
-        print(f"saved in {settings.output}; now ask it about an image:")
-        print(
-            f"python examples/classify.py {settings.output} {settings.output / 'samples' / sample_name(data.test, 0)}"
-        )
-    accelerator.end_training()
+    cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    images_per_step = settings.batch_size * accelerator.num_processes
+    step = 0
+    with tqdm(total=num_steps, unit="step", disable=not accelerator.is_main_process) as bar:
+        while step < num_steps:
+            model.train()
+            total_loss, first, start = 0.0, step, time.perf_counter()
+            for batch in train_loader:
+                loss = cross_entropy(model(batch["pixel_values"]).logits.float(), batch["labels"])
+                accelerator.backward(loss)
+                optimizer.step()
+                rate = schedule.get_last_lr()[0]
+                schedule.step()
+                optimizer.zero_grad()
+                total_loss += loss.detach()
+                step += 1
+                bar.update()
+                speed = (step - first) * images_per_step / (time.perf_counter() - start)
+                if step % 10 == 0:  # reading the loss waits for the device
+                    bar.set_postfix_str(f"loss {loss.item():.3f}, lr {rate:.1e}, {speed:.0f} images/s")
+                if step == num_steps:
+                    break
+            mean_loss = accelerator.reduce(total_loss / (step - first), "mean").item()
+            if not math.isfinite(mean_loss):
+                raise SystemExit(f"the loss became {mean_loss}; try a --learning_rate below {settings.learning_rate}")
+            accuracy = evaluate(model, test_loader, accelerator)
+            if accelerator.is_main_process:
+                bar.write(f"step {step}: loss {mean_loss:.3f}, test accuracy {accuracy:.2%}")
+            yield {"step": step, "loss": mean_loss, "images_per_second": round(speed), "test_accuracy": accuracy}
 
 
-def sample_name(examples: Examples, index: int) -> str:
-    return f"{index}_label_{examples.labels[index]}.png"
-
-
-def save(settings: Settings, model, processor, test: Examples, history: list[dict]) -> None:
-    """Everything into a new folder, which then takes the place of the old one: a failed run leaves the old."""
-    new, old = (settings.output.with_name(f".{settings.output.name}.{suffix}") for suffix in ("new", "old"))
-    for folder in (new, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    (new / "samples").mkdir(parents=True)
-    model.save_pretrained(new)
-    processor.save_pretrained(new)
-    (new / "settings.json").write_text(json.dumps(asdict(settings), default=str, indent=2) + "\n")
-    (new / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
-    for index, image in enumerate(test.images[:10]):
-        image = open_image(image) if isinstance(image, Path) else image
-        image.save(new / "samples" / sample_name(test, index))
-    if settings.output.exists():
-        settings.output.rename(old)
-    new.rename(settings.output)
-    shutil.rmtree(old, ignore_errors=True)
+def run(settings: Settings, accelerator: Accelerator) -> None:
+    if settings.data is None:
+        data = load_digits()
+    else:
+        data = load_image_folder(settings.data, accelerator.process_index, accelerator.num_processes)
+    accelerator.wait_for_everyone()  # until every process has checked its share of the images
+    if accelerator.device.type == "cpu" and settings.size == "micro":
+        torch.set_num_threads(1)  # two cores gain little on such small products, and lose much when others use them
+    set_seed(settings.seed)
+    model, processor = build(settings, data.class_names)
+    train_set = ImageDataset(data.train, training_transform(processor, flip=settings.data is not None))
+    test_set = ImageDataset(data.test, evaluation_transform(processor))
+    set_seed(settings.seed, device_specific=True)  # each process augments in its own way
+    lines = train(settings, model, train_set, test_set, accelerator)
+    if not accelerator.is_main_process:
+        for _ in lines:
+            pass
+        return
+    with replacing(settings.output) as folder:
+        (folder / "settings.json").write_text(json.dumps(asdict(settings), default=str, indent=2) + "\n")
+        with (folder / "metrics.jsonl").open("w", buffering=1) as metrics:
+            for line in lines:
+                metrics.write(json.dumps(line) + "\n")
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / "samples").mkdir()
+        for label, name in enumerate(data.class_names[:10]):
+            index = data.test.labels.index(label)
+            sample = Path("samples", f"{name}_{index}.png")
+            test_set.image(index).save(folder / sample)
+    print(f"test accuracy {line['test_accuracy']:.2%} on {len(test_set)} images; saved in {settings.output}")
+    script = os.path.relpath(Path(__file__).with_name("classify.py"))
+    command = ["python", script, str(settings.output), str(settings.output / sample)]
+    print(f"now ask it about an image:\n{shlex.join(command)}")
 
 
 def main(settings: Settings) -> None:
     try:
-        data = load_digits() if settings.data is None else load_image_folder(settings.data)
         accelerator = Accelerator()
-        if not accelerator.is_main_process:
-            logging.set_verbosity_error()
-        train(settings, data, accelerator)
-    except (ValueError, OSError, ImportError) as error:
+    except ValueError as error:  # such as a precision that the device does not have
+        raise SystemExit(f"accelerate: {error}") from error
+    if not accelerator.is_main_process:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        run(settings, accelerator)
+    except DataError as error:  # a worker's error carries its traceback in front of the message
+        raise SystemExit(f"--data: {str(error).strip().rpartition('DataError: ')[2]}") from error
+    except (ImportError, OSError) as error:  # a missing package, a full disk
         raise SystemExit(f"finetune.py: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; nothing was saved") from None
+    accelerator.end_training()
+
+
+def parse(arguments: list[str] | None = None) -> Settings:
+    parser = HfArgumentParser(Settings, description=__doc__.partition("\n")[0])
+    settings, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise SystemExit(f"unknown arguments: {' '.join(unknown)}")
+    return settings
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Settings, description=__doc__).parse_args_into_dataclasses())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill tidies up as Ctrl-C does
+    main(parse())
