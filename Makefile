@@ -17,4 +17,4 @@ test: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv runs build dist *.egg-info

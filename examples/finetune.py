@@ -3,6 +3,7 @@
     python examples/finetune.py                                  # a minute and a half on a CPU
     accelerate launch examples/finetune.py --data photos --size tiny
     accelerate launch --mixed_precision bf16 examples/finetune.py --data photos --model CHECKPOINT
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 examples/finetune.py  # two CPU processes
 
 The data folder holds train/ and val/ with a sub-folder for each class. The output appears when training has succeeded.
 """
@@ -25,11 +26,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, make_image_processor
+from flashkat_hf.checkpoints import load_checkpoint
 from flashkat_hf.data import (
     DataError,
     ImageDataset,
@@ -150,25 +152,10 @@ def build(settings: Settings, class_names: list[str]):
         config = FlashKATConfig(**MICRO, **overrides) if micro else FlashKATConfig.from_size(settings.size, **overrides)
         crop = 1.0 if settings.data is None else 0.875  # a digit fills its image
         return FlashKATForImageClassification(config), make_image_processor(config.image_size, crop)
-    path = Path(settings.model)
-    if path.exists() != path.is_dir() or (len(path.parts) > 1 and path.parent.is_dir() and not path.is_dir()):
-        raise SystemExit(f"--model: {path} is not a folder")  # sooner than the Hub says so
     try:
-        config = AutoConfig.from_pretrained(settings.model)
-        if config.model_type != "flashkat":
-            raise ValueError(f"it is a {config.model_type} model, not a FlashKAT")
-        processor = AutoImageProcessor.from_pretrained(settings.model)
-        if (crop := processor.crop_size["height"]) != config.image_size:
-            raise ValueError(f"its processor makes images of {crop} pixels, but the model takes {config.image_size}")
-        model, info = FlashKATForImageClassification.from_pretrained(
-            settings.model, **overrides, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-        fresh = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-        if lost := sorted(name for name in fresh if not name.startswith("classifier.")):
-            raise ValueError(f"the weights do not fit the config: {len(lost)} differ, such as {lost[0]}")
-    except Exception as error:  # whatever the Hub, safetensors and transformers raise
-        raise SystemExit(f"--model: cannot load {settings.model}: {' '.join(str(error).split())}") from error
-    return model, processor
+        return load_checkpoint(settings.model, **overrides)
+    except ValueError as error:
+        raise SystemExit(f"--model: {error}") from error
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:

@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .coefficients import second_moment
 from .configuration_flashkat import FlashKATConfig
 from .layers import GRKANMlp, GroupRational
+from .mimetic import mimetic_weights
 
 
 class FlashKATPatchProjection(nn.Conv2d):
@@ -249,57 +250,13 @@ class FlashKATPreTrainedModel(PreTrainedModel):
             for act, linear in ((module.act1, module.fc1), (module.act2, module.fc2)):
                 init.normal_(linear.weight, std=(linear.in_features * second_moment(act.init)) ** -0.5)
         elif isinstance(module, FlashKATAttention):
-            init_mimetic(module)
+            parts = module.qkv.weight, module.proj.weight
+            if not all(getattr(weight, "_is_hf_initialized", False) for weight in parts):
+                draw = mimetic_weights(self.config.hidden_size, module.head_dim, parts[0].device)
+                for weight, start in zip(parts, draw, strict=True):
+                    init.copy_(weight, start)
         else:
             super()._init_weights(module)
-
-
-@torch.no_grad()
-def init_mimetic(attention: FlashKATAttention) -> None:
-    """Start attention as training leaves it: W_proj W_v near 0.4 (U - I), W_q^T W_k of a head near 0.7 (U + I).
-
-    U is noise, uniform with variance 1 / hidden_size. With balanced factors A = L R of A = 0.4 (U - I), W_v = L and
-    W_proj = R; W_q and W_k are leading columns of L and rows of R of an A = 0.7 (U + I) for each head. The original
-    factorises every one of these, a minute of work for base. But -1.75 times the first A has the law of the second,
-    and has it in any orthonormal basis Z: here one factorisation serves a block, and each head looks at it in a random
-    basis of its own, (Z L)(R Z^T).
-
-    Source: Trockman and Kolter, Mimetic Initialization of Self-Attention Layers, ICML 2023, as released with KAT.
-    """
-    qkv, proj, head_dim = attention.qkv.weight, attention.proj.weight, attention.head_dim
-    if getattr(qkv, "_is_hf_initialized", False) and getattr(proj, "_is_hf_initialized", False):
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # many small steps: threads that wait for each other on a busy machine cost far more
-    try:
-        query_key_value, output = _mimetic_weights(proj.shape[0], head_dim, qkv.device)
-    finally:
-        torch.set_num_threads(threads)
-    init.copy_(qkv, query_key_value)
-    init.copy_(proj, output)
-
-
-def _mimetic_weights(size: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A draw of the packed `(3 * size, size)` and the output `(size, size)` weights, float32."""
-    left, right = _balanced_factors(size, 0.4, device)
-    # Z L[:, :k] and Z R[:k].T take Z on the span of these 2k columns only: an orthonormal frame of it, turned at random
-    basis, columns = torch.linalg.qr(1.75**0.5 * torch.cat((left[:, :head_dim], -right[:head_dim].T), dim=1))
-    turned = [nn.init.orthogonal_(torch.empty_like(basis)) @ columns for _ in range(size // head_dim)]
-    query, key = torch.stack(turned).unflatten(-1, (2, head_dim)).permute(2, 0, 3, 1).flatten(1, 2)
-    return torch.cat((query, key, left)), right
-
-
-def _balanced_factors(size: int, scale: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """L = V sqrt(S) and R = sqrt(S) W^T, float32, largest first, of the SVD V S W^T of `scale` (U - I).
-
-    Through the eigenvectors of A^T A in float64: half the time of an SVD.
-    """
-    noise = (3 / size) ** 0.5 * (2 * torch.rand(size, size, dtype=torch.float64, device=device) - 1)
-    matrix = scale * (noise - torch.eye(size, dtype=torch.float64, device=device))
-    squares, vectors = torch.linalg.eigh(matrix.T @ matrix)
-    root = squares.flip(0).clamp_min(1e-24) ** 0.25
-    vectors = vectors.flip(1)
-    return (matrix @ vectors / root).float(), (vectors * root).T.float()
 
 
 class FlashKATModel(FlashKATPreTrainedModel):

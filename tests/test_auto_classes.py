@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, FlashKATModel, make_image_processor
-from flashkat_hf.modeling_flashkat import init_mimetic
 
 
 @pytest.fixture
@@ -54,10 +53,10 @@ def test_saving_and_loading_keeps_every_bit(folder, tmp_path):
 
 
 def test_loading_initialises_nothing_that_was_loaded(folder, monkeypatch):
-    monkeypatch.setattr("flashkat_hf.modeling_flashkat._balanced_factors", None)  # the costly part of a start
+    monkeypatch.setattr("flashkat_hf.modeling_flashkat.mimetic_weights", None)  # the costly part of a start
     AutoModelForImageClassification.from_pretrained(folder)
     with pytest.raises(TypeError):
-        init_mimetic(FlashKATModel(micro_config(num_hidden_layers=1)).layers[0].attention)
+        FlashKATModel(micro_config())
 
 
 def test_missing_coefficients_are_refilled(folder):

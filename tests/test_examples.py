@@ -151,12 +151,13 @@ def test_classify_names_what_the_pipeline_names(trained, capsys):
 def test_two_processes_count_every_image_once(tmp_path):
     """Batches of 50 do not divide 360 / 2, so a process sees held-out images that the other has seen.
 
-    Through torchrun: without MPI, `accelerate launch --cpu --num_processes 2` starts one process.
+    Not `--cpu --num_processes 2`: without MPI that starts one process.
     """
     output = tmp_path / "two"
     result = command(
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "examples/finetune.py",
-        "--output", output, "--epochs", 3, "--max_steps", 40, "--batch_size", 50,
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0,
+        "examples/finetune.py", "--output", output, "--epochs", 3, "--max_steps", 40, "--batch_size", 50,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("test accuracy") == 3 + 1  # the main process alone prints
@@ -380,7 +381,7 @@ def test_missing_model_folder(use, tmp_path, script):
 
 
 def test_classify_checks_the_images_before_the_model(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(classify, "load", None)
+    monkeypatch.setattr(classify, "load_checkpoint", None)
     good = next((trained[0] / "samples").iterdir())
     broken = tmp_path / "broken.png"
     broken.write_bytes(good.read_bytes()[:60])

@@ -57,7 +57,7 @@ def test_parameter_counts(size, count):
 
 
 def test_building_factorises_once_a_block(monkeypatch):
-    """What a start costs: 2 to 3 s for base on two cores; the original factorises every head, for a minute."""
+    """What a start costs; the original factorises for every head."""
     sizes, eigh = [], torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: sizes.append(len(matrix)) or eigh(matrix))
     FlashKATForImageClassification(FlashKATConfig.from_size("tiny"))
