@@ -4,7 +4,25 @@ import torch
 from torch import Tensor, nn
 
 from .coefficients import start_table
-from .ops import rational
+from .ops import TRITON_DEVICES, rational, rational_linear
+
+
+def fusible(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether one kernel may stand for several modules: on a GPU, if none was replaced (LoRA) or is listened to."""
+    return x.device.type in TRITON_DEVICES and not any(
+        type(module) not in (nn.Linear, nn.LayerNorm, GroupRational)
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        for module in modules
+    )
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, else x's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class GroupRational(nn.Module):
@@ -80,8 +98,14 @@ class GRKANMlp(nn.Module):
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # layer norm gives float32, and fc1 would round after act1 anyway
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = self.fc1(self.dropout(self.act1(x)))
-        return self.fc2(self.dropout(self.act2(x)))
+    def forward(self, x: Tensor, activated: bool = False) -> Tensor:
+        """The MLP of x; `activated` says that x has already passed act1."""
+        dtype = working_dtype(x)
+        x = x.to(dtype)  # layer norm gives float32 under autocast, and fc1 would round after act1 anyway
+        x = self.dropout(x if activated else self.act1(x))
+        if not fusible(x, self.fc1, self.act2, self.fc2) or (self.training and self.dropout.p):
+            return self.fc2(self.dropout(self.act2(self.fc1(x))))
+        bias = self.fc1.bias
+        x = nn.functional.linear(x, self.fc1.weight, bias.detach())
+        weight, out_bias = self.fc2.weight.to(dtype), self.fc2.bias.to(dtype)
+        return rational_linear(x, self.act2.numerator, self.act2.denominator, weight, out_bias, bias)

@@ -8,17 +8,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .coefficients import second_moment
 from .configuration_flashkat import FlashKATConfig
-from .layers import GRKANMlp, GroupRational
+from .layers import GRKANMlp, GroupRational, fusible, working_dtype
 from .mimetic import mimetic_weights
+from .ops import HEAD_DIMS, MAX_TOKENS, add_norm_rational, packed_attention
+
+# The default: as "sdpa", but by the kernel for short sequences where it wins (FlashKATAttention).
+AttentionInterface.register("packed", sdpa_attention_forward)
 
 
 class FlashKATPatchProjection(nn.Conv2d):
@@ -113,6 +118,11 @@ class FlashKATAttention(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> tuple[Tensor, Tensor | None]:
+        if self._packs(hidden_states):
+            bias = self.qkv.bias
+            packed = nn.functional.linear(hidden_states, self.qkv.weight, None if bias is None else bias.detach())
+            output = packed_attention(packed, self.config.num_attention_heads, self.scaling, bias)
+            return self.dropout(self.proj(output)), None
         packed = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         query, key, value = packed.unbind()  # compiled, unpacking would select each, and pad each gradient with zeros
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -129,6 +139,18 @@ class FlashKATAttention(nn.Module):
             **kwargs,
         )
         return self.dropout(self.proj(output.flatten(-2))), weights
+
+    def _packs(self, hidden_states: Tensor) -> bool:
+        """Whether the kernel for short sequences serves: it wins in training, in half precision, on a GPU."""
+        return (
+            self.config._attn_implementation == "packed"
+            and fusible(hidden_states, self.qkv)
+            and working_dtype(hidden_states) in (torch.bfloat16, torch.float16)
+            and hidden_states.shape[1] <= MAX_TOKENS
+            and self.head_dim in HEAD_DIMS
+            and torch.is_grad_enabled()
+            and not (self.training and self.config.attention_probs_dropout_prob)
+        )
 
 
 class FlashKATDropPath(nn.Module):
@@ -172,8 +194,13 @@ class FlashKATLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
         attended, _ = self.attention(self.norm1(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.drop_path(attended)
-        return hidden_states + self.drop_path(self.mlp(self.norm2(hidden_states)))
+        attended, norm, act = self.drop_path(attended), self.norm2, self.mlp.act1
+        if fusible(hidden_states, norm, act):
+            tables = act.numerator, act.denominator
+            hidden_states, x = add_norm_rational(hidden_states, attended, norm.weight, norm.bias, *tables, norm.eps)
+            return hidden_states + self.drop_path(self.mlp(x, activated=True))
+        hidden_states = hidden_states + attended
+        return hidden_states + self.drop_path(self.mlp(norm(hidden_states)))
 
 
 class FlashKATPreTrainedModel(PreTrainedModel):
@@ -217,6 +244,9 @@ class FlashKATPreTrainedModel(PreTrainedModel):
                 f"it has {len(found)} others, such as {', '.join(found[:3])}"
             )
         return (model, info) if output_loading_info else model
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        return super().get_correct_attn_implementation(requested_attention or "packed", is_init_check)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # Custom code's modules without parameters of their own are skipped, for models that would refill what was
@@ -295,6 +325,7 @@ class FlashKATModel(FlashKATPreTrainedModel):
             ValueError: wrong number of channels or image size.
         """
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        hidden_states = hidden_states.to(working_dtype(hidden_states))  # under autocast, as a model loaded in its dtype
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
         if self.config.pooling == "mean":

@@ -1,20 +1,38 @@
-"""The operator `rational`: checks its arguments, picks the device's kernel, differentiates.
+"""The operators: `rational`, and the same fused with its neighbours. They check, pick the kernel and differentiate.
 
-`flashkat::rational` and `flashkat::rational_backward` are registered with `torch.library`: the dispatcher picks the
-device, `torch.compile` sees one opaque operation and breaks no graph, and both run without a GPU.
+The kernels are registered with `torch.library` under `flashkat::`: the dispatcher picks the device, `torch.compile`
+sees opaque operations and breaks no graph, and all of them run without a GPU.
 """
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm, linear
 
-from .reference import rational_decomposed, rational_gradients, rational_value
+from .reference import (
+    add_norm_rational_gradients,
+    add_norm_rational_value,
+    packed_attention_gradients,
+    packed_attention_value,
+    rational_decomposed,
+    rational_gradients,
+    rational_linear_gradients,
+    rational_value,
+)
 
 try:
+    from .triton_attention import packed_attention_backward, packed_attention_forward
+    from .triton_norm_rational import add_norm_rational_backward, add_norm_rational_forward
     from .triton_rational import rational_backward, rational_forward
+    from .triton_rational_linear import rational_linear_backward
 except ImportError:  # no triton: the plain path serves every device
     rational_forward, rational_backward = rational_value, rational_gradients
+    rational_linear_backward = rational_linear_gradients
+    packed_attention_forward, packed_attention_backward = packed_attention_value, packed_attention_gradients
+    add_norm_rational_forward, add_norm_rational_backward = add_norm_rational_value, add_norm_rational_gradients
 
 TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm's name too
+MAX_TOKENS = 256  # all keys of a head on chip
+HEAD_DIMS = (16, 32, 64)
 
 
 def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -38,9 +56,116 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
     Source: Yang and Wang, Kolmogorov-Arnold Transformer, ICLR 2025, with |b_j| taken term by term.
     """
     _check(x, numerator, denominator)
-    if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and x.device.type == "cpu"):
+    if _decompose(x):
         return rational_decomposed(x, numerator, denominator)
     return _rational(x.contiguous(), numerator.contiguous(), denominator.contiguous())
+
+
+def rational_linear(
+    x: Tensor, numerator: Tensor, denominator: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor
+) -> Tensor:
+    """`linear(rational(x), weight, bias)`, one group-rational KAN layer, where x is another linear map's output.
+
+    Backward computes the rational again instead of keeping it, and sums the columns of x's gradient on the way: that is
+    the gradient of the bias in front.
+
+    Args:
+        x: `(..., hidden_size)`, of the dtype of `weight` and `bias`.
+        numerator: as in `rational`.
+        denominator: as in `rational`.
+        weight: `(out_features, hidden_size)`.
+        bias: `(out_features,)`.
+        x_bias: `(hidden_size,)`, any dtype; x already contains it, by an addition that did not record its gradient.
+
+    Returns:
+        `(..., out_features)`.
+
+    Raises:
+        ValueError: as in `rational`, or `x_bias` is not `(hidden_size,)`.
+    """
+    _check(x, numerator, denominator)
+    if x_bias.shape != x.shape[-1:]:
+        raise ValueError(f"x_bias must have shape {tuple(x.shape[-1:])}, not {tuple(x_bias.shape)}")
+    if _decompose(x):
+        return linear(rational_decomposed(x + (x_bias - x_bias.detach()), numerator, denominator), weight, bias)
+    tables = numerator.contiguous(), denominator.contiguous()
+    return _RationalLinear.apply(x.contiguous(), *tables, weight, bias, x_bias)  # pyright: ignore[reportReturnType]
+
+
+def add_norm_rational(
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`total = residual + branch` and `rational(layer_norm(total))` in one pass over memory, and one backward.
+
+    Args:
+        residual: `(..., hidden_size)`; float32, bfloat16, float16 or float64, any strides.
+        branch: of residual's shape; another dtype is allowed.
+        weight: `(hidden_size,)`, of the layer norm.
+        bias: `(hidden_size,)`, of the layer norm.
+        numerator: as in `rational`.
+        denominator: as in `rational`.
+        eps: added to the variance.
+
+    Returns:
+        `total` in residual's dtype and the activation in branch's. Float32 arithmetic; the norm sees the rounded total.
+
+    Raises:
+        ValueError: as in `rational`, or shapes that differ.
+    """
+    _check(residual, numerator, denominator)
+    if branch.shape != residual.shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)} but branch {tuple(branch.shape)}")
+    if not weight.shape == bias.shape == residual.shape[-1:]:
+        raise ValueError(
+            f"weight and bias must have shape {tuple(residual.shape[-1:])}, "
+            f"not {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
+    if _decompose(residual):
+        total = (residual + branch).to(residual.dtype)
+        normal = layer_norm(total.to(weight.dtype), weight.shape, weight, bias, eps)
+        return total, rational_decomposed(normal, numerator, denominator).to(branch.dtype)
+    summands = residual.contiguous(), branch.contiguous()
+    tables = numerator.contiguous(), denominator.contiguous()
+    return _add_norm_rational(*summands, weight, bias, *tables, eps)[:2]
+
+
+def packed_attention(qkv: Tensor, num_heads: int, scale: float, qkv_bias: Tensor | None = None) -> Tensor:
+    """Self-attention of short sequences, from the product that holds queries, keys and values.
+
+    Args:
+        qkv: `(batch, num_tokens, 3 * hidden_size)`, bfloat16 or float16; queries, keys and values, each head by head;
+            at most 256 tokens and heads of 16, 32 or 64 channels.
+        num_heads: heads.
+        scale: factor of the scores.
+        qkv_bias: `(3 * hidden_size,)`, any dtype; qkv already contains it, by an addition that did not record its
+            gradient, which is made here.
+
+    Returns:
+        `(batch, num_tokens, hidden_size)`.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads) or qkv.shape[2] // (3 * num_heads) not in HEAD_DIMS:
+        raise ValueError(f"qkv must be (batch, tokens, 3 * {num_heads} heads of {HEAD_DIMS}), not {tuple(qkv.shape)}")
+    if qkv.shape[1] > MAX_TOKENS or qkv.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"qkv must be half precision and of at most {MAX_TOKENS} tokens, not {qkv.shape[1]} {qkv.dtype}"
+        )
+    return _packed_attention(qkv.contiguous(), qkv_bias, num_heads, scale)[0]
+
+
+def _decompose(x: Tensor) -> bool:
+    # PyTorch 2.11 answers is_exporting() with True under torch.compile.
+    if torch.compiler.is_dynamo_compiling():
+        return x.device.type == "cpu"
+    return torch.compiler.is_exporting() or (torch.compiler.is_compiling() and x.device.type == "cpu")
 
 
 def _check(x: Tensor, numerator: Tensor, denominator: Tensor) -> None:
@@ -110,3 +235,165 @@ def _backward(ctx, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _rational.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("flashkat::rational_linear_backward", mutates_args=())
+def _rational_linear_backward(
+    grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return rational_linear_gradients(grad_y, x, numerator, denominator)
+
+
+@_rational_linear_backward.register_kernel(TRITON_DEVICES)
+def _(
+    grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backward = rational_linear_gradients if x.dtype == torch.float64 else rational_linear_backward
+    return backward(grad_y, x, numerator, denominator)
+
+
+@_rational_linear_backward.register_fake
+def _(
+    grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    columns = x.new_empty(x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    tables = torch.empty_like(numerator), torch.empty_like(denominator)
+    return torch.empty_like(x), torch.empty_like(x), columns, *tables
+
+
+class _RationalLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, numerator, denominator, weight, bias, x_bias):
+        ctx.save_for_backward(x, numerator, denominator, weight, bias, x_bias)
+        return linear(_rational(x, numerator, denominator), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, numerator, denominator, weight, bias, x_bias = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_y = (rows @ weight).view(x.shape)
+        grad_x, y, columns, *grad_tables = _rational_linear_backward(grad_y, x, numerator, denominator)
+        grad_weight = rows.T @ y.view(-1, y.shape[-1]) if ctx.needs_input_grad[3] else None
+        grad_bias = rows.sum(0) if ctx.needs_input_grad[4] else None
+        return grad_x, *grad_tables, grad_weight, grad_bias, columns.to(x_bias.dtype)
+
+
+@torch.library.custom_op("flashkat::add_norm_rational", mutates_args=())
+def _add_norm_rational(
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return add_norm_rational_value(residual, branch, weight, bias, numerator, denominator, eps)
+
+
+@_add_norm_rational.register_kernel(TRITON_DEVICES)
+def _(residual: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    forward = add_norm_rational_value if residual.dtype == torch.float64 else add_norm_rational_forward
+    return forward(residual, *rest)
+
+
+@_add_norm_rational.register_fake
+def _(residual: Tensor, branch: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(residual.dtype, torch.float32)
+    mean, rstd = (residual.new_empty(residual.shape[:-1], dtype=dtype) for _ in range(2))
+    return torch.empty_like(residual), torch.empty_like(branch), mean, rstd
+
+
+@torch.library.custom_op("flashkat::add_norm_rational_backward", mutates_args=())
+def _add_norm_rational_backward(
+    grad_total: Tensor,
+    grad_y: Tensor,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return add_norm_rational_gradients(grad_total, grad_y, total, mean, rstd, weight, bias, numerator, denominator)
+
+
+@_add_norm_rational_backward.register_kernel(TRITON_DEVICES)
+def _(grad_total: Tensor, grad_y: Tensor, total: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backward = add_norm_rational_gradients if total.dtype == torch.float64 else add_norm_rational_backward
+    return backward(grad_total, grad_y, total, *rest)
+
+
+@_add_norm_rational_backward.register_fake
+def _(
+    grad_total: Tensor, grad_y: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, *parameters
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad = torch.empty_like(total)
+    weight, bias, numerator, denominator = (torch.empty_like(parameter) for parameter in parameters)
+    return grad, weight, bias, numerator, denominator
+
+
+def _setup_add_norm_rational(ctx, inputs, output) -> None:
+    _, branch, *parameters, _ = inputs
+    total, _, mean, rstd = output
+    ctx.save_for_backward(total, mean, rstd, *parameters)
+    ctx.branch_dtype = branch.dtype
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _add_norm_rational_autograd(ctx, grad_total: Tensor, grad_y: Tensor, *_) -> tuple:
+    grad, *grads = _add_norm_rational_backward(grad_total.contiguous(), grad_y.contiguous(), *ctx.saved_tensors)
+    return grad, grad.to(ctx.branch_dtype), *grads, None
+
+
+_add_norm_rational.register_autograd(_add_norm_rational_autograd, setup_context=_setup_add_norm_rational)
+
+
+@torch.library.custom_op("flashkat::packed_attention", mutates_args=())
+def _packed_attention(qkv: Tensor, qkv_bias: Tensor | None, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    return packed_attention_value(qkv, num_heads, scale)
+
+
+@torch.library.custom_op("flashkat::packed_attention_backward", mutates_args=())
+def _packed_attention_backward(
+    grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return packed_attention_gradients(grad_y, qkv, y, lse, scale)
+
+
+@_packed_attention.register_kernel(TRITON_DEVICES)
+def _(qkv: Tensor, qkv_bias: Tensor | None, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    return packed_attention_forward(qkv, num_heads, scale)
+
+
+@_packed_attention_backward.register_kernel(TRITON_DEVICES)
+def _(grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return packed_attention_backward(grad_y, qkv, y, lse, scale)
+
+
+@_packed_attention.register_fake
+def _(qkv: Tensor, qkv_bias: Tensor | None, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    batch, num_tokens, width = qkv.shape
+    y = qkv.new_empty(batch, num_tokens, width // 3)
+    return y, qkv.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
+
+
+@_packed_attention_backward.register_fake
+def _(grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(qkv), qkv.new_empty(qkv.shape[-1], dtype=torch.float32)
+
+
+def _setup_packed_attention(ctx, inputs, output) -> None:
+    qkv, qkv_bias, _, ctx.scale = inputs
+    ctx.save_for_backward(qkv, *output)
+    ctx.bias_dtype = None if qkv_bias is None else qkv_bias.dtype
+    ctx.mark_non_differentiable(output[1])
+
+
+def _packed_attention_autograd(ctx, grad_y: Tensor, _) -> tuple:
+    grad_qkv, columns = _packed_attention_backward(grad_y.contiguous(), *ctx.saved_tensors, ctx.scale)
+    return grad_qkv, None if ctx.bias_dtype is None else columns.to(ctx.bias_dtype), None, None
+
+
+_packed_attention.register_autograd(_packed_attention_autograd, setup_context=_setup_packed_attention)

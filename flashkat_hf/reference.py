@@ -17,6 +17,7 @@ blocks of rows that fit a processor's cache, so the extra memory is the output a
 Source: Yang and Wang, Kolmogorov-Arnold Transformer, ICLR 2025, with the denominator of its released kernels.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -96,6 +97,103 @@ def rational_gradients(
             grad_a[k] += term.sum((0, 2))
             term.mul_(x_block)
     return grad_x, *coefficient_gradients(grad_a.T, grad_b.T, numerator, denominator)
+
+
+def rational_linear_gradients(
+    grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What a rational between two linear maps gives in backward.
+
+    Returns:
+        grad_x, y, the column sums of grad_x `(hidden_size,)` in the arithmetic's dtype, and both tables' gradients.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    grad_x, *grad_tables = rational_gradients(grad_y, x.to(dtype), numerator, denominator)
+    columns = grad_x.view(-1, x.shape[-1]).sum(0)
+    return grad_x.to(x.dtype), rational_value(x, numerator, denominator), columns, *grad_tables
+
+
+def add_norm_rational_value(
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Residual addition, layer norm and rational, without autograd.
+
+    Returns:
+        total = residual + branch in residual's dtype, the activation in branch's, and mean and reciprocal standard
+        deviation of total's rows in the arithmetic's dtype.
+    """
+    total = (residual + branch).to(residual.dtype)
+    dtype = torch.promote_types(total.dtype, torch.float32)
+    norm = weight.to(dtype), bias.to(dtype)
+    x, mean, rstd = torch.native_layer_norm(total.to(dtype), weight.shape, *norm, eps)
+    y = rational_value(x, numerator, denominator).to(branch.dtype)
+    return total, y, mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def add_norm_rational_gradients(
+    grad_total: Tensor,
+    grad_y: Tensor,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `sum(grad_total * total) + sum(grad_y * y)`.
+
+    Returns:
+        That of both summands, in total's dtype, and those of weight, bias, numerator and denominator.
+    """
+    dtype = torch.promote_types(total.dtype, torch.float32)
+    normal = (total.to(dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+    grad_x, *grad_tables = rational_gradients(grad_y, normal * weight + bias, numerator, denominator)
+    rows = grad_x.flatten(0, -2), normal.flatten(0, -2)
+    grad_weight, grad_bias = (rows[0] * rows[1]).sum(0), rows[0].sum(0)
+    grad_normal = grad_x * weight
+    along = (grad_normal * normal).mean(-1, keepdim=True)
+    grad = grad_normal - grad_normal.mean(-1, keepdim=True) - normal * along
+    grad = (grad_total + grad * rstd.unsqueeze(-1)).to(total.dtype)
+    return grad, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *grad_tables
+
+
+def packed_attention_value(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v of each head, from `(batch, num_tokens, 3 * hidden_size)`, without autograd.
+
+    Returns:
+        y `(batch, num_tokens, hidden_size)` and the scores' log2-sum-exp2 `(batch, num_heads, num_tokens)` in float32.
+    """
+    query, key, value = _heads(qkv, 3 * num_heads).chunk(3, dim=1)
+    score = query @ key.mT * scale
+    lse = score.logsumexp(-1)
+    y = (score - lse.unsqueeze(-1)).exp() @ value
+    return y.transpose(1, 2).flatten(2).to(qkv.dtype), (lse / math.log(2)).float()
+
+
+def packed_attention_gradients(
+    grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The gradient of qkv, and its column sums `(3 * hidden_size,)` in float32."""
+    num_heads = lse.shape[1]
+    query, key, value = _heads(qkv, 3 * num_heads).chunk(3, dim=1)
+    y, grad_y = _heads(y, num_heads), _heads(grad_y, num_heads)
+    p = (query @ key.mT * scale - lse.unsqueeze(-1) * math.log(2)).exp()
+    grad_score = p * (grad_y @ value.mT - (grad_y * y).sum(-1, keepdim=True)) * scale
+    grad_qkv = torch.cat((grad_score @ key, grad_score.mT @ query, p.mT @ grad_y), dim=1).transpose(1, 2).flatten(2)
+    return grad_qkv.to(qkv.dtype), grad_qkv.sum((0, 1)).float()
+
+
+def _heads(packed: Tensor, num_heads: int) -> Tensor:
+    """`(batch, num_heads, num_tokens, head_dim)` in the arithmetic's dtype."""
+    dtype = torch.promote_types(packed.dtype, torch.float32)
+    return packed.unflatten(-1, (num_heads, -1)).transpose(1, 2).to(dtype)
 
 
 def coefficient_gradients(

@@ -38,7 +38,8 @@ def quotient(x, a, b):
     u = tl.abs(x)
     p = a[0] + x * (a[1] + x * (a[2] + x * (a[3] + x * (a[4] + x * a[5]))))
     q = 1.0 + u * (b[0] + u * (b[1] + u * (b[2] + u * b[3])))
-    reciprocal = 1.0 / q
+    root = tl.rsqrt(q)  # its square is 1 / q to two roundings, in half the instructions of a division
+    reciprocal = root * root
     return p * reciprocal, reciprocal
 
 
@@ -55,3 +56,40 @@ def slope_times_q(x, f, a_slope, b_slope):
     p_slope = a_slope[0] + x * (a_slope[1] + x * (a_slope[2] + x * (a_slope[3] + x * a_slope[4])))
     q_slope = f * (b_slope[0] + u * (b_slope[1] + u * (b_slope[2] + u * b_slope[3])))
     return p_slope - tl.where(x < 0, -q_slope, q_slope)
+
+
+@triton.jit
+def no_sums(like):
+    """Ten zeros of the shape of `like`, for `add_coefficient_terms`: the sums for a_0..a_5 and |b_1|..|b_4|."""
+    zero = tl.zeros_like(like)
+    return zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
+
+
+@triton.jit
+def add_coefficient_terms(sums, x, u, f):
+    """`sums` with the terms of a tile (segments, WIDTH) added; u = grad_y / Q(x), f = P(x) / Q(x).
+
+    a_k adds u x^k, |b_k| subtracts u f |x|^k.
+    """
+    v = u * f
+    x2 = x * x
+    x3, x4 = x2 * x, x2 * x2
+    return (
+        sums[0] + tl.sum(u, 1),
+        sums[1] + tl.sum(u * x, 1),
+        sums[2] + tl.sum(u * x2, 1),
+        sums[3] + tl.sum(u * x3, 1),
+        sums[4] + tl.sum(u * x4, 1),
+        sums[5] + tl.sum(u * (x4 * x), 1),
+        sums[6] - tl.sum(v * tl.abs(x), 1),
+        sums[7] - tl.sum(v * x2, 1),
+        sums[8] - tl.sum(v * tl.abs(x3), 1),
+        sums[9] - tl.sum(v * x4, 1),
+    )
+
+
+@triton.jit
+def store_sums(ptr, stride, sums, mask):
+    """Each of the ten sums `stride` behind the one before."""
+    for k in tl.static_range(10):
+        tl.store(ptr + k * stride, sums[k], mask=mask)

@@ -13,7 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import coefficient_gradients
-from .triton_math import derivative_coefficients, load_denominator, load_numerator, quotient, slope_times_q
+from .triton_math import (
+    add_coefficient_terms,
+    derivative_coefficients,
+    load_denominator,
+    load_numerator,
+    no_sums,
+    quotient,
+    slope_times_q,
+    store_sums,
+)
 from .triton_tiles import Tile, backward_tile, forward_tile
 
 SIZES = ("num_segments", "segments_per_row", "segments_per_group", "numerator_stride", "denominator_stride")
@@ -80,9 +89,7 @@ def rational_backward_kernel(
     a = load_numerator(numerator_ptr + group * numerator_stride)
     b = load_denominator(denominator_ptr + group * denominator_stride)
     a_slope, b_slope = derivative_coefficients(a, b)  # once, not for each tile
-    zero = tl.zeros([SEGMENTS], tl.float32)
-    a0, a1, a2, a3, a4, a5 = zero, zero, zero, zero, zero, zero
-    b1, b2, b3, b4 = zero, zero, zero, zero
+    sums = no_sums(segment.to(tl.float32))
     for start in range(first, num_segments, step):
         mask = (segment < num_segments - start)[:, None]
         x = tl.load(x_ptr + start * WIDTH + offset, mask=mask, other=0.0).to(tl.float32)
@@ -91,30 +98,8 @@ def rational_backward_kernel(
         u = grad_y * reciprocal
         grad_x = u * slope_times_q(x, f, a_slope, b_slope)
         tl.store(grad_x_ptr + start * WIDTH + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
-        x2 = x * x
-        x3, x4 = x2 * x, x2 * x2
-        a0 += tl.sum(u, 1)
-        a1 += tl.sum(u * x, 1)
-        a2 += tl.sum(u * x2, 1)
-        a3 += tl.sum(u * x3, 1)
-        a4 += tl.sum(u * x4, 1)
-        a5 += tl.sum(u * (x4 * x), 1)
-        u = u * f
-        b1 -= tl.sum(u * tl.abs(x), 1)
-        b2 -= tl.sum(u * x2, 1)
-        b3 -= tl.sum(u * tl.abs(x3), 1)
-        b4 -= tl.sum(u * x4, 1)
-    partial_ptr += first + segment
-    tl.store(partial_ptr, a0)
-    tl.store(partial_ptr + step, a1)
-    tl.store(partial_ptr + step * 2, a2)
-    tl.store(partial_ptr + step * 3, a3)
-    tl.store(partial_ptr + step * 4, a4)
-    tl.store(partial_ptr + step * 5, a5)
-    tl.store(partial_ptr + step * 6, b1)
-    tl.store(partial_ptr + step * 7, b2)
-    tl.store(partial_ptr + step * 8, b3)
-    tl.store(partial_ptr + step * 9, b4)
+        sums = add_coefficient_terms(sums, x, u, f)
+    store_sums(partial_ptr + first + segment, step, sums, None)
 
 
 def rational_forward(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -140,26 +125,36 @@ def rational_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel and add up its partial sums, in a fixed order; arguments are valid and contiguous."""
     grad_x = torch.empty_like(x)
-    hidden_size, num_groups = x.shape[-1], max(numerator.shape[0], denominator.shape[0])
-    tile = backward_tile(
-        x.numel(), hidden_size, hidden_size // num_groups, x.element_size(), _num_multiprocessors(x.device)
-    )
-    partial = torch.empty(10, tile.num_programs, tile.segments, dtype=torch.float32, device=x.device)
+    tile, layout, partial = backward_plan(x, numerator, denominator)
     if x.numel():
         with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType]
             rational_backward_kernel[(tile.num_programs,)](
-                grad_y,
-                x,
-                numerator,
-                denominator,
-                grad_x,
-                partial,
-                *_layout(x, numerator, denominator, tile),
-                num_warps=tile.num_warps,
+                grad_y, x, numerator, denominator, grad_x, partial, *layout, num_warps=tile.num_warps
             )
+    return grad_x, *gather_sums(partial, numerator, denominator, x.shape[-1] // tile.width)
+
+
+def backward_plan(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tile, tuple[int, ...], Tensor]:
+    """Tile, the kernel's arguments from num_segments to WIDTH, and room for the sums `(10, num_programs, segments)`.
+
+    Without elements there are no programs, and the sums are empty.
+    """
+    hidden_size, num_groups = x.shape[-1], max(numerator.shape[0], denominator.shape[0])
+    tile = backward_tile(
+        x.numel(), hidden_size, hidden_size // num_groups, x.element_size(), num_multiprocessors(x.device)
+    )
+    partial = torch.empty(10, tile.num_programs, tile.segments, dtype=torch.float32, device=x.device)
+    return tile, _layout(x, numerator, denominator, tile), partial
+
+
+def gather_sums(
+    partial: Tensor, numerator: Tensor, denominator: Tensor, segments_per_row: int
+) -> tuple[Tensor, Tensor]:
+    """The tables' gradients from sums `(10, ...)` over segments that, in order of memory, make whole rows."""
+    num_groups = max(numerator.shape[0], denominator.shape[0])
     # Neighbouring segments of a group stand together, and the programs' tiles in a row make whole rows of x.
-    sums = partial.view(10, -1, num_groups, hidden_size // tile.width // num_groups).sum((1, 3)).T
-    return grad_x, *coefficient_gradients(sums[:, :6], sums[:, 6:], numerator, denominator)
+    sums = partial.view(10, -1, num_groups, segments_per_row // num_groups).sum((1, 3)).T
+    return coefficient_gradients(sums[:, :6], sums[:, 6:], numerator, denominator)
 
 
 def _layout(x: Tensor, numerator: Tensor, denominator: Tensor, tile: Tile) -> tuple[int, ...]:
@@ -177,7 +172,7 @@ def _layout(x: Tensor, numerator: Tensor, denominator: Tensor, tile: Tile) -> tu
 
 
 @lru_cache
-def _num_multiprocessors(device: torch.device) -> int:
+def num_multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return 1  # Triton's interpreter
     return getattr(torch.get_device_module(device).get_device_properties(device), "multi_processor_count", 64)

@@ -43,5 +43,13 @@ def backward_tile(
     return Tile(segments, width, num_warps=4, num_programs=_cdiv(wanted, whole_rows) * whole_rows)
 
 
+def norm_tile(num_rows: int, hidden_size: int, group_size: int, num_multiprocessors: int) -> Tile:
+    """A row at a time, one segment a thread, for kernels that reduce along a row; programs walk over the rows."""
+    width = segment_width(group_size, 2)
+    segments = 1 << (hidden_size // width - 1).bit_length()
+    num_warps = min(max(segments // 32, 1), 16)
+    return Tile(segments, width, num_warps, num_programs=min(num_rows, 16 * num_multiprocessors // num_warps))
+
+
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
