@@ -112,6 +112,8 @@ def convert(
         if image_size is not None and image_size != config.image_size:
             config, state, read = _resize(config, state, read, image_size)
         notes = list(read.notes)
+        if "num_attention_heads" not in {**read.hints, **(settings or {})} and not read.published:
+            notes.append("heads of 64 channels assumed; --set num_attention_heads=N says otherwise")
         if not num_labels and not config.num_labels:
             notes.append("the source has no head; --num-labels N makes a fresh one")
         if num_labels:

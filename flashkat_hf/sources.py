@@ -132,10 +132,7 @@ def _assemble(source_name: str, weights: Path, folder: Path | None, published: P
         if pooling not in (None, "token", "avg"):
             raise ValueError(f"its pooling is {pooling}; a FlashKAT has token or avg")
     processor = _read_json(folder / "preprocessor_config.json") if folder else {}
-    source = Source(source_name, title, state, config, processor, hints, architecture, published, notes)
-    if "num_attention_heads" not in hints:
-        notes.append("heads of 64 channels assumed; --set num_attention_heads=N says otherwise")
-    return source
+    return Source(source_name, title, state, config, processor, hints, architecture, published, notes)
 
 
 def load_state(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:

@@ -206,7 +206,9 @@ def _install_tables(model: nn.Module, result: Mapping[str, Tensor]) -> None:
     mlps = [module for module in model.modules() if hasattr(module, "fc1") and hasattr(module, "fc2")]
     for index, mlp in enumerate(mlps):
         act1, act2 = (
-            PlainRational(*(result[f"flashkat.layers.{index}.mlp.{act}.{part}"] for part in ("numerator", "denominator")))
+            PlainRational(
+                *(result[f"flashkat.layers.{index}.mlp.{act}.{part}"] for part in ("numerator", "denominator"))
+            )
             for act in ("act1", "act2")
         )
         mlp.fc1 = nn.Sequential(act1, mlp.fc1)
