@@ -1,4 +1,4 @@
-"""Conversion of a KAT or ViT checkpoint to a folder that `from_pretrained` loads, proved before it appears, and back."""
+"""A KAT or ViT checkpoint as a folder that `from_pretrained` loads, proved before it appears, and the way back."""
 
 import os
 import shutil
@@ -296,13 +296,13 @@ def _with_fresh_head(
 
 
 def _readable_labels(config: FlashKATConfig) -> bool:
-    return any(label != f"LABEL_{index}" for index, label in config.id2label.items())
+    return any(label != f"LABEL_{index}" for index, label in (config.id2label or {}).items())
 
 
 def _name_imagenet_labels(config: FlashKATConfig) -> str:
     """Give a head of 1,000 outputs ImageNet-1k's names, WordNet's lemmas in timm; returns the note on it."""
     try:
-        from timm.data import ImageNetInfo
+        from timm.data.imagenet_info import ImageNetInfo
     except ImportError:
         return "labels have no names: they are timm's, pip install 'flashkat_hf[train]'"
     info = ImageNetInfo("imagenet-1k")

@@ -170,8 +170,8 @@ def to_flashkat(
             raise ValueError(f"it has {feature}, which a FlashKAT has not: {_listing(found)}")
     if title == "timm ViT":
         _fold_layer_scale(state)
-    elif found := [name for name in state if re.fullmatch(LAYER_SCALE, name)]:
-        raise ValueError(f"it has layer scale, which a FlashKAT has not: {_listing(found)}")
+    elif has_layer_scale(state):
+        raise ValueError("it has layer scale (ls1.gamma, ls2.gamma), which is taken over from a plain ViT only")
     read = _read_sizes(state, title)
     config = _make_config(read, title, settings or {}, hints or {})
     positions = source_names("flashkat.embeddings.position_embeddings", table)[0]
@@ -212,6 +212,11 @@ def strip_prefix(state: Mapping[str, Tensor]) -> State:
     if "classifier.weight" not in state and "embeddings.cls_token" in state:  # a ViTModel; its tanh pooler is for heads
         state = {name: tensor for name, tensor in state.items() if not name.startswith("pooler.")}
     return dict(state)
+
+
+def has_layer_scale(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict of timm's naming, with or without a wrapper's prefix, scales the residual branches."""
+    return any(re.search(LAYER_SCALE, name) for name in state)
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -291,13 +296,13 @@ def _make_config(read: dict[str, Any], title: str, settings: Mapping, hints: Map
         for name in sorted(read.keys() & stated.keys()):
             if stated[name] != read[name]:
                 raise ValueError(f"{origin} {name}={stated[name]}, but the weights {name}={read[name]}")
-    values = {"act2_init": "swish" if title in ("KAT", "FlashKAT") else "gelu"}
+    values: dict[str, Any] = {"act2_init": "swish" if title in ("KAT", "FlashKAT") else "gelu"}
     values |= {"layer_norm_eps": 1e-12 if title.startswith("transformers") else 1e-6, **hints, **settings, **read}
     if "num_attention_heads" not in values:
         if read["hidden_size"] % 64:
             raise ValueError(
-                f"the weights do not tell the number of heads, and {read['hidden_size']} channels are no multiple of 64: "
-                "set num_attention_heads"
+                f"the weights do not tell the number of heads, and {read['hidden_size']} channels are no multiple of "
+                "64: set num_attention_heads"
             )
         values["num_attention_heads"] = read["hidden_size"] // 64
     try:
@@ -325,10 +330,10 @@ def _rename(state: State, config: FlashKATConfig, table: Mapping[str, str]) -> S
             missing += absent
             continue
         unused -= set(names)
-        rows = meta.shape[0] // len(names)
-        for theirs in names:
-            if (rows, *meta.shape[1:]) != state[theirs].shape:
-                misshapen.append(f"{theirs} {tuple(state[theirs].shape)} instead of {(rows, *meta.shape[1:])}")
+        shape = (meta.shape[0] // len(names), *meta.shape[1:])
+        misshapen += [
+            f"{one} {tuple(state[one].shape)} instead of {shape}" for one in names if state[one].shape != shape
+        ]
         if not misshapen:
             tensor = state[names[0]] if len(names) == 1 else torch.cat([state[theirs] for theirs in names])
             tensor = tensor.detach().to(dtype).contiguous()

@@ -248,7 +248,7 @@ def _transformers_hints(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _timm_hints(architecture: str | None, config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """timm's name of the architecture, if timm is there and knows it, and what its model tells."""
+    """The architecture as timm names it, if timm is there and knows it, and what its model tells."""
     try:
         import timm
     except ImportError:
@@ -256,14 +256,14 @@ def _timm_hints(architecture: str | None, config: Mapping[str, Any]) -> tuple[st
     if not architecture or not timm.is_model(architecture.partition(".")[0]):
         return None, {}
     model = timm_model(architecture, config)
-    block = model.blocks[0]
+    block: Any = model.blocks[0]
     if type(block.mlp.act).__name__ not in ("GELU", "GELUTanh"):
         raise ValueError(f"its activation is {type(block.mlp.act).__name__}; only gelu has a start table that keeps it")
     return architecture, {"num_attention_heads": block.attn.num_heads, "layer_norm_eps": block.norm1.eps}
 
 
 def timm_model(architecture: str, config: Mapping[str, Any], **arguments):
-    """timm's own model of that name on the meta device.
+    """The model that timm makes of that name, on the meta device.
 
     Raises:
         ValueError: it is no plain ViT.
@@ -313,7 +313,7 @@ def image_processor(source: Source, image_size: int, transform: str | None = Non
 
 
 def _rescaled_processor(settings: Mapping[str, Any], image_size: int):
-    """transformers' own settings of a ViT's processor, for another image size in proportion."""
+    """A ViT's processor with the settings of transformers, for another image size in proportion."""
     processor = make_image_processor(image_size)
     kept = ("do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "resample")
     for name in kept:
@@ -322,13 +322,12 @@ def _rescaled_processor(settings: Mapping[str, Any], image_size: int):
     size, crop = settings.get("size", 224), settings.get("crop_size")
     size = {"height": size, "width": size} if isinstance(size, int) else dict(size)
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    crops = bool(settings.get("do_center_crop")) and crop is not None
-    final = crop if crops else size
+    final = crop if settings.get("do_center_crop") and crop else size
     if final.get("height") != final.get("width") or not final.get("height"):
         raise ValueError(f"its preprocessor_config.json makes no square images: size {size}, crop {crop}")
     scale = image_size / final["height"]
     processor.size = type(processor.size)(**{side: round(pixels * scale) for side, pixels in size.items()})
-    processor.do_center_crop = crops
+    processor.do_center_crop = final is crop
     return processor
 
 

@@ -43,7 +43,7 @@ def describe(name_or_path: str) -> str:
 
 
 def _move(act: GroupRational) -> float:
-    """max |r(x) - start(x)| over the groups and x in [-3, 3]; 0 for coefficients that are the table's, rounded or not."""
+    """Largest |r(x) - start(x)| over the groups and x in [-3, 3]; 0 for the table's own coefficients, also rounded."""
     start = tuple(table.to(act.numerator.dtype) for table in act.start())
     learned = act.numerator.detach(), act.denominator.detach()
     if all(torch.equal(one, other) for one, other in zip(learned, start, strict=True)):

@@ -1,4 +1,4 @@
-"""The proof of a conversion: the written folder against an evaluation of the source in which none of our code takes part.
+"""The proof of a conversion: the written folder against an evaluation of the source without any code of ours.
 
 A KAT runs in timm's VisionTransformer, with the MLP in a few lines of plain PyTorch, and its original state dict is
 loaded strictly; a ViT runs in timm's or transformers' own class. Everything is float64: what computes the same function
@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .configuration_flashkat import FlashKATConfig
 from .modeling_flashkat import FlashKATForImageClassification
-from .naming import LAYER_SCALE, NAMINGS, source_names, strip_prefix
+from .naming import NAMINGS, has_layer_scale, source_names, strip_prefix
 from .sources import Source, timm_model
 
 IMAGES = 4
@@ -58,8 +59,11 @@ class PlainRational(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a, b = (self.get_parameter(name) for name in self.names)
         groups = x.reshape(*x.shape[:-1], len(b), -1)
-        p = sum(a[:, k, None] * groups**k for k in range(6))
-        q = 1 + sum(b[:, k - 1, None].abs() * groups.abs() ** k for k in range(1, 5))
+        p, q = torch.zeros_like(groups), torch.ones_like(groups)
+        for k in range(6):
+            p += a[:, k, None] * groups**k
+        for k in range(4):
+            q += b[:, k, None].abs() * groups.abs() ** (k + 1)
         return (p / q).reshape(x.shape)
 
 
@@ -101,17 +105,17 @@ def verify(source: Source, config: FlashKATConfig, folder: Path, fresh_head: boo
     )
     pooled = fresh_head or not config.num_labels
     exact = _source_model(source, config, pooled)
-    expected = exact(images)
-    expected = getattr(expected, "logits", expected)
-    result = FlashKATForImageClassification.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
+    expected = _outputs(exact, images)
+    result: Any = FlashKATForImageClassification.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="sdpa"
+    )
     output = result.flashkat(images).pooler_output if pooled else result(images).logits
     same = expected
     if "KAT" not in source.title:
         _install_tables(exact, result.state_dict())
-        same = exact(images)
-        same = getattr(same, "logits", same)
+        same = _outputs(exact, images)
     rounding = ((output - same).abs().max() / same.abs().max()).item()
-    folded = any(LAYER_SCALE_END in name for name in source.state)
+    folded = has_layer_scale(source.state)
     if not rounding <= (FOLDED_ROUNDING if folded else ROUNDING):  # NaN too
         raise ValueError(
             f"{source.name} converted does not compute the same function: largest relative difference {rounding:.2g} "
@@ -126,7 +130,9 @@ def verify(source: Source, config: FlashKATConfig, folder: Path, fresh_head: boo
     )
 
 
-LAYER_SCALE_END = LAYER_SCALE.rpartition(".")[2]
+def _outputs(model: nn.Module, images: Tensor) -> Tensor:
+    outputs = model(images)
+    return getattr(outputs, "logits", outputs)  # transformers' wraps them
 
 
 def _source_model(source: Source, config: FlashKATConfig, pooled: bool) -> nn.Module:
@@ -168,7 +174,7 @@ def _source_model(source: Source, config: FlashKATConfig, pooled: bool) -> nn.Mo
                 num_heads=config.num_attention_heads,
                 mlp_ratio=config.intermediate_size / config.hidden_size,
                 qkv_bias=config.qkv_bias,
-                init_values=1.0 if any(LAYER_SCALE_END in name for name in state) else None,
+                init_values=1.0 if has_layer_scale(state) else None,
                 no_embed_class=state["pos_embed"].shape[1] == grid**2,
                 norm_layer=partial(nn.LayerNorm, eps=config.layer_norm_eps),  # pyright: ignore[reportArgumentType]
                 weight_init="skip",
@@ -180,16 +186,12 @@ def _source_model(source: Source, config: FlashKATConfig, pooled: bool) -> nn.Mo
 def _transformers_vit(source: Source, config: FlashKATConfig, state: Mapping[str, Tensor], pooled: bool) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    sizes = {name: getattr(config, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
-    sizes |= {name: getattr(config, name) for name in ("intermediate_size", "image_size", "patch_size", "num_channels")}
-    vit_config = ViTConfig(
-        **sizes,
-        layer_norm_eps=config.layer_norm_eps,
-        qkv_bias=config.qkv_bias,
-        hidden_act=source.config.get("hidden_act", "gelu"),
-        num_labels=0 if pooled else config.num_labels,
-        attn_implementation="sdpa",
-    )
+    same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
+    values: dict[str, Any] = {
+        name: getattr(config, name) for name in (*same, "num_channels", "layer_norm_eps", "qkv_bias")
+    }
+    values |= {"hidden_act": source.config.get("hidden_act", "gelu"), "num_labels": 0 if pooled else config.num_labels}
+    vit_config = ViTConfig(**values, attn_implementation="sdpa")  # pyright: ignore[reportCallIssue]
     if pooled:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
     prefixed = {name if name.startswith("classifier.") else f"vit.{name}": value for name, value in state.items()}
@@ -203,13 +205,9 @@ def _transformers_vit(source: Source, config: FlashKATConfig, state: Mapping[str
 
 def _install_tables(model: nn.Module, result: Mapping[str, Tensor]) -> None:
     """Give each MLP of a ViT the activations of the result's layer with the same index."""
-    mlps = [module for module in model.modules() if hasattr(module, "fc1") and hasattr(module, "fc2")]
+    mlps: list[Any] = [module for module in model.modules() if hasattr(module, "fc1") and hasattr(module, "fc2")]
     for index, mlp in enumerate(mlps):
-        act1, act2 = (
-            PlainRational(
-                *(result[f"flashkat.layers.{index}.mlp.{act}.{part}"] for part in ("numerator", "denominator"))
-            )
-            for act in ("act1", "act2")
-        )
+        names = (f"flashkat.layers.{index}.mlp.{act}" for act in ("act1", "act2"))
+        act1, act2 = (PlainRational(result[f"{name}.numerator"], result[f"{name}.denominator"]) for name in names)
         mlp.fc1 = nn.Sequential(act1, mlp.fc1)
         setattr(mlp, "activation_fn" if hasattr(mlp, "activation_fn") else "act", act2)
