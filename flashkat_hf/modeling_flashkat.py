@@ -217,7 +217,9 @@ class FlashKATPreTrainedModel(PreTrainedModel):
             error.add_note(convert)
             raise
         model, info = loaded
-        layers = {name for name in model.state_dict() if "layers." in name}  # the originals have names such as norm, too
+        layers = {
+            name for name in model.state_dict() if "layers." in name
+        }  # the originals have names such as norm, too
         if layers <= set(info["missing_keys"]):
             found = sorted(info["unexpected_keys"])
             raise ValueError(

@@ -167,13 +167,14 @@ def _load_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if found := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error)):
+        if found := re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error)):
             raise ValueError(
                 f"{path.name} would run {found[1]} when unpickled, so it is refused; save its state dict alone "
                 "where you trust it"
             ) from error
-        raise ValueError(f"{path.name} is damaged, no PyTorch file, or would run code ({_one_line(error)})") from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, IndexError, AttributeError) as error:
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]  # less PyTorch's advice
+        raise ValueError(f"{path.name} is damaged, no PyTorch file, or would run code ({reason})") from error
+    except Exception as error:  # damaged bytes can ask the unpickler for anything, and it raises as many errors
         raise ValueError(f"{path.name} is damaged or no PyTorch file ({_one_line(error)})") from error
 
 

@@ -177,7 +177,9 @@ def test_start_tables_of_a_vit():
     )
     assert swish.drop_path_rate == 0.1
     assert other["flashkat.layers.1.mlp.act2.numerator"].shape == (4, 6)
-    assert not torch.equal(other["flashkat.layers.1.mlp.act2.numerator"][:1], ours["flashkat.layers.1.mlp.act2.numerator"])
+    assert not torch.equal(
+        other["flashkat.layers.1.mlp.act2.numerator"][:1], ours["flashkat.layers.1.mlp.act2.numerator"]
+    )
 
 
 def test_dtypes():
