@@ -292,6 +292,8 @@ def _read_sizes(state: Mapping[str, Tensor], title: str) -> dict[str, Any]:
 
 def _make_config(read: dict[str, Any], title: str, settings: Mapping, hints: Mapping) -> FlashKATConfig:
     check_settings(settings)
+    if not read["num_labels"]:  # a config of transformers or timm counts labels with or without a head
+        hints = {name: value for name, value in hints.items() if name not in ("num_labels", "id2label")}
     for origin, stated in (("the settings say", settings), ("the source's config says", hints)):
         for name in sorted(read.keys() & stated.keys()):
             if stated[name] != read[name]:

@@ -207,5 +207,5 @@ def test_views_and_tied_tensors_become_tensors_of_their_own(tmp_path):
 def test_unknown_naming():
     with pytest.raises(ValueError, match="unknown naming 'timm'; known are kat, flashkat"):
         to_original({}, "timm")
-    with pytest.raises(ValueError, match="bert.x has no name in kat's naming"):
+    with pytest.raises(ValueError, match=r"bert.x has no name in kat's naming"):
         to_original({"bert.x": torch.zeros(1)})

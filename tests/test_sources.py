@@ -145,7 +145,7 @@ def test_folders(tmp_path):
     save_file(original_state("flashkat"), tmp_path / "model.safetensors")
     assert read_source(tmp_path).title == "FlashKAT"
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is damaged or no JSON"):
+    with pytest.raises(ValueError, match=r"config.json is damaged or no JSON"):
         read_source(tmp_path)
     (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "x.Y"}}')
     with pytest.raises(ValueError, match="brings its own code"):
@@ -229,7 +229,7 @@ def test_published_file_with_the_right_checksum(hub, monkeypatch):
 
 def test_hub_id(hub):
     folder, _ = hub
-    with pytest.raises(ValueError, match="owner/name has neither model.safetensors"):
+    with pytest.raises(ValueError, match=r"owner/name has neither model.safetensors"):
         read_source("owner/name")
     repository = folder / "owner/name"
     repository.mkdir(parents=True)
