@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging
 
 from .conversion import convert, export_original
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_info(commands)
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # less its lines about each attempt to reach the network
     try:
         print(options.run(options))
     except ValueError as error:

@@ -167,7 +167,10 @@ def export_original(
     original = to_original(state, naming, config.pooling)
     with _whole(output) as path:
         if output.suffix == ".pth":
-            torch.save(original, path)
+            try:
+                torch.save(original, path)
+            except RuntimeError as error:  # PyTorch's way to say that the disk is full
+                raise OSError(f"PyTorch cannot write the file, perhaps the disk is full ({error})") from error
         else:
             save_file({name: tensor.contiguous() for name, tensor in original.items()}, path, {"format": "pt"})
         settings = {"num_attention_heads": config.num_attention_heads}
@@ -246,11 +249,9 @@ def _whole(output: Path) -> Iterator[Path]:
             if target.exists():
                 target.rename(workspace / "replaced")
             new.rename(target)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         if (workspace / "replaced").exists() and not target.exists():
             (workspace / "replaced").rename(target)
-        if isinstance(error, RuntimeError) and "write" not in str(error):  # torch.save's way to say that a disk is full
-            raise
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise ValueError(f"cannot write {output}: {reason}; nothing is written") from error
     finally:

@@ -89,17 +89,25 @@ def check_sha256(path: Path) -> None:
         )
 
 
-def download(repository: str, file: str, revision: str | None = None, token: str | None = None) -> Path | None:
+class NotReachableError(ValueError):
+    """The Hub does not answer, or must not be asked, and the file is not in the cache."""
+
+
+def download(
+    repository: str, file: str, revision: str | None = None, token: str | None = None, offline: bool = False
+) -> Path | None:
     """A file of the Hub in the local cache, or None if the repository has no such file.
 
     Raises:
+        NotReachableError: it is not in the cache, and there is no network, or `offline` or huggingface_hub's offline
+            mode forbids it.
         ValueError: in one line, for every other error of the Hub, with what to do about it.
     """
     try:
-        return Path(hf_hub_download(repository, file, revision=revision, token=token))
+        return Path(hf_hub_download(repository, file, revision=revision, token=token, local_files_only=offline))
     except LocalEntryNotFoundError as error:
         reason = "no network or offline mode, and it is not in the cache"
-        raise _unreachable(repository, file, reason) from error
+        raise NotReachableError(str(_unreachable(repository, file, reason))) from error
     except EntryNotFoundError:
         return None
     except Exception as error:

@@ -24,7 +24,7 @@ from transformers.utils.constants import (
 
 from .naming import CONFIG_FIELDS, READABLE, detect_naming, strip_prefix
 from .processing import make_image_processor
-from .published import PUBLISHED, RELEASE_REPOSITORY, Published, check_sha256, download
+from .published import PUBLISHED, RELEASE_REPOSITORY, NotReachableError, Published, check_sha256, download
 
 WEIGHTS = (
     "model.safetensors",
@@ -211,16 +211,29 @@ def _weights_of_folder(folder: Path) -> Path:
 
 
 def _download_weights(repository: str, revision: str | None, token: str | None) -> Path:
+    unreachable: NotReachableError | None = None
+
+    def get(name: str) -> Path | None:
+        """Or None, and then only from the cache from now on: it may have what it takes."""
+        nonlocal unreachable
+        try:
+            return download(repository, name, revision, token, offline=unreachable is not None)
+        except NotReachableError as error:
+            unreachable = unreachable or error
+            return None
+
     for name in WEIGHTS:
-        if weights := download(repository, name, revision, token):
+        if weights := get(name):
             if name.endswith(".index.json"):
                 for shard in sorted(set(_read_json(weights).get("weight_map", {}).values())):
-                    if download(repository, shard, revision, token) is None:
-                        raise ValueError(f"{repository}: {name} names {shard}, which is not there")
+                    if get(shard) is None:
+                        raise unreachable or ValueError(f"{repository}: {name} names {shard}, which is not there")
             for optional in ("config.json", "preprocessor_config.json"):
-                download(repository, optional, revision, token)
+                get(optional)
             return weights
-    raise ValueError(f"{repository} has neither {' nor '.join(WEIGHTS)}; download its weights and give the file's path")
+    raise unreachable or ValueError(
+        f"{repository} has neither {' nor '.join(WEIGHTS)}; download its weights and give the file's path"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

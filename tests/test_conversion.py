@@ -285,6 +285,17 @@ def test_safetensors_own_error_of_a_full_disk(kat, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["kat.pth"]
 
 
+def test_torchs_own_error_of_a_full_disk(kat, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 260416 vs 260368")
+
+    convert(kat, tmp_path / "ours", settings=HEADS)
+    monkeypatch.setattr(conversion.torch, "save", fail)
+    with pytest.raises(ValueError, match=r"cannot write .*perhaps the disk is full .*; nothing is written"):
+        export_original(tmp_path / "ours", tmp_path / "out.pth")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kat.pth", "ours"]
+
+
 def test_interrupt_leaves_nothing(kat, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

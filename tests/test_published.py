@@ -84,7 +84,7 @@ def test_revision_and_token_reach_the_hub(monkeypatch, tmp_path):
         published, "hf_hub_download", lambda *args, **kwargs: seen.append((args, kwargs)) or str(tmp_path)
     )
     assert download("owner/name", "file", "v2", "secret") == tmp_path
-    assert seen == [(("owner/name", "file"), {"revision": "v2", "token": "secret"})]
+    assert seen == [(("owner/name", "file"), {"revision": "v2", "token": "secret", "local_files_only": False})]
 
 
 def test_offline(monkeypatch, tmp_path):

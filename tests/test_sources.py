@@ -188,7 +188,7 @@ def hub(monkeypatch, tmp_path):
     """A Hub of files below a folder; returns the folder, and a list of what was asked for."""
     asked = []
 
-    def fetch(repository, file, *, revision=None, token=None):
+    def fetch(repository, file, *, revision=None, token=None, local_files_only=False):
         asked.append((repository, file, revision, token))
         path = tmp_path / repository / file
         if not path.is_file():
@@ -243,6 +243,22 @@ def test_hub_id(hub):
     (repository / "config.json").write_text('{"global_pool": "max"}')
     with pytest.raises(ValueError, match=r"its pooling is max"):
         read_source("owner/name")
+
+
+def test_cached_hub_id_without_network(monkeypatch, tmp_path):
+    """huggingface_hub's own cache, offline: the .bin is used though no one can say that there is no .safetensors."""
+    snapshot = tmp_path / "models--owner--name/snapshots/1234"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text("1234")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"cannot get model.safetensors of owner/name .*no network or offline"):
+        read_source("owner/name")
+    kat_file(snapshot / "pytorch_model.bin")
+    assert read_source("owner/name").title == "KAT"
+    (snapshot / "config.json").write_text('{"num_classes": 10}')
+    assert read_source("owner/name").hints == {"num_labels": 10}
 
 
 def test_sharded_hub_id(hub):
