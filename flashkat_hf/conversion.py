@@ -114,6 +114,8 @@ def convert(
         notes = list(read.notes)
         if "num_attention_heads" not in {**read.hints, **(settings or {})} and not read.published:
             notes.append("heads of 64 channels assumed; --set num_attention_heads=N says otherwise")
+        if read.title.startswith("transformers") and "layer_norm_eps" not in {**read.hints, **(settings or {})}:
+            notes.append(f"eps {config.layer_norm_eps:g} assumed; --set layer_norm_eps=X says otherwise")
         if not num_labels and not config.num_labels:
             notes.append("the source has no head; --num-labels N makes a fresh one")
         if num_labels:
@@ -250,11 +252,11 @@ def _whole(output: Path) -> Iterator[Path]:
                 target.rename(workspace / "replaced")
             new.rename(target)
     except (OSError, SafetensorError) as error:
-        if (workspace / "replaced").exists() and not target.exists():
-            (workspace / "replaced").rename(target)
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise ValueError(f"cannot write {output}: {reason}; nothing is written") from error
     finally:
+        if (workspace / "replaced").exists() and not target.exists():  # an error or interrupt between the two renamings
+            (workspace / "replaced").rename(target)
         shutil.rmtree(workspace, ignore_errors=True)
 
 

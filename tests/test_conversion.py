@@ -2,10 +2,12 @@
 
 import errno
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import original_state, relative_error, stored_model, timm_vit
+from helpers import DATA, original_state, relative_error, stored_model, timm_vit
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
@@ -138,6 +140,7 @@ def test_transformers_state_dict_in_memorys_names(tmp_path):
     settings = {"num_attention_heads": 4}
     from_file = convert(tmp_path / "x.pth", tmp_path / "one", settings=settings)
     assert from_file.title == "transformers 5 ViT"
+    assert "eps 1e-12 assumed; --set layer_norm_eps=X says otherwise" in from_file.notes
     convert(tmp_path / "vit", tmp_path / "two")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
@@ -275,6 +278,24 @@ def test_full_disk(kat, tmp_path, monkeypatch, when, existing):
     assert (tmp_path / "deep").exists() == existing
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_trouble_between_the_two_renamings(kat, tmp_path, monkeypatch, error):
+    """The old folder has moved away, the new one has not come: the old one comes back."""
+    out = tmp_path / "out"
+    convert(kat, out, settings=HEADS)
+    before, rename = listing(tmp_path), type(out).rename
+
+    def fail_once(self, target):
+        if target == out and self.name == "out":
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(type(out), "rename", fail_once)
+    with pytest.raises(error if error is KeyboardInterrupt else ValueError):
+        convert(kat, out, settings=HEADS, num_labels=4, overwrite=True)
+    assert listing(tmp_path) == before
+
+
 def test_safetensors_own_error_of_a_full_disk(kat, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise conversion.SafetensorError("I/O error: No space left on device (os error 28)")
@@ -367,3 +388,23 @@ def test_from_pretrained_of_an_original_names_the_command(kat, tmp_path):
         FlashKATForImageClassification.from_pretrained(tmp_path, **{**VIT, "intermediate_size": 256})
     with pytest.raises(ValueError, match=command):
         load_checkpoint(str(tmp_path))
+
+
+def test_memory_of_a_full_size_conversion(tmp_path):
+    """Base, proved: under 1.5 GB beyond two copies of the weights, and by far under a minute on busy cores."""
+    script = f"""
+import json, resource, time, torch
+from flashkat_hf import convert
+shapes = json.load(open({str(DATA / "kat_state_dict_shapes.json")!r}))["kat"]["base"]["tensors"]
+torch.save({{name: 0.03 * torch.randn(shape) for name, shape in shapes.items()}}, {str(tmp_path / "x.pth")!r})
+import timm, transformers.models.vit  # what the proof imports counts as no memory of it
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+report = convert({str(tmp_path / "x.pth")!r}, {str(tmp_path / "out")!r})
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([1024 * (after - before), 4 * report.parameters, time.monotonic() - start, report.proof.rounding]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    grown, weights, seconds, rounding = json.loads(done.stdout.splitlines()[-1])
+    assert grown < 1.5e9 + 2 * weights
+    assert seconds < 60
+    assert rounding < 1e-12
