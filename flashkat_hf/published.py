@@ -84,7 +84,7 @@ def check_sha256(path: Path) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected[1]:
         raise ValueError(
-            f"{path.name} is damaged or another file: its SHA-256 is {found}, not the one in its name; delete it and "
+            f"{path} is damaged or another file: its SHA-256 is {found}, not the one in its name; delete it and "
             "download it again"
         )
 
