@@ -6,6 +6,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from ._version import __version__
 from .coefficients import START_TABLES
 from .configuration_flashkat import FlashKATConfig
+from .conversion import convert
 from .layers import GRKANMlp, GroupRational
 from .modeling_flashkat import FlashKATForImageClassification, FlashKATModel, FlashKATPreTrainedModel
 from .ops import rational
@@ -20,6 +21,7 @@ __all__ = [
     "GRKANMlp",
     "GroupRational",
     "__version__",
+    "convert",
     "make_image_processor",
     "rational",
 ]

@@ -23,10 +23,12 @@ def load_checkpoint(name_or_path: str, **overrides):
     path = Path(name_or_path)
     if path.exists() != path.is_dir() or (len(path.parts) > 1 and path.parent.is_dir() and not path.is_dir()):
         raise ValueError(f"{name_or_path} is not a folder")  # sooner than the Hub says so
+    hint = f"; a KAT, ViT or DeiT is converted first: flashkat convert {name_or_path} OUTPUT"
     try:
         config = AutoConfig.from_pretrained(name_or_path)
         if config.model_type != "flashkat":
             raise ValueError(f"it is a {config.model_type} model, not a FlashKAT")
+        hint = ""
         processor = AutoImageProcessor.from_pretrained(name_or_path)
         if (crop := processor.crop_size["height"]) != config.image_size:
             raise ValueError(f"its processor makes images of {crop} pixels, but the model takes {config.image_size}")
@@ -37,5 +39,5 @@ def load_checkpoint(name_or_path: str, **overrides):
         if lost := sorted(name for name in made_up if not (overrides and name.startswith("classifier."))):
             raise ValueError(f"the weights do not fit the config: {len(lost)} are missing or differ, such as {lost[0]}")
     except Exception as error:
-        raise ValueError(f"cannot load {name_or_path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"cannot load {name_or_path}: {' '.join(str(error).split())}{hint}") from error
     return model, processor

@@ -231,17 +231,27 @@ class FlashKATPreTrainedModel(PreTrainedModel):
         """As transformers', but weights of another architecture are an error rather than a random model.
 
         Raises:
-            ValueError: the checkpoint holds none of this model's tensors.
+            ValueError: the checkpoint holds none of the tensors of this model's layers.
+            OSError: transformers finds no weights in a form that it knows, or the Hub cannot be reached.
+            RuntimeError: shapes differ from the config's.
         """
-        loaded: tuple = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )  # pyright: ignore[reportAssignmentType]
+        convert = f"a KAT, ViT or DeiT is converted first: flashkat convert {pretrained_model_name_or_path} OUTPUT"
+        try:
+            loaded: tuple = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )  # pyright: ignore[reportAssignmentType]
+        except (OSError, RuntimeError) as error:
+            error.add_note(convert)
+            raise
         model, info = loaded
-        if len(info["missing_keys"]) == len(model.state_dict()):
+        layers = {
+            name for name in model.state_dict() if "layers." in name
+        }  # the originals have names such as norm, too
+        if layers <= set(info["missing_keys"]):
             found = sorted(info["unexpected_keys"])
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds none of {cls.__name__}'s {len(info['missing_keys'])} tensors; "
-                f"it has {len(found)} others, such as {', '.join(found[:3])}"
+                f"{pretrained_model_name_or_path} holds none of {cls.__name__}'s {len(layers)} layer tensors; "
+                f"it has {len(found)} others, such as {', '.join(found[:3])} ({convert})"
             )
         return (model, info) if output_loading_info else model
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from flashkat_hf import FlashKATConfig
+from flashkat_hf.naming import to_flashkat
 from flashkat_hf.reference import rational_gradients, rational_value
 
 DATA = Path(__file__).parent / "data"
@@ -45,34 +47,27 @@ def reference_case(name: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
 
 
-RENAMES = (
-    ("patch_embed.proj", "embeddings.patch_embeddings"),
-    ("cls_token", "embeddings.cls_token"),
-    ("pos_embed", "embeddings.position_embeddings"),
-    ("blocks.", "layers."),
-    (".attn.", ".attention."),
-    (".weight_numerator", ".numerator"),
-    (".weight_denominator", ".denominator"),
-    (".numerator_v", ".numerator"),
-    (".denominator_v", ".denominator"),
-)
+def original_state(kind: str, prefix: str = "state_dict.") -> dict[str, Tensor]:
+    """State or gradients of a stored micro model ("kat" or "flashkat") in the original's names."""
+    tensors = load_file(DATA / f"{kind}_micro_timm.safetensors")
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def original_to_ours(name: str) -> str:
-    """A parameter's name in KAT's or FlashKAT's code as our name."""
-    if name.startswith("head."):
-        return "classifier." + name.removeprefix("head.")
-    for old, new in RENAMES:
-        name = name.replace(old, new)
-    return "flashkat." + name
+def timm_vit(**arguments) -> VisionTransformer:
+    """A micro ViT of timm's, every parameter random and large enough to matter."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 10}
+    model = VisionTransformer(**{**sizes, **arguments}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
 
 
 def stored_model(kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """State and gradients of a stored micro model in our names, and its other tensors ("kat" or "flashkat")."""
     tensors = load_file(DATA / f"{kind}_micro_timm.safetensors")
     state, gradients = (
-        {original_to_ours(k.removeprefix(prefix)): v for k, v in tensors.items() if k.startswith(prefix)}
-        for prefix in ("state_dict.", "grad.")
+        to_flashkat(original_state(kind, prefix), {"num_attention_heads": 2})[1] for prefix in ("state_dict.", "grad.")
     )
     return state, gradients, tensors
 

@@ -1,0 +1,124 @@
+"""The `flashkat` command."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from huggingface_hub.utils import logging as hub_logging
+from transformers.utils import logging
+
+from .conversion import convert, export_original
+from .published import PUBLISHED
+from .sources import TRANSFORMS
+from .summary import describe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0, or 1 after one line about what is wrong on the standard error."""
+    parser = argparse.ArgumentParser(prog="flashkat", description="FlashKAT models: conversion and inspection.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_convert(commands)
+    _add_info(commands)
+    options = parser.parse_args(arguments)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # less its lines about each attempt to reach the network
+    try:
+        print(options.run(options))
+    except ValueError as error:
+        print(f"flashkat {options.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add_convert(commands) -> None:
+    text = "turn a KAT, or a plain ViT or DeiT, into a FlashKAT folder and prove that it computes the same function"
+    parser = commands.add_parser("convert", help=text, description=text)
+    parser.add_argument("source", help=f"file, folder, Hub id, or one of {', '.join(PUBLISHED)}")
+    parser.add_argument("output", help="folder to make; with --to-original a .safetensors or .pth file")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    parser.add_argument("--image-size", type=int, metavar="N", help="resize the positions for other images, bicubic")
+    parser.add_argument("--num-labels", type=int, metavar="N", help="a fresh head")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field of the config that the weights cannot tell, such as num_attention_heads=3; may be repeated",
+    )
+    parser.add_argument("--transform", choices=TRANSFORMS, help="image transform, where the source's is not known")
+    parser.add_argument("--no-ema", action="store_true", help="of a training checkpoint, not the averaged weights")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--token", help="for private repositories on the Hub; by default the one you logged in with")
+    parser.add_argument("--no-verify", action="store_true", help="skip the proof; the report says so")
+    parser.add_argument("--to-original", action="store_true", help="write a FlashKAT folder's weights for the original")
+    parser.add_argument("--naming", choices=("kat", "flashkat"), help="with --to-original: whose names")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(options: argparse.Namespace) -> str:
+    settings = parse_settings(options.set)
+    if options.to_original:
+        given = {
+            "--image-size": options.image_size,
+            "--num-labels": options.num_labels,
+            "--set": options.set,
+            "--transform": options.transform,
+            "--no-ema": options.no_ema,
+            "--revision": options.revision,
+            "--token": options.token,
+            "--no-verify": options.no_verify,
+        }
+        if extra := [name for name, value in given.items() if value]:
+            raise ValueError(f"{extra[0]} has no meaning with --to-original")
+        text = export_original(options.source, options.output, naming=options.naming, overwrite=options.overwrite)
+        return f"{options.output}: {text}"
+    if options.naming:
+        raise ValueError("--naming has no meaning without --to-original")
+    report = convert(
+        options.source,
+        options.output,
+        overwrite=options.overwrite,
+        image_size=options.image_size,
+        num_labels=options.num_labels,
+        settings=settings,
+        transform=options.transform,
+        ema=not options.no_ema,
+        revision=options.revision,
+        token=options.token,
+        verify=not options.no_verify,
+    )
+    return f"{report}\n{options.output} written"
+
+
+def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
+    """FIELD=VALUE strings as a dictionary; values are JSON (3, 0.1, true), and text otherwise.
+
+    Raises:
+        ValueError: there is no "=", or a field twice.
+    """
+    settings: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--set {assignment}: FIELD=VALUE is expected")
+        if name in settings:
+            raise ValueError(f"--set {assignment}: {name} is set twice")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings
+
+
+def _add_info(commands) -> None:
+    text = "say what a FlashKAT folder or Hub id is, and how far its activations have moved"
+    parser = commands.add_parser("info", help=text, description=text)
+    parser.add_argument("model", help="folder or Hub id")
+    parser.set_defaults(run=lambda options: describe(options.model))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The command: what it prints, its exit codes, and one line on the standard error for every error."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import original_state
+from safetensors.torch import load_file
+
+from flashkat_hf import cli
+from flashkat_hf.cli import main, parse_settings
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def kat(tmp_path):
+    torch.save(original_state("kat"), tmp_path / "kat.pth")
+    return str(tmp_path / "kat.pth")
+
+
+def test_convert_info_and_back(kat, tmp_path, capsys):
+    out, back = str(tmp_path / "out"), str(tmp_path / "back.safetensors")
+    assert main(["convert", kat, out, "--set", "num_attention_heads=2", "--set", "drop_path_rate=0.1"]) == 0
+    text = capsys.readouterr().out
+    assert "KAT, 114,402 parameters, 2 layers of 64 channels, 2 heads" in text
+    assert "verified against the source in float64: largest difference of the logits" in text
+    assert "top-1 agreement 100%" in text
+    assert text.endswith(f"{out} written\n")
+    assert main(["info", out]) == 0
+    assert "activations learned" in capsys.readouterr().out
+    assert main(["convert", "--to-original", out, back]) == 0
+    assert capsys.readouterr().out.startswith(f"{back}: kat naming, img_size=32")
+    assert all(torch.equal(tensor, original_state("kat")[name]) for name, tensor in load_file(back).items())
+
+
+def test_every_option_reaches_the_function(monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr(cli, "convert", lambda *args, **kwargs: seen.update(args=args, **kwargs) or "report")
+    options = "--overwrite --image-size 48 --num-labels 7 --set a=1 --transform augreg --no-ema --revision v1"
+    assert main(["convert", "x", "y", *options.split(), "--token", "t", "--no-verify"]) == 0
+    assert seen == {
+        "args": ("x", "y"),
+        "overwrite": True,
+        "image_size": 48,
+        "num_labels": 7,
+        "settings": {"a": 1},
+        "transform": "augreg",
+        "ema": False,
+        "revision": "v1",
+        "token": "t",
+        "verify": False,
+    }
+
+
+def test_settings():
+    assignments = ["num_attention_heads=3", "drop_path_rate=0.1", "qkv_bias=true", "pooling=mean", "x=a=b"]
+    assert parse_settings(assignments) == {
+        "num_attention_heads": 3,
+        "drop_path_rate": 0.1,
+        "qkv_bias": True,
+        "pooling": "mean",
+        "x": "a=b",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("convert lost OUT", "lost is no file, no folder, no Hub id"),
+        ("convert KAT OUT --set heads", "--set heads: FIELD=VALUE is expected"),
+        ("convert KAT OUT --set num_attention_heads=2 --set num_attention_heads=4", "num_attention_heads is set twice"),
+        ("convert KAT OUT --set num_attention_heads=5", "must be a multiple of num_attention_heads"),
+        ("convert KAT OUT --set num_attention_heads=two", "num_attention_heads"),
+        ("convert KAT OUT --image-size 33", "must be a multiple of patch_size"),
+        ("convert KAT KAT", "kat.pth exists"),
+        ("convert KAT OUT --naming kat", "--naming has no meaning without --to-original"),
+        ("convert KAT OUT.pth --to-original --num-labels 3", "--num-labels has no meaning with --to-original"),
+        ("convert KAT OUT.pth --to-original", "is not a folder"),
+        ("info KAT", "is not a folder"),
+    ],
+)
+def test_errors_are_one_line(kat, tmp_path, capsys, arguments, message):
+    words = [word.replace("KAT", kat).replace("OUT", str(tmp_path / "out")) for word in arguments.split()]
+    assert main(words) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"flashkat {words[0]}: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["kat.pth"]
+
+
+def test_command_as_a_user_runs_it(tmp_path):
+    """A process of its own: exit codes, one line, no traceback, no network; and the entry point exists."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"flashkat": "flashkat_hf.cli:main"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "flashkat_hf.cli", "convert", "kat-tiny", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "cannot get kat_tiny_patch16_224_1f3ad3b2" in done.stderr
+    assert "give the path of the file or folder instead" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert subprocess.run(command[:3], env=environment, capture_output=True, check=False).returncode == 2
