@@ -264,12 +264,12 @@ def _(
 class _RationalLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, numerator, denominator, weight, bias, x_bias):
-        ctx.save_for_backward(x, numerator, denominator, weight, bias, x_bias)
+        ctx.save_for_backward(x, numerator, denominator, weight, x_bias)
         return linear(_rational(x, numerator, denominator), weight, bias)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, numerator, denominator, weight, bias, x_bias = ctx.saved_tensors
+        x, numerator, denominator, weight, x_bias = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         grad_y = (rows @ weight).view(x.shape)
         grad_x, y, columns, *grad_tables = _rational_linear_backward(grad_y, x, numerator, denominator)

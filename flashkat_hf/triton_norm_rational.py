@@ -1,8 +1,8 @@
 """Triton kernels of residual addition, layer norm and group rational in one pass, forward and backward.
 
-Both see a row of `hidden_size` channels as segments of WIDTH neighbouring channels of one group, padded to a power of two
-of segments. A program takes one row at a time and walks over the tensor, so each thread keeps its channels: their weights,
-coefficients and sums stay in registers.
+Both see a row of `hidden_size` channels as segments of WIDTH neighbouring channels of one group, padded to a power of
+two of segments. A program takes one row at a time and walks over the tensor, so each thread keeps its channels: their
+weights, coefficients and sums stay in registers.
 """
 
 import torch

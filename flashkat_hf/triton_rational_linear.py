@@ -1,7 +1,7 @@
 """Triton kernel of the backward pass of a rational that stands between two linear maps, with its launcher.
 
-It writes what both neighbours need besides grad_x: y, so that the forward pass need not keep it for the weight gradient
-of the map behind, and the column sums of grad_x, the bias gradient of the map in front. Tiles as in `triton_rational.py`.
+It writes what both neighbours need besides grad_x: y, so that the forward pass need not keep it for the weight
+gradient of the map behind, and the column sums of grad_x, the bias gradient of the map in front.
 """
 
 import torch
