@@ -108,9 +108,9 @@ def rational_linear_gradients(
         grad_x, y, the column sums of grad_x `(hidden_size,)` in the arithmetic's dtype, and both tables' gradients.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    grad_x, *grad_tables = rational_gradients(grad_y, x.to(dtype), numerator, denominator)
+    grad_x, grad_numerator, grad_denominator = rational_gradients(grad_y, x.to(dtype), numerator, denominator)
     columns = grad_x.view(-1, x.shape[-1]).sum(0)
-    return grad_x.to(x.dtype), rational_value(x, numerator, denominator), columns, *grad_tables
+    return grad_x.to(x.dtype), rational_value(x, numerator, denominator), columns, grad_numerator, grad_denominator
 
 
 def add_norm_rational_value(
@@ -154,14 +154,16 @@ def add_norm_rational_gradients(
     """
     dtype = torch.promote_types(total.dtype, torch.float32)
     normal = (total.to(dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
-    grad_x, *grad_tables = rational_gradients(grad_y, normal * weight + bias, numerator, denominator)
+    x = normal * weight + bias
+    grad_x, grad_numerator, grad_denominator = rational_gradients(grad_y, x, numerator, denominator)
     rows = grad_x.flatten(0, -2), normal.flatten(0, -2)
     grad_weight, grad_bias = (rows[0] * rows[1]).sum(0), rows[0].sum(0)
     grad_normal = grad_x * weight
     along = (grad_normal * normal).mean(-1, keepdim=True)
     grad = grad_normal - grad_normal.mean(-1, keepdim=True) - normal * along
     grad = (grad_total + grad * rstd.unsqueeze(-1)).to(total.dtype)
-    return grad, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *grad_tables
+    tables = grad_numerator, grad_denominator
+    return grad, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *tables
 
 
 def packed_attention_value(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
