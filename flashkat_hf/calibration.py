@@ -26,7 +26,7 @@ from torch.nn import functional
 from .coefficients import start_table
 from .data import IMAGE_SUFFIXES, evaluation_transform, load_digits, open_image
 from .layers import GroupRational
-from .reference import rational_decomposed
+from .reference import rational_value
 
 GUARD, REACH = 1e-3, 10.0
 NUM_BINS, LARGEST = 4096, 1e5  # bins of equal width in asinh(x): 0.006 wide at 0, 0.6% of |x| far out
@@ -144,8 +144,9 @@ def _count(model: nn.Module, activations: dict, batches: Iterable[Tensor], appro
                 raise ValueError(f"batch {index} is a {type(batch).__name__}, not a tensor of pixel values")
             if not batch.isfinite().all():
                 raise ValueError(f"batch {index} has pixel values that are not finite")
-            model(batch.to(device))
-            num_images += len(batch)
+            if len(batch):
+                model(batch.to(device))
+                num_images += len(batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -209,12 +210,23 @@ def _fit(x: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     def residual(theta: Tensor) -> Tensor:
         return (root * _error(x, target, *tables(theta))).flatten()
 
+    def derivatives(theta: Tensor) -> Tensor:
+        """Of the residual: x^k / Q by the shared a_k, and -r |x|^j / Q by the b_j of the point's own group."""
+        numerator, denominator = tables(theta)
+        by_b = torch.zeros(len(x), num_groups, num_groups, 4, dtype=torch.float64)
+        weighted = root * _rational(x, torch.eye(6, dtype=torch.float64)[:1], denominator)  # over Q
+        own = -weighted * _rational(x, numerator, denominator)
+        groups = torch.arange(num_groups)
+        by_b[:, groups, groups] = own[:, :, None] * x.abs()[:, None, None] ** torch.arange(1, 5)
+        by_a = weighted[:, :, None] * x[:, None, None] ** torch.arange(6)
+        return torch.cat((by_a, by_b.flatten(2)), dim=2).flatten(0, 1)
+
     def cost(theta: Tensor) -> float:
         return residual(theta).square().sum().item()
 
     damping, lowest = 1e-3, cost(theta)
     for _ in range(STEPS):
-        jacobian, r = torch.func.jacfwd(residual)(theta), residual(theta)
+        jacobian, r = derivatives(theta), residual(theta)
         gradient = jacobian.T @ r
         free = (theta > 0) | (gradient < 0)
         free[:6] = True
@@ -238,7 +250,12 @@ def _fit(x: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def _error(x: Tensor, target: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
     """r(x) - target `(bins, groups)` for `x` and `target` `(bins,)`, float64."""
-    return rational_decomposed(x[:, None].expand(-1, len(denominator)), numerator, denominator) - target[:, None]
+    return _rational(x, numerator, denominator) - target[:, None]
+
+
+def _rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    """r(x) of each group `(bins, groups)`."""
+    return rational_value(x[:, None].expand(-1, len(denominator)), numerator, denominator)
 
 
 def _cost(x: Tensor, target: Tensor, weights: Tensor, numerator: Tensor, denominator: Tensor) -> float:

@@ -295,12 +295,11 @@ def _calibrate(
     with torch.device("meta"):
         model = FlashKATForImageClassification(config)
     act2 = [name for name in state if ".act2." in name]
-    weights = {name: tensor.float() for name, tensor in state.items()}  # half precision would blur the activations
-    model.load_state_dict(weights | {name: weights[name].clone() for name in act2}, strict=True, assign=True)
+    model.load_state_dict(state | {name: state[name].clone() for name in act2}, strict=True, assign=True)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
     fits = fit_act2(model, batches, gelu_form(source))
     fitted = model.state_dict()
-    return state | {name: fitted[name].to(state[name]) for name in act2}, fits
+    return state | {name: fitted[name].cpu() for name in act2}, fits
 
 
 def _resize(
