@@ -154,6 +154,8 @@ def _count(model: nn.Module, activations: dict, batches: Iterable[Tensor], appro
             module.training = True
     if not num_images:
         raise ValueError("no images to calibrate with")
+    if unseen := [name for name, count in counts.items() if not count.any()]:
+        raise ValueError(f"{unseen[0]} was not called as a module: calibrate before compiling or replacing parts")
     return {name: count.double().cpu() for name, count in counts.items()}
 
 
