@@ -165,6 +165,34 @@ def test_order_batches_and_repetition_do_not_matter():
     assert all(torch.equal(tensor, once[name]) for name, tensor in model.state_dict().items())
 
 
+def test_dropout_is_off_while_images_are_seen():
+    _, model = converted_vit(1)
+    config, images = micro_config(act2_init="gelu", hidden_dropout_prob=0.5), pixels(8)
+    other = FlashKATForImageClassification(config).train()
+    other.load_state_dict(model.state_dict())
+    assert calibrate(other, [images]) == calibrate(model, [images])
+
+
+def test_nothing_odd_where_no_activation_is_seen():
+    _, model = converted_vit(1)
+    for layer in model.flashkat.layers:
+        layer.mlp.fc1.weight.data *= 0.05
+    x = torch.linspace(-REACH, REACH, 4001, dtype=torch.float64)
+    for fit in calibrate(model, [pixels(8)]):
+        assert max(-fit.least, fit.largest) < 2
+        act = model.get_submodule(fit.name)
+        assert error(x, act.numerator.detach().double(), act.denominator.detach().double()).abs().max() <= 0.1
+
+
+def test_a_fit_that_is_no_better_is_not_taken(monkeypatch):
+    _, model = converted_vit(1)
+    before = deepcopy(model.state_dict())
+    worse = [torch.tensor([row], dtype=torch.float64) * 1.01 for row in start_table("gelu")]
+    monkeypatch.setattr(calibration, "_fit_layer", lambda *args: (worse[0], worse[1].expand(8, -1)))
+    assert all(fit.after == fit.before > 0 for fit in calibrate(model, [pixels(4)]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_the_form_of_gelu():
     _, model = converted_vit(8)
     other, images = deepcopy(model), pixels(16)
