@@ -1,4 +1,4 @@
-"""Write the README's tables from the results files; with --check, fail when the README says something else.
+"""Write the documents' tables from the results files; with --check, fail when a document says something else.
 
 python benchmarks/render.py [--check]
 """
@@ -6,6 +6,7 @@ python benchmarks/render.py [--check]
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -40,20 +41,53 @@ def rational_table(results: list[dict]) -> str:
     return "\n".join(rows)
 
 
-def render(readme: str) -> str:
-    lines = (ROOT / "benchmarks/results/rational.jsonl").read_text().splitlines()
-    table = rational_table([json.loads(line) for line in lines])
-    markers = r"(<!-- benchmark:rational -->\n).*?(<!-- /benchmark:rational -->)"
-    return re.sub(markers, lambda match: f"{match[1]}{table}\n{match[2]}", readme, flags=re.DOTALL)
+def conversion_table(results: list[dict]) -> str:
+    """A row for each ViT and variant: the mean over the seeds, and the worst seed's agreement."""
+    rows = [
+        "| ViT, channels x layers | act2 | logit error, rms | largest | top-1 differs | agreement, worst seed |",
+        "|---" * 6 + "|",
+    ]
+    for vit, variant in dict.fromkeys((result["vit"], result["variant"]) for result in results):
+        runs = [result for result in results if (result["vit"], result["variant"]) == (vit, variant)]
+        mean = sum(run["logit_rms_error"] for run in runs) / len(runs)
+        largest, images = max(run["logit_max_error"] for run in runs), sum(run["images"] for run in runs)
+        rows.append(
+            f"| {vit} | {variant} | {mean:.2%} | {largest:.2%} | {sum(run['differ'] for run in runs)} of {images:,} | "
+            f"{min(run['agreement'] for run in runs):.2%} |"
+        )
+    about = results[0]
+    accuracy = [result["accuracy_source"] for result in results]
+    rows += [
+        "",
+        f"{len({result['seed'] for result in results})} seeds each; errors in standard deviations of the ViT's logits; "
+        f"the ViTs' own accuracy on the held-out digits is {min(accuracy):.1%} to {max(accuracy):.1%}; calibrated on "
+        f"{about['calibration_images']} training images. torch {about['torch']}, timm {about['timm']}, transformers "
+        f"{about['transformers']}, commit {about['commit'][:7]}; `benchmarks/bench_conversion.py`.",
+    ]
+    return "\n".join(rows)
+
+
+TABLES = (
+    ("README.md", "rational", rational_table),
+    ("docs/calibration.md", "conversion", conversion_table),
+)
+
+
+def render(document: str, name: str, table: Callable[[list[dict]], str]) -> str:
+    lines = (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines()
+    text = table([json.loads(line) for line in lines])
+    markers = rf"(<!-- benchmark:{name} -->\n).*?(<!-- /benchmark:{name} -->)"
+    return re.sub(markers, lambda match: f"{match[1]}{text}\n{match[2]}", document, flags=re.DOTALL)
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    rendered = render(path.read_text())
-    if "--check" not in sys.argv:
-        path.write_text(rendered)
-    elif rendered != path.read_text():
-        raise SystemExit("README.md differs from the results files: run python benchmarks/render.py")
+    for document, name, table in TABLES:
+        path = ROOT / document
+        rendered = render(path.read_text(), name, table)
+        if "--check" not in sys.argv:
+            path.write_text(rendered)
+        elif rendered != path.read_text():
+            raise SystemExit(f"{document} differs from the results files: run python benchmarks/render.py")
 
 
 if __name__ == "__main__":

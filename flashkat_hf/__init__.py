@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
 
 from ._version import __version__
+from .calibration import calibrate
 from .coefficients import START_TABLES
 from .configuration_flashkat import FlashKATConfig
 from .conversion import convert
@@ -21,6 +22,7 @@ __all__ = [
     "GRKANMlp",
     "GroupRational",
     "__version__",
+    "calibrate",
     "convert",
     "make_image_processor",
     "rational",

@@ -50,6 +50,11 @@ def _add_convert(commands) -> None:
     )
     parser.add_argument("--transform", choices=TRANSFORMS, help="image transform, where the source's is not known")
     parser.add_argument("--no-ema", action="store_true", help="of a training checkpoint, not the averaged weights")
+    parser.add_argument(
+        "--calibrate",
+        metavar="IMAGES",
+        help="fit act2 to a ViT's GELU on the activations of a folder of images, or of scikit-learn's digits (digits)",
+    )
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--token", help="for private repositories on the Hub; by default the one you logged in with")
     parser.add_argument("--no-verify", action="store_true", help="skip the proof; the report says so")
@@ -67,6 +72,7 @@ def _convert(options: argparse.Namespace) -> str:
             "--set": options.set,
             "--transform": options.transform,
             "--no-ema": options.no_ema,
+            "--calibrate": options.calibrate,
             "--revision": options.revision,
             "--token": options.token,
             "--no-verify": options.no_verify,
@@ -89,6 +95,7 @@ def _convert(options: argparse.Namespace) -> str:
         revision=options.revision,
         token=options.token,
         verify=not options.no_verify,
+        calibrate=options.calibrate,
     )
     return f"{report}\n{options.output} written"
 

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .calibration import LayerFit, find_images, image_batches
+from .calibration import calibrate as fit_act2
 from .checkpoints import load_checkpoint
 from .configuration_flashkat import FlashKATConfig
 from .modeling_flashkat import FlashKATEmbeddings, FlashKATForImageClassification
 from .naming import NAMINGS, check_settings, source_names, strip_prefix, to_flashkat, to_original
-from .sources import Source, image_processor, load_state, read_source
+from .sources import Source, gelu_form, image_processor, load_state, read_source
 from .verify import Proof, verify
 
 
@@ -34,6 +36,7 @@ class ConversionReport:
         parameters: their number.
         proof: how the result compares with the source; None where it was not verified.
         notes: what was assumed, chosen or left out.
+        calibration: what each layer's fit reached; empty where there was none.
     """
 
     source: str
@@ -42,6 +45,7 @@ class ConversionReport:
     parameters: int
     proof: Proof | None
     notes: tuple[str, ...]
+    calibration: tuple[LayerFit, ...] = ()
 
     def __str__(self) -> str:
         config = self.config
@@ -51,6 +55,12 @@ class ConversionReport:
             f"{config.image_size} pixels, {config.pooling} pooling, {config.num_labels} labels",
             *(f"note: {note}" for note in self.notes),
         ]
+        if self.calibration:
+            worst = max(self.calibration, key=lambda fit: fit.after)
+            lines.append(
+                f"act2 calibrated; root mean square error to GELU on the images' activations at most {worst.after:.2g} "
+                f"in a layer, {max(fit.before for fit in self.calibration):.2g} before"
+            )
         if self.proof is None:
             return "\n".join([*lines, "NOT VERIFIED against the source"])
         proof = self.proof
@@ -59,8 +69,9 @@ class ConversionReport:
             f"(their standard deviation is {proof.spread:.2g}), top-1 agreement {proof.agreement:.0%}"
         )
         if "KAT" not in self.title:
+            tables = f"the start tables {config.act1_init} and {config.act2_init}"
             lines.append(
-                f"that is the cost of the start tables {config.act1_init} and {config.act2_init} for GELU; with these "
+                f"that is the cost of {'the calibrated act2' if self.calibration else tables} for GELU; with these "
                 f"in the source the largest relative difference is {proof.rounding:.2g}"
             )
         return "\n".join(lines)
@@ -79,6 +90,7 @@ def convert(
     revision: str | None = None,
     token: str | None = None,
     verify: bool = True,
+    calibrate: str | Path | Iterable[Tensor] | None = None,
 ) -> ConversionReport:
     """Turn a KAT, a plain ViT or DeiT into a FlashKAT folder, proved against the source before it appears.
 
@@ -95,6 +107,8 @@ def convert(
         token: for private repositories on the Hub.
         verify: compare the written weights with an independent evaluation of the source; needs timm (extra `train`)
             unless the source is a transformers ViT.
+        calibrate: fit each act2 of a ViT to its GELU on the activations of these images: a folder or "digits", which
+            the result's own image processor prepares, or batches of pixel values (see `calibration`).
 
     Raises:
         ValueError: in one line, for everything that can be wrong with the arguments, the source, the network or the
@@ -106,6 +120,7 @@ def convert(
     for name, value in (("image_size", image_size), ("num_labels", num_labels)):
         if value is not None and value < 1:
             raise ValueError(f"{name} ({value}) must be at least 1")
+    images = find_images(calibrate) if isinstance(calibrate, str | Path) else None
     read = read_source(source, ema=ema, revision=revision, token=token)
     try:
         config, state = to_flashkat(read.state, settings, read.hints)
@@ -126,6 +141,10 @@ def convert(
         if "pooler.dense.weight" in {name.removeprefix("vit.").removeprefix("deit.") for name in read.state}:
             notes.append("pooler left out: no classifier uses it")
         processor, note = image_processor(read, config.image_size, transform)
+        fits: list[LayerFit] = []
+        if calibrate is not None:
+            batches = calibrate if images is None else image_batches(images, processor)
+            state, fits = _calibrate(read, config, state, batches)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise ValueError(f"cannot convert {source}: {error}") from error
     notes += [note] if note else []
@@ -134,7 +153,7 @@ def convert(
         parameters = sum(tensor.numel() for tensor in state.values())
         del state
         proof = _verify(read, config, folder, bool(num_labels)) if verify else None
-    return ConversionReport(str(source), read.title, config, parameters, proof, tuple(notes))
+    return ConversionReport(str(source), read.title, config, parameters, proof, tuple(notes), tuple(fits))
 
 
 _verify = verify  # the argument of `convert` has its name
@@ -266,6 +285,21 @@ def _write(config: FlashKATConfig, state: Mapping[str, Tensor], processor, folde
     model.load_state_dict(state, strict=True, assign=True)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def _calibrate(
+    source: Source, config: FlashKATConfig, state: dict[str, Tensor], batches: Iterable[Tensor]
+) -> tuple[dict[str, Tensor], list[LayerFit]]:
+    if "KAT" in source.title:
+        raise ValueError("calibration fits act2 to a ViT's GELU, and this is a KAT, which has functions of its own")
+    with torch.device("meta"):
+        model = FlashKATForImageClassification(config)
+    act2 = [name for name in state if ".act2." in name]
+    model.load_state_dict(state | {name: state[name].clone() for name in act2}, strict=True, assign=True)
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
+    fits = fit_act2(model, batches, gelu_form(source))
+    fitted = model.state_dict()
+    return state | {name: fitted[name].cpu() for name in act2}, fits
 
 
 def _resize(

@@ -34,7 +34,8 @@ WEIGHTS = (
 )  # in the order of preference
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".tar", ".ckpt")
 EMA_KEYS, STATE_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict"), ("state_dict", "model")
-GELUS = ("gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "gelu_accurate")  # within 5e-4
+TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate")  # within 5e-4 of the others
+GELUS = ("gelu", "gelu_python", *TANH_GELUS)
 TRANSFORMS = {  # crop, mean, standard deviation
     "imagenet": (0.875, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),  # KAT, DeiT
     "augreg": (0.9, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
@@ -290,6 +291,14 @@ def timm_model(architecture: str, config: Mapping[str, Any], **arguments):
     if type(model) is not VisionTransformer:
         raise ValueError(f"{architecture} is a {type(model).__name__}, not timm's plain VisionTransformer")
     return model
+
+
+def gelu_form(source: Source) -> str:
+    """The GELU of a ViT as PyTorch's `approximate`, "tanh" or "none": exact where its config does not say."""
+    if source.architecture:
+        block: Any = timm_model(source.architecture, source.config).blocks[0]
+        return "tanh" if type(block.mlp.act).__name__ == "GELUTanh" else "none"
+    return "tanh" if source.config.get("hidden_act") in TANH_GELUS else "none"
 
 
 def image_processor(source: Source, image_size: int, transform: str | None = None):
