@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoImageProcessor
 
-from .modeling_flashkat import FlashKATForImageClassification
+from .modeling_flashkat import FlashKATForImageClassification, convert_hint
 
 
 def load_checkpoint(name_or_path: str, **overrides):
@@ -23,7 +23,7 @@ def load_checkpoint(name_or_path: str, **overrides):
     path = Path(name_or_path)
     if path.exists() != path.is_dir() or (len(path.parts) > 1 and path.parent.is_dir() and not path.is_dir()):
         raise ValueError(f"{name_or_path} is not a folder")  # sooner than the Hub says so
-    hint = f"; a KAT, ViT or DeiT is converted first: flashkat convert {name_or_path} OUTPUT"
+    hint = f"; {convert_hint(name_or_path)}"
     try:
         config = AutoConfig.from_pretrained(name_or_path)
         if config.model_type != "flashkat":

@@ -56,7 +56,6 @@ def _add_convert(commands) -> None:
         help="fit act2 to a ViT's GELU on the activations of a folder of images, or of scikit-learn's digits (digits)",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--token", help="for private repositories on the Hub; by default the one you logged in with")
     parser.add_argument("--no-verify", action="store_true", help="skip the proof; the report says so")
     parser.add_argument("--to-original", action="store_true", help="write a FlashKAT folder's weights for the original")
     parser.add_argument("--naming", choices=("kat", "flashkat"), help="with --to-original: whose names")
@@ -74,7 +73,6 @@ def _convert(options: argparse.Namespace) -> str:
             "--no-ema": options.no_ema,
             "--calibrate": options.calibrate,
             "--revision": options.revision,
-            "--token": options.token,
             "--no-verify": options.no_verify,
         }
         if extra := [name for name, value in given.items() if value]:
@@ -93,7 +91,6 @@ def _convert(options: argparse.Namespace) -> str:
         transform=options.transform,
         ema=not options.no_ema,
         revision=options.revision,
-        token=options.token,
         verify=not options.no_verify,
         calibrate=options.calibrate,
     )

@@ -104,7 +104,7 @@ def convert(
         transform: "imagenet" or "augreg", where the source's own image transform is unknown or wrong.
         ema: take the averaged weights of a training checkpoint that has both.
         revision: branch, tag or commit on the Hub.
-        token: for private repositories on the Hub.
+        token: for private repositories on the Hub; by default HF_TOKEN's or the one you logged in with.
         verify: compare the written weights with an independent evaluation of the source; needs timm (extra `train`)
             unless the source is a transformers ViT.
         calibrate: fit each act2 of a ViT to its GELU on the activations of these images: a folder or "digits", which

@@ -85,6 +85,10 @@ class FlashKATEmbeddings(nn.Module):
             raise ValueError(f"image size {height}x{width} must be a multiple of patch_size ({self.patch_size})")
 
 
+def convert_hint(name_or_path) -> str:
+    return f"a KAT, ViT or DeiT is converted first: flashkat convert {name_or_path} OUTPUT"
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -193,14 +197,15 @@ class FlashKATLayer(GradientCheckpointingLayer):
         self.drop_path = FlashKATDropPath(drop_path_rate)
 
     def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
-        attended, _ = self.attention(self.norm1(hidden_states), **kwargs)
-        attended, norm, act = self.drop_path(attended), self.norm2, self.mlp.act1
-        if fusible(hidden_states, norm, act):
+        attended = self.drop_path(self.attention(self.norm1(hidden_states), **kwargs)[0])
+        norm, act = self.norm2, self.mlp.act1
+        if fused := fusible(hidden_states, norm, act):
             tables = act.numerator, act.denominator
             hidden_states, x = add_norm_rational(hidden_states, attended, norm.weight, norm.bias, *tables, norm.eps)
-            return hidden_states + self.drop_path(self.mlp(x, activated=True))
-        hidden_states = hidden_states + attended
-        return hidden_states + self.drop_path(self.mlp(norm(hidden_states)))
+        else:
+            hidden_states = hidden_states + attended
+            x = norm(hidden_states)
+        return hidden_states + self.drop_path(self.mlp(x, activated=fused))
 
 
 class FlashKATPreTrainedModel(PreTrainedModel):
@@ -212,9 +217,7 @@ class FlashKATPreTrainedModel(PreTrainedModel):
     input_modalities = ["image"]  # noqa: RUF012
     model_tags = ["flashkat", "kat", "kan"]  # noqa: RUF012 - transformers declares it so
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = (
-        False  # the loss is the mean of the micro-batch: the trainer divides by the accumulation steps
-    )
+    accepts_loss_kwargs = False  # the loss is the micro-batch's mean: the trainer divides by the accumulation steps
     _no_split_modules = ["FlashKATEmbeddings", "FlashKATLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -235,23 +238,21 @@ class FlashKATPreTrainedModel(PreTrainedModel):
             OSError: transformers finds no weights in a form that it knows, or the Hub cannot be reached.
             RuntimeError: shapes differ from the config's.
         """
-        convert = f"a KAT, ViT or DeiT is converted first: flashkat convert {pretrained_model_name_or_path} OUTPUT"
+        hint = convert_hint(pretrained_model_name_or_path)
         try:
             loaded: tuple = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )  # pyright: ignore[reportAssignmentType]
         except (OSError, RuntimeError) as error:
-            error.add_note(convert)
+            error.add_note(hint)
             raise
         model, info = loaded
-        layers = {
-            name for name in model.state_dict() if "layers." in name
-        }  # the originals have names such as norm, too
+        layers = {name for name in model.state_dict() if "layers." in name}  # the originals have a norm, too
         if layers <= set(info["missing_keys"]):
             found = sorted(info["unexpected_keys"])
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds none of {cls.__name__}'s {len(layers)} layer tensors; "
-                f"it has {len(found)} others, such as {', '.join(found[:3])} ({convert})"
+                f"it has {len(found)} others, such as {', '.join(found[:3])}; {hint}"
             )
         return (model, info) if output_loading_info else model
 

@@ -10,6 +10,8 @@ with one pair of rows (a, b) for each group of neighbouring channels. Three fact
    has a zero gradient there.
 3. Coefficient gradients add up millions of terms: in float32 (float64 for float64 input), block by block.
 
+Beside it stand what the fused kernels compute: the rational with its neighbours, and the attention.
+
 This file is the CPU path, the oracle of the tests and the documentation at once. Arithmetic is float32 for float32,
 bfloat16 and float16 input and float64 for float64; the result is rounded to the input's dtype once. The work goes over
 blocks of rows that fit a processor's cache, so the extra memory is the output and a few blocks.

@@ -4,7 +4,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+import triton
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -13,6 +15,9 @@ from flashkat_hf import FlashKATConfig
 from flashkat_hf.naming import to_flashkat
 from flashkat_hf.reference import rational_gradients, rational_value
 
+# Kernels by their launchers: on CPU tensors under TRITON_INTERPRET=1, on a GPU otherwise.
+INTERPRETED = triton.knobs.runtime.interpret
+KERNEL_DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
 DATA = Path(__file__).parent / "data"
 CASES = list(json.loads((DATA / "rational_reference.json").read_text())["cases"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -42,7 +42,7 @@ def test_every_option_reaches_the_function(monkeypatch, capsys):
     seen = {}
     monkeypatch.setattr(cli, "convert", lambda *args, **kwargs: seen.update(args=args, **kwargs) or "report")
     options = "--overwrite --image-size 48 --num-labels 7 --set a=1 --transform augreg --no-ema --revision v1"
-    assert main(["convert", "x", "y", *options.split(), "--token", "t", "--no-verify", "--calibrate", "images"]) == 0
+    assert main(["convert", "x", "y", *options.split(), "--no-verify", "--calibrate", "images"]) == 0
     assert seen == {
         "args": ("x", "y"),
         "overwrite": True,
@@ -52,7 +52,6 @@ def test_every_option_reaches_the_function(monkeypatch, capsys):
         "transform": "augreg",
         "ema": False,
         "revision": "v1",
-        "token": "t",
         "verify": False,
         "calibrate": "images",
     }

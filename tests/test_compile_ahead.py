@@ -7,28 +7,36 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashkat_hf import triton_rational
-from flashkat_hf.triton_tiles import backward_tile, forward_tile
+from flashkat_hf import triton_attention, triton_norm_rational, triton_rational, triton_rational_linear
+from flashkat_hf.triton_tiles import backward_tile, forward_tile, norm_tile
 
 POINTER_TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+FLOAT32 = {
+    *("numerator_ptr", "denominator_ptr", "weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "lse_ptr"),
+    *("partial_ptr", "column_ptr"),
+}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def compile_for(kernel, tile, dtype: str, target: GPUTarget):
     """Compile as a launch on aligned tensors would."""
-    constants = {"SEGMENTS": tile.segments, "WIDTH": tile.width}
+    return compile_with(kernel, {"SEGMENTS": tile.segments, "WIDTH": tile.width}, tile.num_warps, dtype, target)
+
+
+def compile_with(kernel, constants: dict[str, int], num_warps: int, dtype: str, target: GPUTarget):
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            tables = name in ("numerator_ptr", "denominator_ptr", "partial_ptr")
-            signature[name] = "*fp32" if tables else POINTER_TYPES[dtype]
+            signature[name] = "*fp32" if name in FLOAT32 else POINTER_TYPES[dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif name in ("eps", "scale"):
+            signature[name] = "fp32"
         else:
-            signature[name] = "i64" if name == "num_segments" else "i32"
+            signature[name] = "i64" if name in ("num_segments", "num_rows") else "i32"
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options={"num_warps": tile.num_warps})
+    return triton.compile(source, target=target, options={"num_warps": num_warps})
 
 
 @pytest.mark.parametrize("dtype", POINTER_TYPES)
@@ -42,12 +50,38 @@ def test_compiles(group_size, capability, dtype):
     )
     tile = backward_tile(2**20, hidden_size, group_size, num_bytes, num_multiprocessors=132)
     backward = compile_for(triton_rational.rational_backward_kernel, tile, dtype, target)
-    for compiled in (forward, backward):
+    between_linears = compile_for(triton_rational_linear.rational_linear_backward_kernel, tile, dtype, target)
+    for compiled in (forward, backward, between_linears):
         ptx = compiled.asm["ptx"]
         assert not re.search(r"\b(atom|red)\.", ptx)  # no atomic additions: two runs agree bit for bit
         assert ".local" not in ptx  # no spills
         assert bool(re.search(r"ld\.global\S*\.v4\.b32", ptx)) == (group_size == 384)  # 16 bytes at a time
         assert "shfl" not in ptx  # sums stay inside a thread until the end
+
+
+@pytest.mark.parametrize("dtype", POINTER_TYPES)
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("hidden_size", [192, 384, 768])
+def test_norm_compiles(hidden_size, capability, dtype):
+    tile = norm_tile(2**12, hidden_size, hidden_size // 8, num_multiprocessors=132)
+    for direction in ("forward", "backward"):
+        kernel = getattr(triton_norm_rational, f"add_norm_rational_{direction}_kernel")
+        ptx = compile_for(kernel, tile, dtype, GPUTarget("cuda", capability, 32)).asm["ptx"]
+        assert not re.search(r"\b(atom|red)\.", ptx)
+        assert ".local" not in ptx
+        assert re.search(r"ld\.global\S*\.v4\.b32", ptx)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_attention_compiles(direction, capability, dtype):
+    kernel = getattr(triton_attention, f"packed_attention_{direction}_kernel")
+    queries, num_warps = (64, 4) if direction == "forward" else (32, 8)
+    constants = {"HEAD_DIM": 64, "KEYS": 256, "QUERIES": queries}
+    ptx = compile_with(kernel, constants, num_warps, dtype, GPUTarget("cuda", capability, 32)).asm["ptx"]
+    assert not re.search(r"\b(atom|red)\.", ptx)
+    assert re.search(r"wgmma\.mma|mma\.sync", ptx)  # on the matrix units
 
 
 def test_compiles_for_rocm():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from flashkat_hf import START_TABLES, GRKANMlp, GroupRational
+from flashkat_hf import START_TABLES, GRKANMlp, GroupRational, layers
+from flashkat_hf.layers import fusible
 
 
 @pytest.mark.parametrize("name", START_TABLES)
@@ -60,6 +61,36 @@ def test_autocast_rounds_the_input_once():
     with torch.autocast("cpu", torch.bfloat16):
         assert mlp(torch.randn(2, 16)).dtype == torch.bfloat16
     assert seen == [torch.bfloat16, torch.bfloat16]
+
+
+def test_kernels_stand_for_plain_modules_only(monkeypatch):
+    """LoRA replaces linear maps, and hooks want to be called."""
+    x, linear = torch.randn(2, 16), torch.nn.Linear(16, 16)
+    assert not fusible(x, linear)  # on a CPU
+    monkeypatch.setattr(layers, "TRITON_DEVICES", ("cpu",))
+    assert fusible(x, linear, GroupRational(16), torch.nn.LayerNorm(16))
+    assert not fusible(x, linear, torch.nn.Sequential(torch.nn.Linear(16, 16)))
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+        handle = getattr(linear, register)(lambda *args: None)
+        assert not fusible(x, linear), register
+        handle.remove()
+    assert fusible(x, linear)
+
+
+def test_mlp_with_kernels_is_the_plain_one(device, monkeypatch):
+    mlp, x = GRKANMlp(16, 32).to(device), torch.randn(2, 5, 16, device=device)
+    monkeypatch.setattr(layers, "TRITON_DEVICES", (device,))
+    results = []
+    for fused in (True, False):
+        handle = mlp.act2.register_forward_hook(lambda *args: None) if not fused else None
+        mlp.zero_grad()
+        y = mlp(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *(parameter.grad.clone() for parameter in mlp.parameters())])
+    handle.remove()
+    for actual, plain in zip(*results, strict=True):
+        torch.testing.assert_close(actual, plain, rtol=1e-4, atol=1e-4)
+    assert torch.equal(mlp(x, activated=True), mlp(mlp.act1(x), activated=True))  # the start is the identity
 
 
 def test_bad_sizes():

@@ -19,6 +19,7 @@ from helpers import (
 from torch.utils.checkpoint import checkpoint
 
 from flashkat_hf import rational
+from flashkat_hf.ops import add_norm_rational, packed_attention, rational_linear
 from flashkat_hf.reference import rational_reference
 
 
@@ -169,6 +170,155 @@ def test_export_has_plain_operations_only():
     torch.testing.assert_close(
         program.module()(longer, numerator, denominator), rational(longer, numerator, denominator)
     )
+
+
+def plain_rational_linear(x, numerator, denominator, weight, bias, x_bias):
+    return torch.nn.functional.linear(rational_reference(x + x_bias, numerator, denominator), weight, bias)
+
+
+def fused_rational_linear(x, numerator, denominator, weight, bias, x_bias):
+    return rational_linear(x + x_bias.detach(), numerator, denominator, weight, bias, x_bias)
+
+
+def plain_add_norm_rational(residual, branch, weight, bias, numerator, denominator):
+    total = residual + branch
+    normal = torch.nn.functional.layer_norm(total, weight.shape, weight, bias, 1e-6)
+    return total, rational_reference(normal, numerator, denominator)
+
+
+def fused_add_norm_rational(*inputs):
+    return add_norm_rational(*inputs, 1e-6)
+
+
+FUSED = {
+    "rational_linear": (
+        fused_rational_linear,
+        plain_rational_linear,
+        ((3, 5, 24), (1, 6), (8, 4), (10, 24), (10,), (24,)),
+    ),
+    "add_norm_rational": (
+        fused_add_norm_rational,
+        plain_add_norm_rational,
+        ((3, 5, 24), (3, 5, 24), (24,), (24,), (1, 6), (8, 4)),
+    ),
+}
+
+
+def values_and_gradients(function, inputs, grads):
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [*outputs, *torch.autograd.grad(outputs, leaves, grads[: len(outputs)])]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_is_its_parts(name, dtype, compiled, device):
+    fused, plain, shapes = FUSED[name]
+    inputs = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
+    grads = [torch.randn_like(inputs[0]) for _ in range(2)]
+    if name == "rational_linear":
+        grads = [torch.randn(3, 5, 10, dtype=dtype, device=device)]
+    function = torch.compile(fused, fullgraph=True) if compiled else fused
+    expected = values_and_gradients(plain, inputs, grads)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-11  # of sums of partly cancelling terms
+    for actual, true in zip(values_and_gradients(function, inputs, grads), expected, strict=True):
+        torch.testing.assert_close(actual, true, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_gradcheck(name):
+    fused, _, shapes = FUSED[name]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(fused, inputs)
+
+
+@pytest.mark.parametrize("shape", [(2, 17, 3 * 32), (1, 5, 3 * 64)], ids=str)
+def test_packed_attention(shape, device):
+    """Against PyTorch's own in float64, with the bias in front; bounds: half precision rounds each factor once."""
+    heads, dtype = 2 if shape[2] == 96 else 1, torch.float16
+    product, bias = torch.randn(shape, device=device).to(dtype), torch.randn(shape[2], device=device)
+
+    def fused(product, bias):
+        return packed_attention(product + bias.detach().to(dtype), heads, 0.25, bias)
+
+    def plain(product, bias):
+        query, key, value = (product + bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        y = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.25)
+        return y.transpose(1, 2).flatten(2)
+
+    grad_y = torch.randn(*shape[:2], shape[2] // 3, device=device).to(dtype)
+    exact = values_and_gradients(
+        plain, [(product + bias.to(dtype)).double(), torch.zeros_like(bias).double()], [grad_y.double()]
+    )
+    for actual, true in zip(values_and_gradients(fused, [product, bias], [grad_y]), exact, strict=True):
+        assert (actual.double() - true).norm() <= torch.finfo(dtype).eps * true.norm()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # opcheck's own
+def test_fused_opcheck(device):
+    x, numerator, denominator, grad_y = random_inputs((3, 5, 24), torch.float32, device)
+    weight, bias = torch.randn(2, 24, device=device)
+    parameters = weight, bias, numerator, denominator
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, grad_y, *parameters)]
+    torch.library.opcheck(torch.ops.flashkat.add_norm_rational, (*leaves, 1e-6))
+    qkv = torch.randn(2, 7, 3 * 32, device=device).half().requires_grad_()
+    torch.library.opcheck(
+        torch.ops.flashkat.packed_attention, (qkv, torch.randn(96, device=device, requires_grad=True), 2, 0.25)
+    )
+    backward = ("test_schema", "test_faketensor")
+    with torch.no_grad():
+        total, _, mean, rstd = torch.ops.flashkat.add_norm_rational(x, grad_y, *parameters, 1e-6)
+        arguments = (x, grad_y, total, mean, rstd, *parameters)
+        torch.library.opcheck(torch.ops.flashkat.add_norm_rational_backward, arguments, test_utils=backward)
+        arguments = (grad_y, x, numerator, denominator)
+        torch.library.opcheck(torch.ops.flashkat.rational_linear_backward, arguments, test_utils=backward)
+        y, lse = torch.ops.flashkat.packed_attention(qkv.detach(), None, 2, 0.25)
+        arguments = (torch.randn_like(y), qkv.detach(), y, lse, 0.25)
+        torch.library.opcheck(torch.ops.flashkat.packed_attention_backward, arguments, test_utils=backward)
+
+
+@pytest.mark.parametrize("where", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_for_a_gpu_keeps_the_kernel(where):
+    """Not the formula: PyTorch 2.11 says under torch.compile that it is exporting."""
+    graphs = []
+
+    def backend(graph_module, _):
+        graphs.append(str(graph_module.graph))
+        return graph_module.forward
+
+    x, numerator, denominator, _ = random_inputs((4, 24), torch.float32, where)
+    torch.compile(rational, backend=backend, fullgraph=True)(x, numerator, denominator)
+    assert "flashkat" in graphs[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (
+            rational_linear,
+            [(2, 16), (1, 6), (8, 4), (3, 16), (3,), (3,)],
+            r"x_bias must have shape \(16,\), not \(3,\)",
+        ),
+        (rational_linear, [(2, 12), (1, 6), (8, 4), (3, 12), (3,), (12,)], "multiple of num_groups"),
+        (
+            add_norm_rational,
+            [(2, 16), (3, 16), (16,), (16,), (1, 6), (8, 4), 1e-6],
+            r"residual has shape \(2, 16\) but branch \(3, 16\)",
+        ),
+        (
+            add_norm_rational,
+            [(2, 16), (2, 16), (8,), (16,), (1, 6), (8, 4), 1e-6],
+            r"weight and bias must have shape \(16,\), not \(8,\) and \(16,\)",
+        ),
+        (packed_attention, [(2, 5, 100), 2, 1.0], r"qkv must be .*not \(2, 5, 100\)"),
+        (packed_attention, [(2, 5, 96), 2, 1.0], r"half precision and of at most 256 tokens, not 5 torch.float32"),
+    ],
+)
+def test_bad_arguments_of_the_fused(function, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        function(*(torch.ones(entry) if isinstance(entry, tuple) else entry for entry in arguments))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import triton
 from helpers import (
     CASES,
     DTYPES,
+    KERNEL_DEVICES,
     ROWS,
     SHAPES,
     assert_no_worse,
@@ -19,9 +19,7 @@ from helpers import (
 from flashkat_hf import triton_rational
 from flashkat_hf.reference import rational_reference
 
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
-pytestmark = pytest.mark.parametrize("device", DEVICES)
+pytestmark = pytest.mark.parametrize("device", KERNEL_DEVICES)
 
 
 def launch(x, numerator, denominator, grad_y):

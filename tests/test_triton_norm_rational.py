@@ -1,0 +1,65 @@
+"""Residual addition, layer norm and rational in one kernel, by its launchers."""
+
+import pytest
+import torch
+from helpers import DTYPES, KERNEL_DEVICES, ROWS, assert_no_worse, relative_error
+
+from flashkat_hf import triton_norm_rational
+from flashkat_hf.reference import rational_reference
+
+pytestmark = pytest.mark.parametrize("device", KERNEL_DEVICES)
+SHAPES = [(3, 7, 24), (5, 40), (2, 9, 192), (4, 384), (0, 64), (8,)]  # odd widths, padded rows, no rows, one row
+EPS = 1e-6
+
+
+def random_arguments(shape, dtype, device, rows=(1, 8)):
+    """Summands, the norm's parameters, tables, and gradients of both results."""
+    residual, branch, grad_total, grad_y = torch.randn(4, *shape, device=device).to(dtype)
+    weight, bias = torch.randn(2, shape[-1], device=device)
+    tables = torch.randn(rows[0], 6, device=device), torch.randn(rows[1], 4, device=device)
+    return residual, branch, weight, bias, *tables, grad_total, grad_y
+
+
+def plain(total, parameters, grad_total, grad_y, dtype):
+    """y, and the gradients of total and of the parameters, by plain PyTorch in `dtype`."""
+    total, *parameters = (tensor.detach().to(dtype).requires_grad_() for tensor in (total, *parameters))
+    weight, bias, *tables = parameters
+    y = rational_reference(torch.nn.functional.layer_norm(total, weight.shape, weight, bias, EPS), *tables)
+    leaves, grads = (total, *parameters), (grad_total.to(dtype), grad_y.to(dtype))
+    return [y.detach(), *torch.autograd.grad((total * 1, y), leaves, grads)]
+
+
+def check(residual, branch, *parameters_and_gradients):
+    *parameters, grad_total, grad_y = parameters_and_gradients
+    total, y, mean, rstd = triton_norm_rational.add_norm_rational_forward(residual, branch, *parameters, EPS)
+    grads = triton_norm_rational.add_norm_rational_backward(grad_total, grad_y, total, mean, rstd, *parameters)
+    assert_no_worse(total, residual + branch, residual.double() + branch.double())
+    baseline = plain(total, parameters, grad_total, grad_y, torch.float32)
+    exact = plain(total, parameters, grad_total, grad_y, torch.float64)
+    for actual, once, true in zip((y, grads[0]), baseline[:2], exact[:2], strict=True):
+        assert_no_worse(actual, once.to(actual.dtype), true)
+    for actual, true in zip(grads[1:], exact[2:], strict=True):
+        assert actual.shape == true.shape
+        if total.numel():
+            assert relative_error(actual, true) <= 2e-5  # asked of float32 sums
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_and_gradients(shape, rows, dtype, device):
+    check(*random_arguments(shape, dtype, device, rows))
+
+
+@pytest.mark.parametrize("num_multiprocessors", [1, 3])
+def test_any_number_of_programs(num_multiprocessors, device, monkeypatch):
+    monkeypatch.setattr(triton_norm_rational, "num_multiprocessors", lambda device: num_multiprocessors)
+    check(*random_arguments((70, 48), torch.float32, device))
+
+
+def test_a_branch_of_another_dtype(device):
+    residual, branch, *rest = random_arguments((6, 48), torch.float32, device)
+    branch = branch.to(torch.float16)
+    total, y, *_ = triton_norm_rational.add_norm_rational_forward(residual, branch, *rest[:4], EPS)
+    assert (total.dtype, y.dtype) == (torch.float32, torch.float16)
+    assert torch.equal(total, residual + branch)
