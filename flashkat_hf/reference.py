@@ -25,7 +25,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**16  # 256 KB in float32; about eight blocks are alive at once
+BLOCK_ELEMENTS = 2**17  # 512 KB in float32; about eight blocks are alive at once
 
 
 def rational_reference(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -56,9 +56,9 @@ class _Rational(torch.autograd.Function):
 
 def rational_value(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
     """P(x) / Q(x), without autograd; arguments as in `rational_reference`."""
-    a, b = _coefficients(x, numerator, denominator)
+    a, b = _channel_coefficients(x, numerator, denominator)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for x_block, y_block in _blocks(_num_groups(numerator, denominator), x, y):
+    for x_block, y_block in _blocks(x, y):
         x_block = x_block.to(a.dtype)
         y_block.copy_(_horner(x_block, a).div_(_horner(x_block.abs(), b)))
     return y
@@ -78,27 +78,28 @@ def rational_gradients(
     Returns:
         Three tensors with the shapes and dtypes of x, numerator and denominator.
     """
-    num_groups = _num_groups(numerator, denominator)
-    a, b = _coefficients(x, numerator, denominator)
+    a, b = _channel_coefficients(x, numerator, denominator)
     a_slope, b_slope = _derivative(a), _derivative(b)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad_a, grad_b = a.new_zeros(6, num_groups), b.new_zeros(4, num_groups)
-    for grad_y_block, x_block, grad_x_block in _blocks(num_groups, grad_y, x, grad_x):
+    grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b_slope)  # of each channel
+    for grad_y_block, x_block, grad_x_block in _blocks(grad_y, x, grad_x):
         x_block = x_block.to(a.dtype)
         absolute = x_block.abs()
         q = _horner(absolute, b)
         f = _horner(x_block, a).div_(q)
         u = grad_y_block / q
-        q_slope = _horner(absolute, b_slope).mul_(_sign(x_block))
+        # the slope for x >= 0 is not negative, so it can take the sign of x; + 0.0 makes -0.0 plain
+        q_slope = _horner(absolute, b_slope).copysign_(x_block + 0.0)
         grad_x_block.copy_(_horner(x_block, a_slope).sub_(q_slope.mul_(f)).mul_(u))
-        term = f.mul_(u).neg_()
-        for k in range(4):
-            grad_b[k] += term.mul_(absolute).sum((0, 2))
+        term = f.mul_(u)
+        for grad in grad_b:
+            grad -= term.mul_(absolute).sum(0)
         term = u
-        for k in range(6):
-            grad_a[k] += term.sum((0, 2))
-            term.mul_(x_block)
-    return grad_x, *coefficient_gradients(grad_a.T, grad_b.T, numerator, denominator)
+        for k, grad in enumerate(grad_a):
+            grad += (term.mul_(x_block) if k else term).sum(0)
+    num_groups = _num_groups(numerator, denominator)
+    grad_a, grad_b = (grad.unflatten(1, (num_groups, -1)).sum(2).T for grad in (grad_a, grad_b))
+    return grad_x, *coefficient_gradients(grad_a, grad_b, numerator, denominator)
 
 
 def rational_linear_gradients(
@@ -216,7 +217,7 @@ def rational_decomposed(x: Tensor, numerator: Tensor, denominator: Tensor) -> Te
     """
     a, b = _coefficients(x, numerator, denominator)
     grouped = x.to(a.dtype).unflatten(-1, (_num_groups(numerator, denominator), -1))
-    y = _horner(grouped, a) / _horner(grouped * _sign(grouped), b)
+    y = _horner(grouped, a, reuse=False) / _horner(grouped * _sign(grouped), b, reuse=False)
     return y.flatten(-2).to(x.dtype)
 
 
@@ -231,27 +232,36 @@ def _coefficients(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Te
     return a, torch.cat((torch.ones_like(b[:1]), b * _sign(b)))
 
 
-def _horner(x: Tensor, coefficients: Tensor) -> Tensor:
-    """c_0 + c_1 x + ... + c_n x^n in n fused multiply-adds over `(..., num_groups, group_size)`."""
+def _channel_coefficients(x: Tensor, numerator: Tensor, denominator: Tensor) -> Iterable[Tensor]:
+    """The same for each channel, `(6, hidden_size)` and `(5, hidden_size)`: long rows, which PyTorch vectorises."""
+    for table in _coefficients(x, numerator, denominator):
+        yield table.squeeze(-1).repeat_interleave(x.shape[-1] // table.shape[1], dim=1)
+
+
+def _horner(x: Tensor, coefficients: Tensor, reuse: bool = True) -> Tensor:
+    """c_0 + c_1 x + ... + c_n x^n, each coefficient of the shape of x's last dimensions.
+
+    `reuse` writes each step over the one before, which autograd cannot look through.
+    """
     *lower, second, first = coefficients.unbind()
-    value = torch.addcmul(second, x, first)
+    value = (x * first).add_(second)  # addcmul with two small operands is not vectorised
     for coefficient in reversed(lower):
-        value = torch.addcmul(coefficient, value, x)
+        value = torch.addcmul(coefficient, value, x, out=value if reuse else None)
     return value
 
 
 def _derivative(coefficients: Tensor) -> Tensor:
     powers = torch.arange(len(coefficients), dtype=coefficients.dtype, device=coefficients.device)
-    return (coefficients * powers[:, None, None])[1:]
+    return (coefficients * powers[:, None])[1:]
 
 
 def _sign(v: Tensor) -> Tensor:
     return torch.where(v < 0, -1.0, 1.0)
 
 
-def _blocks(num_groups: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Views `(rows, num_groups, group_size)` of matching tensors, a cache-sized block of rows at a time."""
+def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Views `(rows, hidden_size)` of matching tensors, a cache-sized block of rows at a time."""
     hidden_size = tensors[0].shape[-1]
-    shape = (tensors[0].numel() // hidden_size, num_groups, hidden_size // num_groups)
+    shape = (tensors[0].numel() // hidden_size, hidden_size)
     rows = max(1, BLOCK_ELEMENTS // hidden_size)
     return zip(*(tensor.reshape(shape).split(rows) for tensor in tensors), strict=True)
