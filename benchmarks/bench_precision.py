@@ -1,0 +1,99 @@
+"""Error of the coefficients' gradients against float64: our sums beside the original KAT kernel's.
+
+The original adds each element's term to its coefficient in memory by an atomic addition, in float32: one long running
+sum, emulated here in the order of memory (on a GPU the order changes from run to run). Ours is the operator as users
+call it: on a GPU the Triton kernel's sums in registers and one reduction, on a CPU the sums of `reference.py`. Inputs
+are normal, the coefficients those of the swish table with noise. A result is one JSON line: the mean absolute error
+over the draws and coefficients, relative to the gradients' mean absolute value.
+
+    python benchmarks/bench_precision.py --output benchmarks/results/precision.jsonl  # two minutes on one core
+"""
+
+import json
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import trange
+from transformers import HfArgumentParser
+
+from flashkat_hf import START_TABLES, rational
+
+METHODS = ("flashkat_hf", "one atomic addition an element")
+
+
+@dataclass(frozen=True)
+class Settings:
+    output: Path = field(metadata={"help": "JSON lines are written here"})
+    shape: list[int] = field(default_factory=lambda: [16, 197, 768], metadata={"help": "images, tokens, channels"})
+    draws: int = field(default=100, metadata={"help": "random inputs"})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu"})
+    commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
+
+
+def gradients(x: Tensor, grad_y: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Of numerator and denominator side by side, `(8, 10)` float64."""
+    tables = tuple(table.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_() for table in tables)
+    found = torch.autograd.grad(rational(x, *tables), tables, grad_y)
+    return torch.cat(found, dim=1).double().cpu()
+
+
+def running_sums(x: Tensor, grad_y: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """The same by one running float32 sum for each coefficient, element by element in the order of memory."""
+    a, b = (table.float().cpu()[:, :, None] for table in tables)
+    x, grad_y = (tensor.float().cpu().view(-1, 8, tensor.shape[-1] // 8).transpose(0, 1) for tensor in (x, grad_y))
+    x, grad_y = x.flatten(1), grad_y.flatten(1)  # (8, elements)
+    q = 1 + sum(b[:, k].abs() * x.abs() ** (k + 1) for k in range(4))
+    f = sum(a[:, k] * x**k for k in range(6)) / q
+    sign = torch.where(b < 0, -1.0, 1.0)
+    terms = [grad_y / q * x**k for k in range(6)]
+    terms += [-grad_y / q * f * x.abs() ** (k + 1) * sign[:, k] for k in range(4)]
+    sums = [np.add.accumulate(term.numpy(), axis=1, dtype=np.float32)[:, -1] for term in terms]
+    return torch.from_numpy(np.stack(sums, axis=1)).double()
+
+
+def main(settings: Settings) -> None:
+    if len(settings.shape) != 3 or settings.shape[-1] % 8 or min(settings.shape) < 1:
+        raise SystemExit(f"--shape: {settings.shape} must be three positive numbers, the last a multiple of 8")
+    if settings.draws < 1:
+        raise SystemExit(f"--draws: {settings.draws} must be at least 1")
+    torch.manual_seed(0)
+    start = START_TABLES["swish"]
+    cases = [(dtype, method) for dtype in (torch.float32, torch.bfloat16) for method in METHODS]
+    errors: dict[tuple, list[float]] = {case: [] for case in cases}
+    for _ in trange(settings.draws, unit="draw"):
+        tables = tuple(torch.tensor([row] * 8, device=settings.device) for row in start)
+        tables = tuple(table + 0.1 * torch.randn_like(table) for table in tables)
+        inputs = torch.randn(2, *settings.shape, device=settings.device)
+        for dtype in (torch.float32, torch.bfloat16):
+            x, grad_y = inputs.to(dtype)
+            exact = gradients(x.double(), grad_y.double(), tables)
+            for method, compute in zip(METHODS, (gradients, running_sums), strict=True):
+                error = (compute(x, grad_y, tables) - exact).abs().mean() / exact.abs().mean()
+                errors[dtype, method].append(error.item())
+    about = {
+        "machine": torch.cuda.get_device_name() if settings.device == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "commit": settings.commit or subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
+    }
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    with settings.output.open("w") as lines:
+        for dtype, method in cases:
+            found = torch.tensor(errors[dtype, method], dtype=torch.float64)
+            result = {
+                "method": method,
+                "dtype": str(dtype).removeprefix("torch."),
+                "shape": settings.shape,
+                "draws": settings.draws,
+                "mean_error": found.mean().item(),
+                "largest_error": found.max().item(),
+            }
+            print(json.dumps(result))
+            lines.write(json.dumps({**result, **about}) + "\n")
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(Settings, description=__doc__).parse_args_into_dataclasses())
