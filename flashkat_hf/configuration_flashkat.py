@@ -1,12 +1,20 @@
 """Configuration of a FlashKAT model: the field names of ViT's config, and the group-rational activations'."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .coefficients import start_table
 
+if TYPE_CHECKING:  # never runs, but transformers reads it: a config is saved with every file that its model needs
+    from .modeling_flashkat import FlashKATModel  # noqa: F401
+
+AUTO_MAP = {  # where a checkpoint's own code has what each Auto class makes
+    "AutoConfig": "configuration_flashkat.FlashKATConfig",
+    "AutoModel": "modeling_flashkat.FlashKATModel",
+    "AutoModelForImageClassification": "modeling_flashkat.FlashKATForImageClassification",
+}
 SIZES = {
     "tiny": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},
     "small": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
@@ -47,6 +55,7 @@ class FlashKATConfig(PreTrainedConfig):
     """
 
     model_type = "flashkat"
+    _auto_class = "AutoConfig"  # `save_pretrained` copies the code too, of a config and so of a model
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -67,6 +76,10 @@ class FlashKATConfig(PreTrainedConfig):
     pooling: Literal["cls", "mean"] = "cls"
     initializer: Literal["trunc_normal", "variance_preserving"] = "trunc_normal"
     initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        kwargs["auto_map"] = {**(kwargs.get("auto_map") or {}), **AUTO_MAP}
+        super().__post_init__(**kwargs)
 
     @classmethod
     def from_size(cls, size: str, **overrides) -> "FlashKATConfig":

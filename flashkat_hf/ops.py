@@ -1,8 +1,11 @@
 """The operators: `rational`, and the same fused with its neighbours. They check, pick the kernel and differentiate.
 
 The kernels are registered with `torch.library` under `flashkat::`: the dispatcher picks the device, `torch.compile`
-sees opaque operations and breaks no graph, and all of them run without a GPU.
+sees opaque operations and breaks no graph, and all of them run without a GPU. A copy of this file, as checkpoints bring
+it, registers under its own package's name, since PyTorch would put it in the place of the first.
 """
+
+import re
 
 import torch
 from torch import Tensor
@@ -30,6 +33,8 @@ except ImportError:  # no triton: the plain path serves every device
     packed_attention_forward, packed_attention_backward = packed_attention_value, packed_attention_gradients
     add_norm_rational_forward, add_norm_rational_backward = add_norm_rational_value, add_norm_rational_gradients
 
+PACKAGE = __name__.rpartition(".")[0]
+NAMESPACE = "flashkat" if PACKAGE == "flashkat_hf" else re.sub(r"\W", "_", PACKAGE, flags=re.ASCII)
 TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm's name too
 MAX_TOKENS = 256  # all keys of a head on chip
 HEAD_DIMS = (16, 32, 64)
@@ -191,12 +196,12 @@ def _check(x: Tensor, numerator: Tensor, denominator: Tensor) -> None:
         raise ValueError(f"hidden_size ({x.shape[-1]}) must be a multiple of num_groups ({num_groups})")
 
 
-@torch.library.custom_op("flashkat::rational", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::rational", mutates_args=())
 def _rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
     return rational_value(x, numerator, denominator)
 
 
-@torch.library.custom_op("flashkat::rational_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::rational_backward", mutates_args=())
 def _rational_backward(
     grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,7 +242,7 @@ def _backward(ctx, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 _rational.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("flashkat::rational_linear_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::rational_linear_backward", mutates_args=())
 def _rational_linear_backward(
     grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -278,7 +283,7 @@ class _RationalLinear(torch.autograd.Function):
         return grad_x, *grad_tables, grad_weight, grad_bias, columns.to(x_bias.dtype)
 
 
-@torch.library.custom_op("flashkat::add_norm_rational", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::add_norm_rational", mutates_args=())
 def _add_norm_rational(
     residual: Tensor,
     branch: Tensor,
@@ -304,7 +309,7 @@ def _(residual: Tensor, branch: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, 
     return torch.empty_like(residual), torch.empty_like(branch), mean, rstd
 
 
-@torch.library.custom_op("flashkat::add_norm_rational_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::add_norm_rational_backward", mutates_args=())
 def _add_norm_rational_backward(
     grad_total: Tensor,
     grad_y: Tensor,
@@ -350,12 +355,12 @@ def _add_norm_rational_autograd(ctx, grad_total: Tensor, grad_y: Tensor, *_) -> 
 _add_norm_rational.register_autograd(_add_norm_rational_autograd, setup_context=_setup_add_norm_rational)
 
 
-@torch.library.custom_op("flashkat::packed_attention", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::packed_attention", mutates_args=())
 def _packed_attention(qkv: Tensor, qkv_bias: Tensor | None, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     return packed_attention_value(qkv, num_heads, scale)
 
 
-@torch.library.custom_op("flashkat::packed_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::packed_attention_backward", mutates_args=())
 def _packed_attention_backward(
     grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,10 @@
 """The formula of `reference.py` in Triton: functions on values in registers, shared by every kernel."""
 
-import triton
-import triton.language as tl
+try:  # transformers takes what checkpoint code imports elsewhere for a requirement
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
 
 
 @triton.jit

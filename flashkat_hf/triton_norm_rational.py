@@ -6,9 +6,13 @@ weights, coefficients and sums stay in registers.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+try:  # transformers takes what checkpoint code imports elsewhere for a requirement
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
 
 from .triton_math import (
     add_coefficient_terms,

@@ -5,9 +5,13 @@ gradient of the map behind, and the column sums of grad_x, the bias gradient of 
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+try:  # transformers takes what checkpoint code imports elsewhere for a requirement
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
 
 from .triton_math import (
     add_coefficient_terms,
