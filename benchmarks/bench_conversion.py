@@ -23,12 +23,14 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 
 from flashkat_hf import FlashKATForImageClassification, convert, make_image_processor
+from flashkat_hf.augmentation import SIGNS, evaluation_transform, training_transform
 from flashkat_hf.calibration import NUM_IMAGES
-from flashkat_hf.data import ImageData, ImageDataset, evaluation_transform, load_digits, training_transform
+from flashkat_hf.data import load_digits
+from flashkat_hf.images import ImageData
+from flashkat_hf.loading import TrainBatches
 
 MODELS: dict[str, dict[str, Any]] = {
     "64x6": {"embed_dim": 64, "depth": 6, "num_heads": 4},
@@ -68,14 +70,14 @@ def train(name: str, seed: int, epochs: int, data: ImageData, processor) -> Visi
     """A ViT trained as `examples/finetune.py` trains a FlashKAT on the digits."""
     torch.manual_seed(seed)
     vit = VisionTransformer(img_size=16, patch_size=4, num_classes=10, **MODELS[name])
-    loader = DataLoader(ImageDataset(data.train, training_transform(processor, flip=False)), 64, shuffle=True)
+    batches = TrainBatches(data.train, training_transform(processor, SIGNS), batch_size=64, seed=seed)
     groups = param_groups_weight_decay(vit, 0.05, no_weight_decay_list=vit.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATES[name])
-    steps = epochs * len(loader)
+    steps = epochs * len(batches)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=SMOOTHING)
     for epoch in range(epochs):
-        for batch in loader:
+        for batch in batches.epoch(epoch):
             loss = cross_entropy(vit(batch["pixel_values"]), batch["labels"])
             loss.backward()
             optimizer.step()
@@ -89,7 +91,7 @@ def evaluation_images(data: ImageData, processor) -> dict[str, Tensor]:
     """The three sets of the module's docstring, made from the held-out digits with a fixed seed."""
     torch.manual_seed(0)
     clean = torch.stack([evaluation_transform(processor)(image) for image in data.test.images])
-    moved = training_transform(processor, flip=False)
+    moved = training_transform(processor, SIGNS)
     noise = NOISE / torch.tensor(processor.image_std)[:, None, None]
     noisy = clean.repeat(COPIES, 1, 1, 1)
     return {

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import pipeline
 
 from flashkat_hf.checkpoints import load_checkpoint
-from flashkat_hf.data import open_image
+from flashkat_hf.images import open_image
 
 
 def main(model: str, images: list[Path], top_k: int) -> None:

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .augmentation import evaluation_transform
 from .coefficients import start_table
-from .data import IMAGE_SUFFIXES, evaluation_transform, load_digits, open_image
+from .data import load_digits
+from .images import IMAGE_SUFFIXES, Encoded, open_image
 from .layers import GroupRational
 from .reference import rational_value
 
@@ -264,7 +265,7 @@ def _cost(x: Tensor, target: Tensor, weights: Tensor, numerator: Tensor, denomin
     return (weights.T * _error(x, target, numerator, denominator).square()).sum().item()
 
 
-def find_images(source: str | Path) -> Sequence[str | Path | Image.Image]:
+def find_images(source: str | Path) -> Sequence[Encoded]:
     """Images to calibrate with, at most `NUM_IMAGES`: of a folder and its sub-folders, or "digits".
 
     Args:
@@ -276,7 +277,7 @@ def find_images(source: str | Path) -> Sequence[str | Path | Image.Image]:
     """
     if source == "digits":
         try:
-            found = list(load_digits().train.images)
+            found: Sequence[Encoded] = list(load_digits().train.images)
         except ImportError as error:
             raise ValueError(str(error)) from error
     else:
@@ -295,7 +296,7 @@ def find_images(source: str | Path) -> Sequence[str | Path | Image.Image]:
     return [found[index * len(found) // count] for index in range(count)]
 
 
-def image_batches(images: Sequence[str | Path | Image.Image], processor) -> Iterator[Tensor]:
+def image_batches(images: Sequence[Encoded], processor) -> Iterator[Tensor]:
     """Batches of what the model's image processor makes of these images.
 
     Raises:
@@ -304,6 +305,4 @@ def image_batches(images: Sequence[str | Path | Image.Image], processor) -> Iter
     transform = evaluation_transform(processor)
     for start in range(0, len(images), BATCH_SIZE):
         batch = images[start : start + BATCH_SIZE]
-        yield torch.stack(
-            [transform(image if isinstance(image, Image.Image) else open_image(image)) for image in batch]
-        )
+        yield torch.stack([transform(open_image(image)) for image in batch])

@@ -1,0 +1,322 @@
+"""Batches of images in an order, and with an augmentation, that are pure functions of (seed, epoch, position).
+
+So a run that was interrupted in the middle of an epoch goes on with the same images without any saved generator, and
+one process sees the same images as several that share the same global batch.
+"""
+
+import random
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import count, islice
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from transformers.utils import logging
+
+from .augmentation import Transform
+from .images import DataError, Examples, Sample, Stream, open_image
+
+logger = logging.get_logger(__name__)
+Batch = dict[str, Tensor]
+PATIENCE = 1000  # corrupt images in a row of a stream
+
+
+class TrainBatches:
+    """The training batches of one process; an incomplete last one is dropped.
+
+    Global micro-batch k of an epoch is positions `[k * batch_size * world_size, (k + 1) * batch_size * world_size)` of
+    the epoch's random order, and each process takes a contiguous part of it. `docs/data.md` has what holds for streams.
+
+    Attributes:
+        corrupt: messages on the images that were replaced so far, by the image's name; with `skip_corrupt` only.
+    """
+
+    def __init__(
+        self,
+        split: Examples | Stream,
+        transform: Transform,
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ):
+        """Nothing is read before `epoch`.
+
+        Args:
+            split: `ImageData.train`.
+            transform: a `training_transform`.
+            batch_size: images of one process and micro-batch.
+            seed: of order and augmentation; the same in every process.
+            workers: processes that read and augment; 0: this one does.
+            rank: of this process.
+            world_size: number of processes.
+            pin_memory: for faster copies to a GPU.
+
+        Raises:
+            DataError: the split has fewer images than one batch of all processes, or does not know how many it has.
+        """
+        self.split, self.batch_size, self.seed, self.rank, self.world_size = split, batch_size, seed, rank, world_size
+        if split.num_images is None:
+            raise DataError("the number of training images is unknown; give it (train_size)")
+        self.num_batches = split.num_images // (batch_size * world_size)
+        if not self.num_batches:
+            raise DataError(
+                f"{world_size} x {batch_size} images make a batch, but there are only {split.num_images} for training"
+            )
+        self.corrupt: dict[str, str] = {}
+        options: dict[str, Any] = {"pin_memory": pin_memory, "collate_fn": _collate}
+        if isinstance(split, Examples):
+            self.sampler = _Positions(split.num_images, batch_size, seed, rank, world_size)
+            dataset = _Indexed(split, transform, seed)
+            self.loader = _loader(dataset, workers, batch_sampler=self.sampler, **options)
+        else:
+            workers = min(workers, split.most_workers(world_size))
+            self.sampler = _StreamPosition()
+            dataset = _Streamed(split, transform, batch_size, self.sampler, seed, rank, world_size)
+            self.loader = _loader(dataset, workers, batch_size=batch_size, persistent=False, **options)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on.
+
+        Returns:
+            `{"pixel_values": (batch, channels, height, width) float32, "labels": (batch,) int64}` on the CPU; for a
+            `batch_transform`, what that takes.
+
+        Raises:
+            DataError: an image cannot be read, and the split does not skip such.
+        """
+        self.sampler.set(epoch, start)
+        for _, batch in zip(range(start, self.num_batches), _checked(self.loader, self.corrupt), strict=False):
+            yield batch
+
+
+class EvalBatches:
+    """One process's share of a split: over all processes every image exactly once. The last batch may be short.
+
+    Attributes:
+        corrupt: messages on the images that were left out so far, by the image's name; with `skip_corrupt` only.
+    """
+
+    def __init__(
+        self,
+        split: Examples | Stream,
+        transform: Transform,
+        *,
+        batch_size: int,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ):
+        self.corrupt: dict[str, str] = {}
+        options: dict[str, Any] = {"pin_memory": pin_memory, "collate_fn": _collate, "batch_size": batch_size}
+        self.num_batches = None
+        if isinstance(split, Examples):
+            share = range(rank, split.num_images, world_size)
+            self.num_batches = -(-len(share) // batch_size)
+            self.loader = _loader(_Indexed(split, transform), workers, sampler=share, persistent=False, **options)
+        else:
+            workers = min(workers, split.most_workers(world_size))
+            dataset = _Streamed(split, transform, batch_size, None, 0, rank, world_size)
+            self.loader = _loader(dataset, workers, persistent=False, **options)
+
+    def __len__(self) -> int:
+        """Number of batches.
+
+        Raises:
+            TypeError: it is a stream's, which is not known before.
+        """
+        if self.num_batches is None:
+            raise TypeError("a stream does not know its number of batches")
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _checked(self.loader, self.corrupt)
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Seeds random, numpy and torch (CPU) from these numbers, and puts their states back afterwards."""
+    python, generator = random.getstate(), torch.default_generator
+    arrays, tensors = numpy.random.get_state(), generator.get_state()
+    words = numpy.random.SeedSequence(numbers).generate_state(4)
+    random.seed(int(words[0]) << 32 | int(words[1]))
+    numpy.random.seed(words[2])
+    generator.manual_seed(int(words[3]))  # not torch.manual_seed, which would seed every GPU too
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)
+        generator.set_state(tensors)
+
+
+class _Positions:
+    """Batch sampler: lists of (epoch, position in the epoch's order, index of the image)."""
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, rank: int, world_size: int):
+        self.num_images, self.batch_size, self.seed, self.rank, self.world_size = (
+            num_images, batch_size, seed, rank, world_size,
+        )  # fmt: skip
+        self.set(0, 0)
+
+    def set(self, epoch: int, start: int) -> None:
+        self.epoch, self.start = epoch, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        epoch = self.epoch
+        (word,) = numpy.random.SeedSequence([self.seed, epoch]).generate_state(1, numpy.uint64)
+        order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(int(word) >> 1))
+        step = self.batch_size * self.world_size
+        for first in range(self.start * step, self.num_images - step + 1, step):
+            first += self.rank * self.batch_size
+            indices = order[first : first + self.batch_size].tolist()
+            yield [(epoch, first + i, index) for i, index in enumerate(indices)]
+
+
+class _Indexed(Dataset):
+    """One image: by (epoch, position, index) in training, by its index in evaluation."""
+
+    def __init__(self, examples: Examples, transform: Transform, seed: int | None = None):
+        self.examples, self.transform, self.seed = examples, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, key) -> dict[str, Any]:
+        if self.seed is None:
+            return _prepare(self.examples[key], self.transform, self.examples.skip_corrupt)
+        epoch, position, index = key
+        following = (self.examples[(index + i) % len(self.examples)] for i in range(len(self.examples)))
+        return _readable(following, self.transform, self.examples.skip_corrupt, (self.seed, epoch, position))
+
+
+class _StreamPosition:
+    """Where an epoch begins; read when the loader starts its workers."""
+
+    def set(self, epoch: int, start: int) -> None:
+        self.epoch, self.start = epoch, start
+
+
+class _Streamed(IterableDataset):
+    """A worker's share of a stream: endlessly, pass after pass, in training; once in evaluation (without position)."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        transform: Transform,
+        batch_size: int,
+        position: _StreamPosition | None,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ):
+        self.stream, self.transform, self.batch_size, self.position = stream, transform, batch_size, position
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        share = partial(self.stream.samples, rank=self.rank, world_size=self.world_size, workers=workers)
+        if self.position is None:
+            for sample in share(None, worker=worker):
+                yield _prepare(sample, self.transform, self.stream.skip_corrupt)
+            return
+        epoch, start = self.position.epoch, self.position.start
+        worker = (worker + start) % workers  # the loader asks its first worker first, and batch `start` is this one's
+        made = len(range(worker, start, workers)) * self.batch_size  # images in the batches before that
+        samples = islice(self._passes(partial(share, worker=worker), epoch), made, None)
+        ahead: list[Sample] = []  # what was read to replace corrupt images, and is still to come itself
+        for number in count(made):
+            following = _remembered(samples, ahead)
+            seeds = (self.seed, epoch, number, self.rank * workers + worker)
+            yield _readable(following, self.transform, self.stream.skip_corrupt, seeds)
+            ahead.pop(0)
+
+    def _passes(self, share, epoch: int) -> Iterator[Sample]:
+        for again in range(2**31):
+            found = False
+            for sample in share((self.seed, epoch + again * 2**20)):
+                found = True
+                yield sample
+            if not found:
+                raise DataError(
+                    "a share of the stream is empty: fewer workers or processes, or more shards, are needed"
+                )
+
+
+def _remembered(samples: Iterator[Sample], ahead: list[Sample]) -> Iterator[Sample]:
+    """The samples in `ahead`, then further ones, which are added to it."""
+    yield from ahead.copy()
+    for sample in islice(samples, PATIENCE):
+        ahead.append(sample)
+        yield sample
+
+
+def _readable(following: Iterable[Sample], transform: Transform, skip_corrupt: bool, seeds: tuple) -> dict[str, Any]:
+    """The first of the samples that can be read; the earlier ones are reported in its `corrupt`."""
+    corrupt: dict[str, str] = {}
+    for sample in following:
+        with seeded(*seeds):
+            item = _prepare(sample, transform, skip_corrupt)
+        corrupt |= item["corrupt"]
+        if "labels" in item:
+            return item | {"corrupt": corrupt}
+    raise DataError(f"{len(corrupt)} images in a row cannot be read: {next(iter(corrupt.values()))}, and so on")
+
+
+def _prepare(sample: Sample, transform: Transform, skip_corrupt: bool) -> dict[str, Any]:
+    """The transformed image and its label; or, of a corrupt image that may be skipped, only a message."""
+    try:
+        takes_encoded = getattr(transform, "takes_encoded", False)
+        made = transform(sample.image if takes_encoded else open_image(sample.image, sample.name))
+    except DataError as error:
+        if not skip_corrupt:
+            raise
+        return {"corrupt": {sample.name: str(error)}}
+    return {**(made if isinstance(made, dict) else {"pixel_values": made}), "labels": sample.label, "corrupt": {}}
+
+
+def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of what could be read, and the messages on the rest."""
+    corrupt = {name: message for item in items for name, message in item.pop("corrupt").items()}
+    items = [item for item in items if item]
+    return {**(default_collate(items) if items else {}), "corrupt": corrupt}
+
+
+def _loader(dataset, workers: int, persistent: bool = True, **options) -> DataLoader:
+    if workers:
+        options |= {"num_workers": workers, "persistent_workers": persistent, "worker_init_fn": _start_worker}
+    # a generator of its own: otherwise each epoch would draw a seed from torch's global one
+    return DataLoader(dataset, generator=torch.Generator(), **options)
+
+
+def _start_worker(worker: int) -> None:
+    """One thread; Ctrl-C and SIGTERM, which may go to a whole process group, are for the main process to act on."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _checked(loader: DataLoader, corrupt: dict[str, str]) -> Iterator[Batch]:
+    try:
+        for batch in loader:
+            for name, message in batch.pop("corrupt").items():
+                if name not in corrupt:
+                    corrupt[name] = message
+                    logger.warning(f"skipped: {message}")
+            if batch:
+                yield batch
+    except DataError as error:  # a worker's error carries its traceback in front of the message
+        raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
