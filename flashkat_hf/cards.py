@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .checkpoints import load_checkpoint
 from .configuration_flashkat import SIZES
 from .figures import plot_functions
 from .modeling_flashkat import FlashKATForImageClassification
@@ -40,7 +41,7 @@ def write_card(
     """Write README.md and, where matplotlib is installed, functions.png into a model's folder.
 
     Args:
-        folder: a saved `FlashKATForImageClassification`.
+        folder: a saved `FlashKATForImageClassification` with its image processor.
         repo_id: under which the model is published; by default the examples name the folder.
         published: a name in `published.PUBLISHED`: the card tells what is published about it. Otherwise it tells what
             `summary.json`, as training writes it, and the config say.
@@ -52,21 +53,33 @@ def write_card(
     """
     folder = Path(folder)
     config = read_config(folder)
-    facts = _published(published, config) if published else _fine_tuned(folder)
+    facts = published_facts(published, config) if published else training_facts(folder)
     if license:
         _require(license in _licenses(), f"license {license!r} is not one of the Hub's identifiers")
         facts |= {"license": license, "license_text": f"{license}, as its author states."}
     if repo_id is not None:
         _check_id(repo_id)
     model_id = repo_id or re.sub(r"[^\w.-]+", "-", folder.resolve().name, flags=re.ASCII).strip("-.") or "model"
-    title = model_id.rpartition("/")[2]
-    try:
-        model = cast(FlashKATForImageClassification, FlashKATForImageClassification.from_pretrained(folder))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot load {folder}: {' '.join(str(error).split())}") from error
+    model, _ = load_checkpoint(str(folder))
     if published and model.config.num_labels != 1000:
         raise ValueError(f"{published} has 1000 labels, but the model has {model.config.num_labels}")
     picture = importlib.util.find_spec("matplotlib") is not None
+    text = render_card(facts, model, model_id, picture)
+    if problems := check_card(text):
+        raise ValueError(f"the card of {folder} would not be valid: {problems[0]}")
+    new = folder / "README.md.new"
+    try:
+        if picture:
+            plot_functions(model).savefig(folder / "functions.png", dpi=110)
+        new.write_text(text, encoding="utf-8")
+        new.replace(folder / "README.md")
+    except OSError as error:
+        raise ValueError(f"cannot write the card of {folder}: {error.strerror or error}") from error
+
+
+def render_card(facts: Mapping[str, Any], model: FlashKATForImageClassification, model_id: str, picture: bool) -> str:
+    """The card's text: `facts` as `published_facts` or `training_facts` gives them, and what the model itself says."""
+    title = model_id.rpartition("/")[2]
     data = ModelCardData(
         license=facts["license"],
         library_name="transformers",
@@ -91,17 +104,7 @@ def write_card(
         dtype=str(model.dtype).removeprefix("torch."),
         picture=picture,
     )
-    text = re.sub(r"\n{3,}", "\n\n", card.content).rstrip() + "\n"
-    if problems := check_card(text):
-        raise ValueError(f"the card of {folder} would not be valid: {problems[0]}")
-    new = folder / "README.md.new"
-    try:
-        if picture:
-            plot_functions(model).savefig(folder / "functions.png", dpi=110)
-        new.write_text(text, encoding="utf-8")
-        new.replace(folder / "README.md")
-    except OSError as error:
-        raise ValueError(f"cannot write the card of {folder}: {error.strerror or error}") from error
+    return re.sub(r"\n{3,}", "\n\n", card.content).rstrip() + "\n"
 
 
 def check_card(text: str) -> list[str]:
@@ -179,8 +182,8 @@ def _check_text(text: str, body: str) -> Iterator[str]:
             yield str(error)
 
 
-def _published(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the template says about a published checkpoint."""
+def published_facts(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template says about a published checkpoint; ValueError if there is none or the config is another's."""
     _require(name in PUBLISHED, f"{name!r} is not one of the published checkpoints: {', '.join(PUBLISHED)}")
     data = yaml.safe_load((CARDS / f"{name}.yaml").read_text(encoding="utf-8"))
     sizes = {field: config.get(field) for field in SIZES[data["size"]]}
@@ -220,7 +223,7 @@ def _published(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fine_tuned(folder: Path) -> dict[str, Any]:
+def training_facts(folder: Path) -> dict[str, Any]:
     """What the template says about a model of this package's training, from its summary.json if there is one."""
     summary = _summary(folder)
     data, started_from = (_public_name(summary.get(key), folder) for key in ("data", "started_from"))
