@@ -67,27 +67,39 @@ def conversion_table(results: list[dict]) -> str:
     return "\n".join(rows)
 
 
+def card_speed(results: list[dict]) -> str:
+    """The lines of our own model, which the model cards show."""
+    return "".join(json.dumps(result) + "\n" for result in results if result["provider"] == "flashkat_hf")
+
+
 TABLES = (
     ("README.md", "rational", rational_table),
     ("docs/calibration.md", "conversion", conversion_table),
 )
 
 
+def read_results(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines()]
+
+
 def render(document: str, name: str, table: Callable[[list[dict]], str]) -> str:
-    lines = (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines()
-    text = table([json.loads(line) for line in lines])
+    text = table(read_results(name))
     markers = rf"(<!-- benchmark:{name} -->\n).*?(<!-- /benchmark:{name} -->)"
     return re.sub(markers, lambda match: f"{match[1]}{text}\n{match[2]}", document, flags=re.DOTALL)
 
 
+def update(document: str, rendered: str) -> None:
+    path = ROOT / document
+    if "--check" not in sys.argv:
+        path.write_text(rendered)
+    elif rendered != path.read_text():
+        raise SystemExit(f"{document} differs from the results files: run python benchmarks/render.py")
+
+
 def main() -> None:
+    update("model_cards/speed.jsonl", card_speed(read_results("model")))
     for document, name, table in TABLES:
-        path = ROOT / document
-        rendered = render(path.read_text(), name, table)
-        if "--check" not in sys.argv:
-            path.write_text(rendered)
-        elif rendered != path.read_text():
-            raise SystemExit(f"{document} differs from the results files: run python benchmarks/render.py")
+        update(document, render((ROOT / document).read_text(), name, table))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from flashkat_hf.data import (
     load_image_folder,
     training_transform,
 )
+from flashkat_hf.remote_code import CODE_FILES
 
 try:
     from timm.optim import param_groups_weight_decay
@@ -62,7 +63,10 @@ RANGES = (  # at least, below
     (("warmup", "drop_path"), 0, 1),
     (("seed",), 0, 2**31),
 )
-SAVED = {"config.json", "metrics.jsonl", "model.safetensors", "preprocessor_config.json", "samples", "settings.json"}
+SAVED = {
+    *("config.json", "metrics.jsonl", "model.safetensors", "preprocessor_config.json", "samples", "settings.json"),
+    *CODE_FILES,
+}
 
 
 @dataclass

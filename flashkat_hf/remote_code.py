@@ -25,7 +25,7 @@ def write_code(folder: str | Path) -> None:
         ValueError: `folder` holds no FlashKAT's config.json, or cannot be written.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     auto_map = {**(config.get("auto_map") or {}), **AUTO_MAP}
     try:
         for name in CODE_FILES:
@@ -47,7 +47,7 @@ def check_code(folder: str | Path) -> list[str]:
         ValueError: `folder` holds no FlashKAT's config.json.
     """
     folder = Path(folder)
-    auto_map = _read_config(folder).get("auto_map") or {}
+    auto_map = read_config(folder).get("auto_map") or {}
     problems = []
     for name in CODE_FILES:
         if not (folder / name).is_file():
@@ -62,11 +62,12 @@ def check_code(folder: str | Path) -> list[str]:
     return problems
 
 
-def _differs(copy: Path) -> bool:
-    return not copy.is_file() or copy.read_bytes() != MODELING.with_name(copy.name).read_bytes()
+def read_config(folder: Path) -> dict[str, Any]:
+    """A FlashKAT's config.json.
 
-
-def _read_config(folder: Path) -> dict[str, Any]:
+    Raises:
+        ValueError: there is none, or another model's.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -77,3 +78,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("model_type") != "flashkat":
         raise ValueError(f"{path} is not the config of a FlashKAT")
     return config
+
+
+def _differs(copy: Path) -> bool:
+    return not copy.is_file() or copy.read_bytes() != MODELING.with_name(copy.name).read_bytes()

@@ -21,6 +21,7 @@ from transformers import (
 from flashkat_hf import FlashKATForImageClassification, conversion, convert
 from flashkat_hf.checkpoints import load_checkpoint
 from flashkat_hf.conversion import export_original
+from flashkat_hf.remote_code import CODE_FILES
 
 HEADS = {"num_attention_heads": 2}
 VIT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96} | {
@@ -63,6 +64,7 @@ def test_stored_logits_through_the_auto_class(kind, tmp_path):
     base = AutoModel.from_pretrained(tmp_path / "out")
     assert relative_error(base(stored["input"]).pooler_output, stored["pooled"]) <= 2e-5
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *CODE_FILES,
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",

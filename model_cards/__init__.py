@@ -1,0 +1,1 @@
+"""Template and data of the model cards, installed as `flashkat_hf.model_cards`."""

@@ -1,0 +1,6 @@
+"""The group rational of Kolmogorov-Arnold transformers and its fused forms, in Triton and in plain PyTorch."""
+
+from . import layers
+from .ops import add_norm_rational, packed_attention, rational, rational_linear
+
+__all__ = ["add_norm_rational", "layers", "packed_attention", "rational", "rational_linear"]
