@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from huggingface_hub import constants
+from huggingface_hub.utils import enable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging
 
@@ -19,23 +20,26 @@ from .summary import describe
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0, or 1 after one line about what is wrong on the standard error."""
-    parser = argparse.ArgumentParser(prog="flashkat", description="FlashKAT models: conversion, inspection and the Hub.")
+    parser = argparse.ArgumentParser(
+        prog="flashkat", description="FlashKAT models: conversion, inspection and the Hub."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_convert(commands)
     _add_info(commands)
     _add_push(commands)
     _add_publish(commands)
     options = parser.parse_args(arguments)
-    bars = not are_progress_bars_disabled()
+    wanted = options.command in ("push", "publish") and not constants.HF_HUB_DISABLE_PROGRESS_BARS
+    bars = wanted and sys.stderr.isatty()
     logging.disable_progress_bar()
-    if bars and options.command in ("push", "publish"):
+    if bars:
         enable_progress_bars()  # huggingface_hub's own, of uploads and downloads
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()  # less its lines about each attempt to reach the network
     try:
         print(options.run(options))
     except ValueError as error:
-        print(f"flashkat {options.command}: {error}", file=sys.stderr)
+        print(f"{chr(10) * bars}flashkat {options.command}: {error}", file=sys.stderr)  # a bar may have been cut short
         return 1
     except KeyboardInterrupt:
         print(f"flashkat {options.command}: interrupted; the same command again finishes it", file=sys.stderr)
@@ -183,7 +187,9 @@ def _publish(options: argparse.Namespace) -> str:
 
 def _add_sending(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="of a new repository")
-    parser.add_argument("--what-if", action="store_true", help="check everything and show what would be sent; send nothing")
+    parser.add_argument(
+        "--what-if", action="store_true", help="check everything and show what would be sent; send nothing"
+    )
 
 
 def _say(text: str) -> None:

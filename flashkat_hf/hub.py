@@ -149,7 +149,7 @@ def send(
     report: Report | None = None,
 ) -> Push:
     """The second half of `push`: what is staged goes to a repository that `check_access` let pass."""
-    api = HfApi(token=token)
+    api, lost = HfApi(token=token), False
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with explained(f"cannot push to {repo_id}", repo_id, token), _patience():
@@ -161,9 +161,11 @@ def send(
             return plan
         except HubError as error:
             # A commit whose answer was lost is found by comparing again; a pull request would be opened twice.
+            again = (error.transient and not (create_pr and error.lost)) or (error.moved and lost)
             wait = error.retry_after if error.retry_after is not None else 2.0**attempt
-            if not error.transient or attempt == ATTEMPTS or (create_pr and error.lost) or wait > LONGEST_WAIT:
+            if attempt == ATTEMPTS or not again or wait > LONGEST_WAIT:
                 raise
+            lost = lost or error.lost
             time.sleep(wait)
     raise AssertionError("unreachable")
 
@@ -272,7 +274,9 @@ def check_access(
             raise HubError(f"{action}: the access token of {name} may only read; make one that may write")
         own = {name, *(organization["name"] for organization in account.get("orgs") or [])}
         if not create_pr and owner.casefold() not in {other.casefold() for other in own}:
-            raise HubError(f"{action}: {owner} is neither you ({name}) nor an organisation of yours; open a pull request")
+            raise HubError(
+                f"{action}: {owner} is neither you ({name}) nor an organisation of yours; open a pull request"
+            )
     for repo_id in repo_ids:
         with explained(f"cannot push to {repo_id}", repo_id, token), _patience():
             try:

@@ -98,6 +98,7 @@ def _stage(
         raise ValueError("it is not a folder")
     if not (source / "config.json").is_file():
         raise ValueError("it is not a model folder, as it has no config.json")
+    _read_json(source / "config.json")
     staged = Staged(target)
     weights = weight_files(source)
     for path in sorted(source.iterdir()):
@@ -198,7 +199,7 @@ def check_weights(folder: Path) -> None:
 
 
 def _shorten_local_paths(path: Path, source: Path) -> int:
-    """Cut paths of this machine in the strings of a JSON file, or of JSON lines, to their last part; returns how many."""
+    """Cut paths of this machine in a JSON file, or in JSON lines, to their last part; returns how many."""
     local, count = _local_paths(source), 0
 
     def shorten(text: str) -> str:
@@ -219,8 +220,10 @@ def _shorten_local_paths(path: Path, source: Path) -> int:
 
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        contents = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else (
-            [json.loads(text)]
+        contents = (
+            [json.loads(line) for line in text.splitlines() if line.strip()]
+            if path.suffix == ".jsonl"
+            else ([json.loads(text)])
         )
     except ValueError as error:
         raise ValueError(f"{path.name} is no JSON file ({error})") from error

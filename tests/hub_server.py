@@ -132,6 +132,7 @@ class HubServer:
         self.page_size = 1000  # entries in one page of a listing
         self.requests: list[str] = []  # "METHOD /path", in the order of arrival
         self.faults: list[Fault] = []
+        self.waits: list[float] = []  # seconds that clients in this process would have slept
         self.lock = threading.RLock()
         self.stopping = threading.Event()
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(self)) for _ in range(2)]
@@ -163,6 +164,12 @@ class HubServer:
         repository = self.repositories.get((kind, name))
         commit = repository.find(revision) if repository else None
         return {path: file.data for path, file in commit.files.items()} if commit else {}
+
+    def head(self, name: str, revision: str = "main", kind: str = "models") -> str:
+        """The newest commit of a revision."""
+        commit = self.repositories[kind, name].find(revision)
+        assert commit, f"{name} has no {revision}"
+        return commit.oid
 
     def titles(self, name: str, revision: str = "main", kind: str = "models") -> list[str]:
         """The titles of a revision's commits, newest first."""
@@ -342,7 +349,10 @@ class _Handler(BaseHTTPRequestHandler):
         wanted, user = self.json(), self.user()
         if user is None:
             raise Refusal(401, "Invalid username or password.")
-        kind, name = f"{wanted.get('type') or 'model'}s", f"{wanted.get('organization') or user['name']}/{wanted['name']}"
+        kind, name = (
+            f"{wanted.get('type') or 'model'}s",
+            f"{wanted.get('organization') or user['name']}/{wanted['name']}",
+        )
         url = f"{self.hub.url}/{name if kind == 'models' else f'{kind}/{name}'}"
         if user["role"] == "read" or not self.belongs(name.partition("/")[0]):
             raise Refusal(403, f"You don't have the rights to create a model under the namespace {name.split('/')[0]}")
@@ -389,9 +399,7 @@ class _Handler(BaseHTTPRequestHandler):
         places = {"refs/heads/": "branches", "refs/tags/": "tags", "refs/pr/": "pullRequests"}
         for ref, commit in self.readable(kind, repo).refs.items():
             prefix = next(prefix for prefix in places if ref.startswith(prefix))
-            listing[places[prefix]].append(
-                {"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": commit.oid}
-            )
+            listing[places[prefix]].append({"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": commit.oid})
         self.send(200, listing)
 
     @route("POST DELETE", f"/api/{KIND}/{REPOSITORY}/(?P<what>branch|tag)/(?P<name>[^/]+)")
