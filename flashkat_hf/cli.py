@@ -150,6 +150,7 @@ def _add_push(commands) -> None:
     parser.add_argument(
         "--include-training-state", action="store_true", help="also optimizer states and training_args.bin"
     )
+    parser.add_argument("--license", metavar="ID", help="such as mit, for the card, where there is none yet")
     _add_sending(parser)
     parser.set_defaults(run=_push)
 
@@ -164,6 +165,7 @@ def _push(options: argparse.Namespace) -> str:
         what_if=options.what_if,
         message=options.message,
         include_training_state=options.include_training_state,
+        license=options.license,
         report=_say,
     )
     return _outcome(done, options.what_if)

@@ -86,6 +86,7 @@ def push(
     token: str | None = None,
     message: str | None = None,
     include_training_state: bool = False,
+    license: str | None = None,
     report: Report | None = None,
 ) -> Push:
     """Send a model folder to the Hub in one commit, or none if the branch holds all of it.
@@ -104,6 +105,7 @@ def push(
         token: by default HF_TOKEN's or the one you logged in with.
         message: of the commit.
         include_training_state: also send optimizer states and `training_args.bin`.
+        license: the Hub's identifier of one, for the card, where there is none yet.
         report: gets the text of what will be sent, before it is.
 
     Raises:
@@ -120,6 +122,7 @@ def push(
             Path(workspace),
             repo_id=repo_id,
             include_training_state=include_training_state,
+            license=license,
             secrets=[token or get_token() or ""],
         )
         check_access(repo_id, private=private, create_pr=create_pr, token=token)
@@ -209,7 +212,7 @@ def publish(
                 model, sent = Path(workspace, row), Path(workspace, "sent")
                 sent.mkdir()
                 say(str(convert(row, model, token=token)))
-                staged = stage(model, sent, repo_id=target, published=PUBLISHED[row])
+                staged = stage(model, sent, repo_id=target, published=row)
                 text = f"Convert {PUBLISHED[row].file}"
                 plan = send(
                     staged, target, "main", private=private, what_if=what_if, token=token, message=text, report=report

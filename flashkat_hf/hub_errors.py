@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from huggingface_hub import get_token
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
@@ -57,7 +58,7 @@ def explained(action: str, repo_id: str, token: str | None = None) -> Iterator[N
     except HubError:
         raise
     except Exception as error:
-        message = f"{action}: {_explain(error, repo_id)}"
+        message = f"{action}: {explain(error, repo_id)}"
         for secret in {token, get_token()} - {None, ""}:
             message = message.replace(str(secret), "[token]")
         cause = _innermost(error)
@@ -79,7 +80,8 @@ def _innermost(error: BaseException) -> BaseException:
     return error
 
 
-def _explain(error: BaseException, repo_id: str) -> str:
+def explain(error: BaseException, repo_id: str) -> str:
+    """What an error of huggingface_hub, its HTTP client or hf_xet means, and what to do, in one line."""
     error = _innermost(error)
     if isinstance(error, LocalTokenNotFoundError):
         return NO_TOKEN
@@ -105,10 +107,12 @@ def _explain_status(error: HfHubHTTPError, repo_id: str) -> str:
         return f"{repo_id} has no such branch, tag or commit{also}"
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
         return f"the Hub does not accept the access token{also}; log in again with `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, GatedRepoError):
+        return f"{repo_id} asks for consent on its page, and you have not given it{also}"
     if isinstance(error, RepositoryNotFoundError):
         return f"{repo_id} does not exist, or is private and not yours{also}"
     if status == 403:
-        return f"the access token has no right to do this{also}; make one with write access to {repo_id}"
+        return f"the access token gives no right to do this with {repo_id}{also}"
     if status == 404:
         return f"the Hub does not know what was asked for{also}"
     if status == 409:
@@ -119,7 +123,7 @@ def _explain_status(error: HfHubHTTPError, repo_id: str) -> str:
         wait = _retry_after(error)
         return f"the Hub limits requests (429){also}; try again {f'in {wait:.0f} s' if wait is not None else 'later'}"
     if status >= 500:
-        return f"the Hub has a problem ({status}{also}); try again later"
+        return f"the Hub has a problem ({status}){also}; try again later"
     return f"the Hub refused it ({status}){also}"
 
 

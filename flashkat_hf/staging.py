@@ -16,7 +16,6 @@ from .cards import check_card, write_card
 from .checkpoints import load_checkpoint
 from .configuration_flashkat import FlashKATConfig
 from .modeling_flashkat import FlashKATForImageClassification
-from .published import Published
 from .remote_code import check_code, write_code
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -57,7 +56,8 @@ def stage(
     *,
     repo_id: str | None = None,
     include_training_state: bool = False,
-    published: Published | None = None,
+    published: str | None = None,
+    license: str | None = None,
     final: bool = True,
     secrets: Iterable[str] = (),
 ) -> Staged:
@@ -68,7 +68,8 @@ def stage(
         target: an empty folder; large files are linked, so it lives no longer than `source`.
         repo_id: where it goes, for the card.
         include_training_state: also optimizer states and `training_args.bin`, which are pickles.
-        published: the row of a published checkpoint, for the card.
+        published: the name of a published checkpoint, for the card.
+        license: the Hub's identifier of one, for the card.
         final: write a card where there is none, and load the model; a checkpoint during training does without.
         secrets: texts that no file may hold, such as the access token.
 
@@ -77,7 +78,7 @@ def stage(
             not complete, or a text names a path of this machine or holds an access token.
     """
     try:
-        return _stage(source, target, repo_id, include_training_state, published, final, secrets)
+        return _stage(source, target, repo_id, include_training_state, published, license, final, secrets)
     except OSError as error:
         raise ValueError(f"{source} cannot be pushed: {error.strerror or error}") from error
     except ValueError as error:
@@ -90,7 +91,8 @@ def _stage(
     target: Path,
     repo_id: str | None,
     include_training_state: bool,
-    published: Published | None,
+    published: str | None,
+    license: str | None,
     final: bool,
     secrets: Iterable[str],
 ) -> Staged:
@@ -118,8 +120,11 @@ def _stage(
         staged.left_out.pop(name, None)
     if final:
         load_checkpoint(str(target))
-        if not (target / "README.md").is_file():
-            write_card(target, repo_id=repo_id, published=published)
+        if (target / "README.md").is_file():
+            if license:
+                raise ValueError(f"its README.md says what the license is; there is no use for {license}")
+        else:
+            write_card(target, repo_id=repo_id, published=published, license=license)
             staged.notes.append("README.md: written, as there was none")
     _check_texts(target, source, secrets)
     return staged

@@ -48,10 +48,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[HubServer]:
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made at its first use
         monkeypatch.setenv("HF_TOKEN", "hf_alice")
         monkeypatch.setenv("DISABLE_SAFETENSORS_CONVERSION", "1")
         waits: list[float] = []
-        for module in ("huggingface_hub.utils._http", "flashkat_hf.hub"):
+        for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "flashkat_hf.hub"):
             monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=waits.append))
         server.waits = waits
         close_session()
