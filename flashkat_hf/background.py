@@ -101,7 +101,8 @@ class BackgroundPusher:
             self._changed.notify_all()
         self._thread.join(patience)
         with self._changed:
-            left = [job for job in (self._last, self._waiting, self._running) if job]
+            jobs = (self._last, self._running, self._waiting)
+            left = sorted((job for job in jobs if job), key=lambda job: not job.final)
             self._waiting, self._last, self._given_up = None, None, True
             lines = self._refused + [self._line(job, "the Hub could not be reached in time") for job in left]
             for job in left:

@@ -136,7 +136,9 @@ class HubServer:
         self.lock = threading.RLock()
         self.stopping = threading.Event()
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(self)) for _ in range(2)]
-        self.url, self.storage_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in self.servers)
+        # Another host, too: huggingface_hub 1 follows redirects to any port of the same, and then finds no metadata.
+        self.url = f"http://127.0.0.1:{self.servers[0].server_address[1]}"
+        self.storage_url = f"http://localhost:{self.servers[1].server_address[1]}"
 
     def __enter__(self) -> "HubServer":
         for server in self.servers:
