@@ -207,10 +207,10 @@ def publish(
     done: list[Push] = []
     failed: dict[str, str] = {}
     for row, target in targets.items():
-        try:
-            with tempfile.TemporaryDirectory(prefix="flashkat-publish-") as workspace:
-                model, sent = Path(workspace, row), Path(workspace, "sent")
-                sent.mkdir()
+        with tempfile.TemporaryDirectory(prefix="flashkat-publish-") as workspace:
+            model, sent = Path(workspace, row), Path(workspace, "sent")
+            sent.mkdir()
+            try:
                 say(str(convert(row, model, token=token)))
                 staged = stage(model, sent, repo_id=target, published=row)
                 text = f"Convert {PUBLISHED[row].file}"
@@ -218,11 +218,12 @@ def publish(
                     staged, target, "main", private=private, what_if=what_if, token=token, message=text, report=report
                 )
                 done.append(plan)
-        except ValueError as error:
-            if name != "all":
-                raise
-            failed[row] = str(error)
-            say(f"{row}: {error}")
+            except ValueError as error:
+                reason = str(error).replace(str(model), row)
+                if name != "all":
+                    raise ValueError(reason) from error
+                failed[row] = reason
+                say(f"{row}: {reason}")
     if failed:
         reasons = "; ".join(f"{row} ({reason})" for row, reason in failed.items())
         raise ValueError(f"{len(failed)} of {len(names)} are not published: {reasons}")

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from .cards import check_card, write_card
+from .cards import LOCAL_PATH, check_card, write_card
 from .checkpoints import load_checkpoint
 from .configuration_flashkat import FlashKATConfig
 from .modeling_flashkat import FlashKATForImageClassification
@@ -26,11 +26,6 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".tar", ".joblib",
 TRAINING_STATE = re.compile(
     r"training_args\.bin|trainer_state\.json|(training_state|optimizer|scheduler|scaler|sampler|rng_state|random_states"
     r"|dl_state_dict|custom_checkpoint).*\.(bin|pt|pth|pkl|json|safetensors)"
-)
-LOCAL_PATH = re.compile(  # below the usual roots; of a URL, the host stands in front
-    r"(?<![\w.:/~-])(?:~|/(?:home|root|Users|Volumes|mnt|media|opt|tmp|var|work|workspace|data|scratch|srv|kaggle)(?=/))"
-    r"/[^\s\"'<>|,;)\]}]+"
-    r"|(?<![A-Za-z])[A-Za-z]:\\{1,2}[^\s\"'<>|,;)\]}]+"
 )
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
 
@@ -245,7 +240,7 @@ def _local_paths(source: Path) -> re.Pattern[str]:
     """`LOCAL_PATH`, and whatever lies below the home directory, the working directory or the folder's own."""
     places = {str(place) for place in (Path.home(), Path.cwd(), source.resolve().parent)} - {"/"}
     own = "|".join(re.escape(place) for place in sorted(places, key=len, reverse=True))
-    return re.compile(rf"(?<![\w.:/~-])(?:{own})/[^\s\"'<>|,;)\]}}]+|{LOCAL_PATH.pattern}")
+    return re.compile(rf"(?<![\w.:/])(?:{own})/\S+|{LOCAL_PATH.pattern}")
 
 
 def _check_texts(folder: Path, source: Path, secrets: Iterable[str]) -> None:

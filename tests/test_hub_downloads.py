@@ -1,4 +1,4 @@
-"""Downloads that go wrong, in `flashkat convert` and `flashkat info` of a Hub id: one line, and nothing is kept of them."""
+"""Downloads that go wrong, in `flashkat convert` and `flashkat info`: one line, and nothing is kept of them."""
 
 import pytest
 from helpers import original_state

@@ -19,7 +19,9 @@ NAMES = ("kat-tiny", "kat-small")  # cards exist under these names
 def published(hub, monkeypatch):
     """The table has two rows, and the Hub their files, named by their checksums as the real ones are."""
     buffer = io.BytesIO()
-    torch.save({"state_dict": original_state("kat")}, buffer)
+    state = original_state("kat")
+    state |= {name: state[name].repeat_interleave(100, 0) for name in ("head.weight", "head.bias")}  # 1,000 labels
+    torch.save({"state_dict": state}, buffer)
     name = f"kat_micro_{hashlib.sha256(buffer.getvalue()).hexdigest()}.pth"
     hub.add(RELEASE_REPOSITORY, {name: buffer.getvalue()})
     for row in list(PUBLISHED):
@@ -40,7 +42,7 @@ def test_publish_one(hub, published, capsys):
     assert hub.repositories["models", "kan-lab/kat-tiny"].private
     card = hub.files("kan-lab/kat-tiny")["README.md"].decode()
     assert "kan-lab/kat-tiny" in card
-    assert "base_model: adamdad/" in card or "base_model" in card
+    assert "base_model: adamdad/kat_tiny_patch16_224" in card
     loaded = FlashKATForImageClassification.from_pretrained("kan-lab/kat-tiny")
     source = read_source("kat-tiny").state
     assert torch.equal(loaded.classifier.weight, source["head.weight"])
