@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoImageProcessor
 
 from .modeling_flashkat import FlashKATForImageClassification, convert_hint
+from .published import check_cached_weights
 
 
 def load_checkpoint(name_or_path: str, **overrides):
@@ -38,6 +39,8 @@ def load_checkpoint(name_or_path: str, **overrides):
         made_up = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
         if lost := sorted(name for name in made_up if not (overrides and name.startswith("classifier."))):
             raise ValueError(f"the weights do not fit the config: {len(lost)} are missing or differ, such as {lost[0]}")
+        if not path.is_dir():
+            check_cached_weights(name_or_path)
     except Exception as error:
         raise ValueError(f"cannot load {name_or_path}: {' '.join(str(error).split())}{hint}") from error
     return model, processor

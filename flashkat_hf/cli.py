@@ -6,10 +6,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from huggingface_hub import constants
+from huggingface_hub.utils import enable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging
 
 from .conversion import convert, export_original
+from .hub import Push, publish, push
 from .published import PUBLISHED
 from .sources import TRANSFORMS
 from .summary import describe
@@ -17,19 +20,30 @@ from .summary import describe
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0, or 1 after one line about what is wrong on the standard error."""
-    parser = argparse.ArgumentParser(prog="flashkat", description="FlashKAT models: conversion and inspection.")
+    parser = argparse.ArgumentParser(
+        prog="flashkat", description="FlashKAT models: conversion, inspection and the Hub."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_convert(commands)
     _add_info(commands)
+    _add_push(commands)
+    _add_publish(commands)
     options = parser.parse_args(arguments)
+    wanted = options.command in ("push", "publish") and not constants.HF_HUB_DISABLE_PROGRESS_BARS
+    bars = wanted and sys.stderr.isatty()
     logging.disable_progress_bar()
+    if bars:
+        enable_progress_bars()  # huggingface_hub's own, of uploads and downloads
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()  # less its lines about each attempt to reach the network
     try:
         print(options.run(options))
     except ValueError as error:
-        print(f"flashkat {options.command}: {error}", file=sys.stderr)
+        print(f"{chr(10) * bars}flashkat {options.command}: {error}", file=sys.stderr)  # a bar may have been cut short
         return 1
+    except KeyboardInterrupt:
+        print(f"flashkat {options.command}: interrupted; the same command again finishes it", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -122,6 +136,72 @@ def _add_info(commands) -> None:
     parser = commands.add_parser("info", help=text, description=text)
     parser.add_argument("model", help="folder or Hub id")
     parser.set_defaults(run=lambda options: describe(options.model))
+
+
+def _add_push(commands) -> None:
+    text = "check a model folder and send it to the Hub in one commit"
+    notes = "The access token is the one of `hf auth login`, or HF_TOKEN's."
+    parser = commands.add_parser("push", help=text, description=text, epilog=notes)
+    parser.add_argument("folder", help="what `convert` or a training run has left")
+    parser.add_argument("repo", help="owner/name; made if it does not exist")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch, made from main if it does not exist")
+    parser.add_argument("--pr", action="store_true", help="open a pull request")
+    parser.add_argument("--message", help="of the commit")
+    parser.add_argument(
+        "--include-training-state", action="store_true", help="also optimizer states and training_args.bin"
+    )
+    parser.add_argument("--license", metavar="ID", help="such as mit, for the card, where there is none yet")
+    _add_sending(parser)
+    parser.set_defaults(run=_push)
+
+
+def _push(options: argparse.Namespace) -> str:
+    done = push(
+        options.folder,
+        options.repo,
+        private=options.private or None,
+        revision=options.revision,
+        create_pr=options.pr,
+        what_if=options.what_if,
+        message=options.message,
+        include_training_state=options.include_training_state,
+        license=options.license,
+        report=_say,
+    )
+    return _outcome(done, options.what_if)
+
+
+def _add_publish(commands) -> None:
+    text = "convert a published KAT, prove it, write its card and push it"
+    parser = commands.add_parser("publish", help=text, description=text)
+    parser.add_argument("name", choices=(*PUBLISHED, "all"), metavar="NAME", help=f"{', '.join(PUBLISHED)} or all")
+    parser.add_argument("--namespace", required=True, help="your name, or an organisation of yours")
+    _add_sending(parser)
+    parser.set_defaults(run=_publish)
+
+
+def _publish(options: argparse.Namespace) -> str:
+    done = publish(
+        options.name, options.namespace, private=options.private or None, what_if=options.what_if, report=_say
+    )
+    return "\n".join(_outcome(each, options.what_if) for each in done)
+
+
+def _add_sending(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--private", action="store_true", help="of a new repository")
+    parser.add_argument(
+        "--what-if", action="store_true", help="check everything and show what would be sent; send nothing"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _outcome(done: Push, what_if: bool) -> str:
+    if what_if:
+        return f"{done.repo_id}: nothing was sent (--what-if)"
+    return f"{done.repo_id} has all of it already: {done.url}" if done.empty else done.url
 
 
 if __name__ == "__main__":

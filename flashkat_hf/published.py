@@ -1,12 +1,15 @@
 """The published KAT checkpoints: names, files, checksums and accuracies, and downloads from the Hub."""
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+from .hub_errors import explain
 
 RELEASE_REPOSITORY = "adamdad/kat_pretained"  # spelled so
 
@@ -101,18 +104,50 @@ def download(
     Raises:
         NotReachableError: it is not in the cache, and there is no network, or `offline` or huggingface_hub's offline
             mode forbids it.
-        ValueError: in one line, for every other error of the Hub, with what to do about it.
+        ValueError: in one line, for every other error of the Hub, with what to do about it; what arrived is damaged.
     """
     try:
-        return Path(hf_hub_download(repository, file, revision=revision, token=token, local_files_only=offline))
+        path = Path(hf_hub_download(repository, file, revision=revision, token=token, local_files_only=offline))
     except LocalEntryNotFoundError as error:
-        reason = "no network or offline mode, and it is not in the cache"
-        raise NotReachableError(str(_unreachable(repository, file, reason))) from error
+        reason = "no network or offline mode"
+        if isinstance(error.__cause__, HfHubHTTPError):
+            reason = explain(error.__cause__, repository)
+        raise NotReachableError(str(_unreachable(repository, file, f"{reason}, and it is not in the cache"))) from None
     except EntryNotFoundError:
         return None
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise _unreachable(repository, file, f"{type(error).__name__}, {' '.join(lines[:2])}") from error
+        raise _unreachable(repository, file, explain(error, repository)) from None
+    check_cached(path)
+    return path
+
+
+def check_cached(path: Path) -> None:
+    """Hold a large file of the cache against its SHA-256 by the Hub, which names it there; others pass.
+
+    Raises:
+        ValueError: they differ; the file is removed from the cache.
+    """
+    blob = Path(os.readlink(path)).name if path.is_symlink() else ""
+    if not re.fullmatch(r"[0-9a-f]{64}", blob):
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != blob:
+        path.resolve().unlink()
+        path.unlink()
+        raise ValueError(f"{path.name} arrived damaged: its SHA-256 is {found}, not {blob}; download it again")
+
+
+def check_cached_weights(repository: str) -> None:
+    """`check_cached` for all safetensors files that the cache has of the main branch.
+
+    Raises:
+        ValueError: one is damaged; it is removed from the cache.
+    """
+    config = try_to_load_from_cache(repository, "config.json")
+    if isinstance(config, str):
+        for path in sorted(Path(config).parent.glob("*.safetensors")):
+            check_cached(path)
 
 
 def _unreachable(repository: str, file: str, reason: str) -> ValueError:

@@ -227,6 +227,8 @@ def _download_weights(repository: str, revision: str | None, token: str | None) 
         if weights := get(name):
             if name.endswith(".index.json"):
                 for shard in sorted(set(_read_json(weights).get("weight_map", {}).values())):
+                    if Path(shard).name != shard:
+                        raise ValueError(f"{repository}: {name} names {shard}, which is no file beside it")
                     if get(shard) is None:
                         raise unreachable or ValueError(f"{repository}: {name} names {shard}, which is not there")
             for optional in ("config.json", "preprocessor_config.json"):

@@ -1,10 +1,19 @@
 """Every test starts from one seed, in deterministic mode, with fresh memory filled with NaN."""
 
 import os
+import shutil
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import micro_config
+from hub_server import HubServer
+from huggingface_hub import close_session, constants, hf_api
+
+from flashkat_hf import FlashKATForImageClassification, make_image_processor
+from flashkat_hf.cards import write_card
+from flashkat_hf.remote_code import write_code
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products; read when CUDA starts
 
@@ -20,3 +29,65 @@ def _deterministic() -> Iterator[None]:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[HubServer]:
+    """A Hub of its own, to which the clients in this process talk as alice, with an empty cache and without waiting."""
+    with HubServer() as server:
+        home = tmp_path / "hf_home"
+        for name, value in {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made at its first use
+        monkeypatch.setenv("HF_TOKEN", "hf_alice")
+        monkeypatch.setenv("DISABLE_SAFETENSORS_CONVERSION", "1")
+        waits: list[float] = []
+        for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "flashkat_hf.hub"):
+            monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=waits.append))
+        server.waits = waits
+        close_session()
+        yield server
+        close_session()
+
+
+@pytest.fixture(scope="session")
+def _saved(tmp_path_factory):
+    """A micro model as a training run leaves it: weights, config, image processor."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("saved") / "model"
+    FlashKATForImageClassification(micro_config()).save_pretrained(path)
+    make_image_processor(32).save_pretrained(path)
+    for code in path.glob("*.py"):
+        code.unlink()
+    return path
+
+
+@pytest.fixture(scope="session")
+def _complete(_saved, tmp_path_factory):
+    """The same with code and card."""
+    path = shutil.copytree(_saved, tmp_path_factory.mktemp("complete") / "model")
+    write_code(path)
+    write_card(path, repo_id="alice/micro")
+    return path
+
+
+@pytest.fixture
+def bare_folder(_saved, tmp_path):
+    """A copy of a micro model's folder without code and card."""
+    return shutil.copytree(_saved, tmp_path / "model")
+
+
+@pytest.fixture
+def model_folder(_complete, tmp_path):
+    """A copy of a micro model's folder with code and card."""
+    return shutil.copytree(_complete, tmp_path / "model")

@@ -48,13 +48,19 @@ def test_checksum_in_the_name(tmp_path):
     [
         (
             errors.RepositoryNotFoundError("404 Client Error.\n\nRepository Not Found for url", response=MagicMock()),
-            r"\(RepositoryNotFoundError, 404 Client Error. Repository Not Found for url",
+            r"\(owner/name does not exist, or is private and not yours\)",
         ),
-        (errors.GatedRepoError("403 gated", response=MagicMock()), "GatedRepoError, 403 gated"),
-        (errors.RevisionNotFoundError("404 revision", response=MagicMock()), "RevisionNotFoundError"),
+        (
+            errors.GatedRepoError("403 gated", response=MagicMock()),
+            "asks for consent on its page, and you have not given it",
+        ),
+        (
+            errors.RevisionNotFoundError("404 revision", response=MagicMock()),
+            "owner/name has no such branch, tag or commit",
+        ),
         (errors.LocalEntryNotFoundError("no connection"), "no network or offline mode"),
-        (errors.HFValidationError("bad id"), "HFValidationError, bad id"),
-        (ConnectionError("refused"), "ConnectionError, refused"),
+        (errors.HFValidationError("bad id"), r"\(bad id\)"),
+        (ConnectionError("refused"), r"no connection to the Hub \(ConnectionError: refused\)"),
         (OSError(28, "No space left on device"), "No space left on device"),
     ],
 )

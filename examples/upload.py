@@ -1,0 +1,34 @@
+"""Check a model folder and send it to the Hugging Face Hub in one commit.
+
+    hf auth login                                        # once, or set HF_TOKEN
+    python examples/upload.py runs/digits YOU/digits     # what `make demo` saved
+    python examples/upload.py runs/digits YOU/digits --what-if
+
+The same as `flashkat push`, for those who want to change it.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from flashkat_hf.hub import push
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="what `flashkat convert` or finetune.py has left")
+    parser.add_argument("repo", help="owner/name; made if it does not exist")
+    parser.add_argument("--private", action="store_true", help="of a new repository")
+    parser.add_argument("--what-if", action="store_true", help="check everything, send nothing")
+    options = parser.parse_args(arguments)
+    try:
+        done = push(
+            options.folder, options.repo, private=options.private or None, what_if=options.what_if, report=print
+        )
+    except ValueError as error:
+        raise SystemExit(f"upload.py: {error}") from error
+    print(done.url or "nothing was sent")
+
+
+if __name__ == "__main__":
+    main()
