@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy of a checkpoint on the test split of any data: a FlashKAT, or a plain ViT to compare it with.
+"""Top-1 and top-5 accuracy of a checkpoint on the test split of any data: a FlashKAT, or a plain ViT beside it.
 
     python examples/evaluate.py runs/digits                                     # on scikit-learn's digits
     accelerate launch examples/evaluate.py runs/tiny --data imagenet --batch-size 256
@@ -26,7 +26,7 @@ from flashkat_hf.data import open_data
 from flashkat_hf.evaluation import evaluate, match_classes
 from flashkat_hf.loading import EvalBatches
 
-TIMM = ("hf-hub:", "hf_hub:", "local-dir:")
+TIMM = ("hf-hub:", "local-dir:")
 
 
 def load_classifier(name: str) -> tuple[nn.Module, Callable, list[str]]:
@@ -40,10 +40,10 @@ def load_classifier(name: str) -> tuple[nn.Module, Callable, list[str]]:
     """
     if name.startswith(TIMM):
         return load_timm(name)
-    if (path := Path(name)).is_dir() and (path / "config.json").is_file():
-        if "architecture" in json.loads((path / "config.json").read_text()):
-            return load_timm(f"local-dir:{name}")
+    config = Path(name, "config.json")
     try:
+        if config.is_file() and "architecture" in json.loads(config.read_text()):
+            return load_timm(f"local-dir:{name}")
         kind = AutoConfig.from_pretrained(name).model_type
         if kind == "timm_wrapper":
             return load_timm(f"hf-hub:{name}")
@@ -71,22 +71,14 @@ def load_timm(name: str) -> tuple[nn.Module, Callable, list[str]]:
     return model, timm.data.create_transform(**config, is_training=False), [str(name) for name in names]
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    accelerator = Accelerator(mixed_precision=None if options.mixed_precision else "no")
-    if not accelerator.is_main_process:
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+def run(options: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
     processes = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     given = {name: getattr(options, name) for name in DATA if getattr(options, name)}
     data = open_data(options.data, **processes, **given)
     model, transform, outputs = load_classifier(options.model)
     matched, how = match_classes(data.class_names, outputs)
-    if options.split == "train":
-        split = data.train
-    else:
-        split = data.test
     batches = EvalBatches(
-        split,
+        data.train if options.split == "train" else data.test,
         transform,
         batch_size=options.batch_size,
         workers=options.workers,
@@ -104,7 +96,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         progress=None if options.no_progress else "evaluating",
     )
     seconds = time.perf_counter() - start
-    accelerator.end_training()
     return {
         "model": options.model,
         "data": options.data or "digits",
@@ -112,8 +103,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         **result,
         "classes_matched": how,
         "images_per_second": round(result["count"] / seconds, 1),
-        "skipped": sorted(batches.corrupt),
-        "main": accelerator.is_main_process,
+        "skipped": sorted(batches.corrupt),  # by the main process
     }
 
 
@@ -151,18 +141,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(options: argparse.Namespace) -> None:
     try:
-        result = run(options)
+        accelerator = Accelerator(mixed_precision=None if options.mixed_precision else "no")
+        if not accelerator.is_main_process:
+            logging.set_verbosity_error()
+        if not accelerator.is_main_process or options.no_progress:
+            logging.disable_progress_bar()
+        result = run(options, accelerator)
     except (ValueError, ImportError, OSError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
-    if not result.pop("main"):
-        return
-    if options.json:
-        print(json.dumps(result))
-        return
-    print(
-        f"{result['model']} on {result['count']} images of {result['data']} ({result['split']}): top-1 {result['top1']:.2%}, "
-        f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f}; classes matched {result['classes_matched']}; "
-        f"{result['images_per_second']:.0f} images/s"
+    if accelerator.is_main_process:
+        print(json.dumps(result) if options.json else describe(result))
+    accelerator.end_training()
+
+
+def describe(result: dict[str, Any]) -> str:
+    return (
+        f"{result['model']} on {result['count']} images of {result['data']} ({result['split']}): top-1 "
+        f"{result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f}; classes matched "
+        f"{result['classes_matched']}; {result['images_per_second']:.0f} images/s"
     )
 
 

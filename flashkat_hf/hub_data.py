@@ -69,9 +69,9 @@ class DatasetStream:
                     1, min(10, dataset.num_shards // (share.world_size * share.workers))
                 )
             dataset = dataset.shuffle(seed=shuffle[0], buffer_size=self.buffer, **options)
-            dataset.set_epoch(shuffle[1])
-        # within a worker process, datasets takes the worker's part by itself
-        for number, row in enumerate(distributed.split_dataset_by_node(dataset, share.rank, share.world_size)):
+        dataset = distributed.split_dataset_by_node(dataset, share.rank, share.world_size)
+        dataset.set_epoch(shuffle[1] if shuffle else 0)  # last: each step before makes a data set of epoch 0
+        for number, row in enumerate(dataset):  # of a worker process's own part, which datasets takes by itself
             image = _encoded(row[self.columns[0]])
             name = image if isinstance(image, str) else row[self.columns[0]].get("path") or f"number {number}"
             yield Sample(image, self._index(row[self.columns[1]], name), f"{name} of {self.name}")

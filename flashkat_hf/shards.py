@@ -111,7 +111,7 @@ def open_shards(
 ) -> ImageData[Shards]:
     """The splits of a folder of shards, or of a brace pattern such as `data/{train-{000..146},val-{00..06}}.tar`.
 
-    Shards belong to the split that their name, or their folder's, begins with. Class names come from `classes.json`
+    Shards belong to the split that their name begins with, or else that their folder is called. Class names come from `classes.json`
     (a list, or names by index, or indices by name) or `classes.txt` (one in each line) beside the shards. The numbers
     of images come from `sizes.json` beside them (by file name), else from the tar files' headers.
 
@@ -196,9 +196,14 @@ def _count(path: str) -> int:
 
 def _belongs(url: str, names: Sequence[str]) -> bool:
     parent, name = os.path.split(url)
-    return any(
-        re.match(rf"{re.escape(split)}(?![a-z])", part) for split in names for part in (name, os.path.basename(parent))
-    )
+    known = [*names, *SPLITS["train"], *SPLITS["test"]]
+    if any(_begins(name, split) for split in known):  # what a file is called counts before its folder
+        return any(_begins(name, split) for split in names)
+    return os.path.basename(parent) in names
+
+
+def _begins(name: str, split: str) -> bool:
+    return re.match(rf"{re.escape(split)}(?![a-z])", name) is not None
 
 
 def _class_names(roots: list[str], source: str) -> list[str]:
