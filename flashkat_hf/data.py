@@ -6,14 +6,17 @@ take decoding every image.
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch.utils.data import Dataset
 
 from .augmentation import evaluation_transform  # noqa: F401
+from .hub_data import is_saved, open_dataset
 from .images import (
     IMAGE_SUFFIXES,
     DataError,
@@ -27,7 +30,9 @@ from .images import (
     open_image,
     unreadable,
 )
+from .shards import is_shards, open_shards
 
+PARQUET = ("*.parquet", "*/*.parquet")  # where a data set's files stand
 CONTENTS = 2**28  # bytes: up to so many the fingerprint reads the files, beyond it their names and sizes
 
 
@@ -38,15 +43,37 @@ def open_data(
     world_size: int = 1,
     streaming: bool = False,
     skip_corrupt: bool = False,
+    subset: str | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_names: Sequence[str] | None = None,
+    train_split: str | None = None,
+    test_split: str | None = None,
+    train_size: int | None = None,
+    test_size: int | None = None,
+    shuffle_buffer: int = 1000,
 ) -> ImageData:
     """The training and the test split of a source, checked.
 
     Args:
-        source: None or "digits": scikit-learn's digits. A folder with `train/` and `val/`: `load_image_folder`.
+        source: None or "digits": scikit-learn's digits. A folder with `train/` and `val/`, of a folder for each class:
+            `load_image_folder`. A folder or brace pattern of tar files: WebDataset, `shards.open_shards`. A folder that
+            `datasets` saved, a folder of Parquet files, or a Hub id: `hub_data.open_dataset`.
         rank: of this process; processes share the checks.
         world_size: number of processes.
-        streaming: read a data set of `datasets` as a stream.
+        streaming: read a data set of `datasets` as a stream. WebDataset always is one.
         skip_corrupt: pass over images that cannot be read, instead of ending.
+        subset: of `datasets`: name of the configuration.
+        revision: of a Hub id: branch, tag or commit.
+        image_column: of `datasets`; default: found by its type.
+        label_column: likewise.
+        class_names: of `datasets` and WebDataset, where they do not say; by index.
+        train_split: of `datasets` and WebDataset; default: train.
+        test_split: likewise; default: the first of validation, val and test.
+        train_size: number of images, for streams of `datasets` that do not know it; training has to.
+        test_size: the same for the test split.
+        shuffle_buffer: undecoded images among which a stream's shuffle draws, in each worker.
 
     Raises:
         DataError: the source is missing, empty, or not what its kind has to be; in one line.
@@ -54,6 +81,21 @@ def open_data(
     """
     if source is None or source == "digits":
         return load_digits()
+    text, path = os.fspath(source), Path(source)
+    shared: dict[str, Any] = {
+        "class_names": class_names,
+        "train_split": train_split,
+        "test_split": test_split,
+        "skip_corrupt": skip_corrupt,
+        "buffer": shuffle_buffer,
+    }
+    if is_shards(text):
+        return open_shards(text, show=rank == 0, **shared)
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.exists() and not path.parent.exists()
+    if on_hub or (path.is_dir() and (is_saved(path) or any(any(path.glob(pattern)) for pattern in PARQUET))):
+        columns = {"image_column": image_column, "label_column": label_column}
+        sizes = {"train_size": train_size, "test_size": test_size, "world_size": world_size}
+        return open_dataset(text, subset=subset, revision=revision, streaming=streaming, **columns, **sizes, **shared)
     return load_image_folder(source, rank, world_size, skip_corrupt)
 
 

@@ -1,5 +1,6 @@
 """Accuracy of a classifier over any number of processes, exact: every image counts once."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -112,3 +113,76 @@ def _progress(steps: Iterator, batches: Iterable, accelerator: Accelerator, text
     except TypeError:
         total = None
     return iter(extra("tqdm").tqdm(steps, desc=text, total=total, unit="batch"))
+
+
+def match_classes(class_names: Sequence[str], outputs: Sequence[str]) -> tuple[list[int], str]:
+    """Which output of a model stands for each class of the data.
+
+    Tried in this order: the same names; WordNet ids as class names and a model of ImageNet's classes, by timm's table;
+    names that agree but for case, underscores and synonyms ("tench, Tinca tinca" for "tench"); as many outputs
+    without names ("LABEL_0") as classes, in sorted order.
+
+    Args:
+        class_names: of the data.
+        outputs: names of the model's outputs, by index.
+
+    Returns:
+        The index of the output for each class, and how they were matched, in words.
+
+    Raises:
+        ValueError: no rule gives every class an output of its own.
+    """
+    matched = _by_key(class_names, outputs, [lambda name: [name]])
+    if matched is not None:
+        return matched, "by name"
+    synsets = _synsets(class_names, outputs)
+    if synsets and (matched := _by_key(class_names, synsets, [lambda name: [name]])) is not None:
+        return matched, "by WordNet id"
+    matched = _by_key(class_names, outputs, [lambda name: [_plain(name)], lambda name: _plain(name).split(", ")[:1]])
+    if matched is not None:
+        return matched, "by name, without case and synonyms"
+    if len(outputs) == len(class_names) and all(_nameless(name, index) for index, name in enumerate(outputs)):
+        return list(range(len(outputs))), "in sorted order, since the model does not name its outputs"
+    unknown = [name for name in class_names if name not in set(outputs)]
+    raise ValueError(
+        f"the data's {len(class_names)} classes cannot be matched with the model's {len(outputs)} outputs: "
+        f"{len(unknown)} classes are none of them, such as {unknown[0]!r} beside {outputs[0]!r}"
+    )
+
+
+def _by_key(class_names: Sequence[str], outputs: Sequence[str], keys: list) -> list[int] | None:
+    """Indices by the first of the keys under which every class finds exactly one output, and no two the same."""
+    for key in keys:
+        found: dict[str, list[int]] = {}
+        for index, name in enumerate(outputs):
+            for word in key(name):
+                found.setdefault(word, []).append(index)
+        matched = [sorted({index for word in key(name) for index in found.get(word, ())}) for name in class_names]
+        indices = [candidates[0] for candidates in matched if len(candidates) == 1]
+        if len(set(indices)) == len(class_names):
+            return indices
+    return None
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.lower().replace("_", " ").split())
+
+
+def _nameless(name: str, index: int) -> bool:
+    return name in (f"LABEL_{index}", str(index))
+
+
+def _synsets(class_names: Sequence[str], outputs: Sequence[str]) -> Sequence[str] | None:
+    """WordNet ids of the outputs, if classes are named so and the outputs are ImageNet's in its order."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in class_names):
+        return None
+    data = extra("timm.data")
+    subset = data.infer_imagenet_subset({"num_classes": len(outputs)})
+    if subset is None:
+        return None
+    info = data.ImageNetInfo(subset)
+    for index, name in enumerate(outputs):
+        first = _plain(info.index_to_description(index)).split(", ")[0]
+        if not _nameless(name, index) and first != _plain(name).split(", ")[0]:
+            return None  # named otherwise, or in another order
+    return info.label_names()

@@ -49,11 +49,13 @@ class Examples:
         images: paths, or images in memory.
         labels: the index of each one's class.
         skip_corrupt: training replaces an image that cannot be read by the next one, evaluation leaves it out.
+        name: what messages call the split, where the images have no names.
     """
 
     images: Sequence[Encoded]
     labels: Sequence[int]
     skip_corrupt: bool = False
+    name: str = "the images"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,34 +66,72 @@ class Examples:
 
     def __getitem__(self, index: int) -> Sample:
         image = self.images[index]
-        return Sample(image, int(self.labels[index]), image if isinstance(image, str) else f"number {index}")
+        return Sample(
+            image, int(self.labels[index]), image if isinstance(image, str) else f"number {index} of {self.name}"
+        )
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of a stream one worker process reads.
+
+    Attributes:
+        rank: of its process.
+        world_size: number of processes.
+        worker: its index within its process.
+        workers: number of worker processes of each process; 1 also where the process itself reads.
+        batch_size: images of a micro-batch of one process; None for evaluation, which has to see every image.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    worker: int = 0
+    workers: int = 1
+    batch_size: int | None = None
+
+    def bounds(self, num_images: int) -> tuple[int, int]:
+        """First and last + 1 position of this part, where the positions of an order can be dealt out.
+
+        In training a worker makes batches number `worker`, `worker + workers`, ... of its process and has just the
+        images for them. In evaluation the parts are equal up to one image.
+        """
+        if self.batch_size is None:
+            part, parts = self.rank * self.workers + self.worker, self.world_size * self.workers
+            return part * num_images // parts, (part + 1) * num_images // parts
+        batches = num_images // (self.batch_size * self.world_size)
+        before = sum(len(range(worker, batches, self.workers)) for worker in range(self.worker))
+        first = (self.rank * batches + before) * self.batch_size
+        return first, first + len(range(self.worker, batches, self.workers)) * self.batch_size
 
 
 class Stream(Protocol):
     """A split that is read from one end to the other."""
 
-    skip_corrupt: bool
+    @property
+    def skip_corrupt(self) -> bool:
+        """As in `Examples`."""
+        ...
 
     @property
     def num_images(self) -> int | None:
         """Number of images over all processes, or None where it is unknown."""
         ...
 
+    @property
+    def start_method(self) -> str | None:
+        """Of worker processes, as `multiprocessing` calls it; None: the platform's."""
+        ...
+
     def most_workers(self, world_size: int) -> int:
         """How many worker processes of each process can have a share of the stream."""
         ...
 
-    def samples(
-        self, shuffle: tuple[int, int] | None, rank: int, world_size: int, worker: int, workers: int
-    ) -> Iterator[Sample]:
-        """One pass over the share of a worker; over all ranks and workers, every image once.
+    def samples(self, shuffle: tuple[int, int] | None, share: Share) -> Iterator[Sample]:
+        """One pass over a share; the shares of all workers have every image once, or in training at most once.
 
         Args:
             shuffle: (seed, epoch) of the order; None keeps the files' order.
-            rank: of the process.
-            world_size: number of processes.
-            worker: index of the worker process within its process.
-            workers: number of worker processes of each process; 1 also where the process itself reads.
+            share: which part.
         """
         ...
 

@@ -4,11 +4,12 @@ So a run that was interrupted in the middle of an epoch goes on with the same im
 one process sees the same images as several that share the same global batch.
 """
 
+import multiprocessing
+import os
 import random
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from itertools import count, islice
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from transformers.utils import logging
 
 from .augmentation import Transform
-from .images import DataError, Examples, Sample, Stream, open_image
+from .images import DataError, Examples, Sample, Share, Stream, open_image
 
 logger = logging.get_logger(__name__)
 Batch = dict[str, Tensor]
@@ -72,16 +73,17 @@ class TrainBatches:
                 f"{world_size} x {batch_size} images make a batch, but there are only {split.num_images} for training"
             )
         self.corrupt: dict[str, str] = {}
-        options: dict[str, Any] = {"pin_memory": pin_memory, "collate_fn": _collate}
+        options: dict[str, Any] = {"pin_memory": pin_memory}
         if isinstance(split, Examples):
             self.sampler = _Positions(split.num_images, batch_size, seed, rank, world_size)
             dataset = _Indexed(split, transform, seed)
-            self.loader = _loader(dataset, workers, batch_sampler=self.sampler, **options)
+            self.loader = _loader(dataset, workers, batch_sampler=self.sampler, collate_fn=_collate, **options)
         else:
             workers = min(workers, split.most_workers(world_size))
             self.sampler = _StreamPosition()
-            dataset = _Streamed(split, transform, batch_size, self.sampler, seed, rank, world_size)
-            self.loader = _loader(dataset, workers, batch_size=batch_size, persistent=False, **options)
+            share = Share(rank, world_size, batch_size=batch_size)
+            dataset = _Streamed(split, transform, share, batch_size, self.sampler, seed)
+            self.loader = _loader(dataset, workers, split.start_method, batch_size=None, **options)
 
     def __len__(self) -> int:
         return self.num_batches
@@ -120,16 +122,17 @@ class EvalBatches:
         pin_memory: bool = False,
     ):
         self.corrupt: dict[str, str] = {}
-        options: dict[str, Any] = {"pin_memory": pin_memory, "collate_fn": _collate, "batch_size": batch_size}
+        options: dict[str, Any] = {"pin_memory": pin_memory}
         self.num_batches = None
         if isinstance(split, Examples):
             share = range(rank, split.num_images, world_size)
             self.num_batches = -(-len(share) // batch_size)
-            self.loader = _loader(_Indexed(split, transform), workers, sampler=share, persistent=False, **options)
+            options |= {"batch_size": batch_size, "sampler": share, "collate_fn": _collate}
+            self.loader = _loader(_Indexed(split, transform), workers, persistent=False, **options)
         else:
             workers = min(workers, split.most_workers(world_size))
-            dataset = _Streamed(split, transform, batch_size, None, 0, rank, world_size)
-            self.loader = _loader(dataset, workers, persistent=False, **options)
+            dataset = _Streamed(split, transform, Share(rank, world_size), batch_size)
+            self.loader = _loader(dataset, workers, split.start_method, batch_size=None, **options)
 
     def __len__(self) -> int:
         """Number of batches.
@@ -203,51 +206,61 @@ class _Indexed(Dataset):
 
 
 class _StreamPosition:
-    """Where an epoch begins; read when the loader starts its workers."""
+    """Epoch and first batch; in shared memory, where worker processes that are there already read them."""
+
+    def __init__(self):
+        self.shared = torch.zeros(2, dtype=torch.int64).share_memory_()
 
     def set(self, epoch: int, start: int) -> None:
-        self.epoch, self.start = epoch, start
+        self.shared.copy_(torch.tensor([epoch, start]))
+
+    def get(self) -> list[int]:
+        return self.shared.tolist()
 
 
 class _Streamed(IterableDataset):
-    """A worker's share of a stream: endlessly, pass after pass, in training; once in evaluation (without position)."""
+    """The batches of a worker: endlessly, pass after pass, in training; once in evaluation (without a position)."""
 
     def __init__(
         self,
         stream: Stream,
         transform: Transform,
+        share: Share,
         batch_size: int,
-        position: _StreamPosition | None,
-        seed: int,
-        rank: int,
-        world_size: int,
+        position: _StreamPosition | None = None,
+        seed: int = 0,
     ):
-        self.stream, self.transform, self.batch_size, self.position = stream, transform, batch_size, position
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.stream, self.transform, self.share, self.batch_size = stream, transform, share, batch_size
+        self.position, self.seed = position, seed
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        share = partial(self.stream.samples, rank=self.rank, world_size=self.world_size, workers=workers)
+        share = replace(self.share, worker=info.id, workers=info.num_workers) if info else self.share
         if self.position is None:
-            for sample in share(None, worker=worker):
-                yield _prepare(sample, self.transform, self.stream.skip_corrupt)
+            samples = self.stream.samples(None, share)
+            while batch := list(islice(samples, self.batch_size)):
+                yield _collate([_prepare(sample, self.transform, self.stream.skip_corrupt) for sample in batch])
             return
-        epoch, start = self.position.epoch, self.position.start
-        worker = (worker + start) % workers  # the loader asks its first worker first, and batch `start` is this one's
-        made = len(range(worker, start, workers)) * self.batch_size  # images in the batches before that
-        samples = islice(self._passes(partial(share, worker=worker), epoch), made, None)
+        epoch, start = self.position.get()
+        # the loader asks its workers in turn, and this one made batches number worker, worker + workers, ... before
+        made = len(range(share.worker, start, share.workers))
+        if share.worker < start % share.workers:
+            yield {}  # its next batch comes after `start`; the loader's first round is not complete
+        samples = islice(self._passes(epoch, share), made * self.batch_size, None)
         ahead: list[Sample] = []  # what was read to replace corrupt images, and is still to come itself
-        for number in count(made):
-            following = _remembered(samples, ahead)
-            seeds = (self.seed, epoch, number, self.rank * workers + worker)
-            yield _readable(following, self.transform, self.stream.skip_corrupt, seeds)
-            ahead.pop(0)
+        for first in count(made * self.batch_size, self.batch_size):
+            yield _collate([self._item(samples, ahead, epoch, first + i, share) for i in range(self.batch_size)])
 
-    def _passes(self, share, epoch: int) -> Iterator[Sample]:
-        for again in range(2**31):
+    def _item(self, samples: Iterator[Sample], ahead: list[Sample], epoch: int, number: int, share: Share) -> dict:
+        seeds = (self.seed, epoch, number, share.rank * share.workers + share.worker)
+        item = _readable(_remembered(samples, ahead), self.transform, self.stream.skip_corrupt, seeds)
+        ahead.pop(0)
+        return item
+
+    def _passes(self, epoch: int, share: Share) -> Iterator[Sample]:
+        for again in count():
             found = False
-            for sample in share((self.seed, epoch + again * 2**20)):
+            for sample in self.stream.samples((self.seed, epoch + again * 2**20), share):
                 found = True
                 yield sample
             if not found:
@@ -295,24 +308,27 @@ def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**(default_collate(items) if items else {}), "corrupt": corrupt}
 
 
-def _loader(dataset, workers: int, persistent: bool = True, **options) -> DataLoader:
+def _loader(dataset, workers: int, start_method: str | None = None, persistent: bool = True, **options) -> DataLoader:
     if workers:
         options |= {"num_workers": workers, "persistent_workers": persistent, "worker_init_fn": _start_worker}
+        options["multiprocessing_context"] = start_method
+    if start_method == "forkserver":
+        multiprocessing.set_forkserver_preload([__name__, "datasets"])
     # a generator of its own: otherwise each epoch would draw a seed from torch's global one
     return DataLoader(dataset, generator=torch.Generator(), **options)
 
 
 def _start_worker(worker: int) -> None:
-    """One thread; Ctrl-C and SIGTERM, which may go to a whole process group, are for the main process to act on."""
+    """One thread; a process group of its own, so that Ctrl-C and signals to the group reach the main process alone."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 def _checked(loader: DataLoader, corrupt: dict[str, str]) -> Iterator[Batch]:
     try:
         for batch in loader:
-            for name, message in batch.pop("corrupt").items():
+            for name, message in batch.pop("corrupt", {}).items():
                 if name not in corrupt:
                     corrupt[name] = message
                     logger.warning(f"skipped: {message}")
