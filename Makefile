@@ -5,8 +5,8 @@ BIN := .venv/bin
 .PHONY: demo test clean
 
 demo: .venv/train
-	$(BIN)/python examples/finetune.py --output runs/digits
-	$(BIN)/python examples/classify.py runs/digits runs/digits/samples/*.png
+	$(BIN)/python examples/finetune.py --output runs/digits --overwrite
+	$(BIN)/python examples/classify.py runs/digits/best runs/digits/samples/*.png
 
 test: .venv/dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, stdev
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,7 +73,28 @@ def card_speed(results: list[dict]) -> str:
     return "".join(json.dumps(result) + "\n" for result in results if result["provider"] == "flashkat_hf")
 
 
+def digits_table(results: list[dict]) -> str:
+    """A row for each model: mean and spread of the accuracy after the last epoch, over the seeds."""
+    rows = ["| held-out top-1 on the digits | last epoch | best epoch | seconds a run |", "|---" * 4 + "|"]
+    for model, name in (("flashkat", "FlashKAT"), ("vit", "plain ViT (timm)")):
+        runs = [result for result in results if result["model"] == model]
+        last, best, seconds = ([run[key] for run in runs] for key in ("last_top1", "top1", "seconds"))
+        spread = f" ± {stdev(last):.2%}" if len(runs) > 1 else ""
+        rows.append(f"| {name} | {mean(last):.2%}{spread} | {mean(best):.2%} | {mean(seconds):.0f} |")
+    about = results[0]
+    rows += [
+        "",
+        f"{about['size']} size, {about['image_size']} pixels, from scratch by the same recipe (`finetune-digits`, "
+        f"{about['epochs']} epochs), {len({result['seed'] for result in results})} seeds, {about['device']}, torch "
+        f"{about['versions']['torch']}, timm {about['versions']['timm']}, commit {about['commit'][:7]}; "
+        "`benchmarks/bench_digits.py`.",
+    ]
+    return "\n".join(rows)
+
+
 TABLES = (
+    ("README.md", "digits", digits_table),
+    ("README.md", "digits_224", digits_table),
     ("README.md", "rational", rational_table),
     ("docs/calibration.md", "conversion", conversion_table),
 )
@@ -83,6 +105,8 @@ def read_results(name: str) -> list[dict]:
 
 
 def render(document: str, name: str, table: Callable[[list[dict]], str]) -> str:
+    if f"<!-- benchmark:{name} -->\n<!-- /" in document and not (ROOT / f"benchmarks/results/{name}.jsonl").exists():
+        return document  # not measured yet, and nothing is claimed
     text = table(read_results(name))
     markers = rf"(<!-- benchmark:{name} -->\n).*?(<!-- /benchmark:{name} -->)"
     return re.sub(markers, lambda match: f"{match[1]}{text}\n{match[2]}", document, flags=re.DOTALL)

@@ -1,6 +1,6 @@
 """Name what is in image files, with a FlashKAT folder or Hub id.
 
-python examples/classify.py runs/digits picture.png another.jpg --top-k 3
+python examples/classify.py runs/digits/best picture.png another.jpg --top-k 3
 """
 
 import argparse

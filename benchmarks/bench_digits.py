@@ -1,0 +1,122 @@
+"""Held-out accuracy on scikit-learn's digits of a FlashKAT beside a plain ViT of the same size, under the same recipe.
+
+    python benchmarks/bench_digits.py --output benchmarks/results/digits.jsonl               # micro, on a CPU
+    python benchmarks/bench_digits.py --size tiny --output benchmarks/results/digits_224.jsonl   # 224 pixels, on a GPU
+
+Both are trained by `flashkat_hf.training.train` with the recipe `finetune-digits`; the ViT is timm's, with the same
+patches, width, depth, heads and MLP. A line for each run, and at the end mean and spread over the seeds.
+"""
+
+import json
+import statistics
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from timm.models.vision_transformer import VisionTransformer
+from transformers import HfArgumentParser
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from flashkat_hf import FlashKATConfig, make_image_processor
+from flashkat_hf.initial_model import MICRO
+from flashkat_hf.modeling_flashkat import image_classification_loss
+from flashkat_hf.recipe import Settings, parse
+from flashkat_hf.training import train
+
+RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    output: Path = field(metadata={"help": "JSON lines are written here"})
+    size: Literal["micro", "tiny"] = field(default="micro", metadata={"help": "tiny: at 224 pixels, for a GPU"})
+    seeds: int = field(default=3, metadata={"help": "runs of each model"})
+    epochs: int = field(default=50, metadata={"help": "of each run"})
+    learning_rate: float | None = field(default=None, metadata={"help": "of both models; default: the size's"})
+
+
+class ViT(VisionTransformer):
+    """timm's ViT, called as the trainer calls a FlashKAT."""
+
+    def __init__(self, config: FlashKATConfig):
+        super().__init__(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.hidden_size,
+            depth=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            mlp_ratio=config.intermediate_size / config.hidden_size,
+            num_classes=config.num_labels,
+            drop_path_rate=config.drop_path_rate,
+        )
+        self.config = config
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
+        logits = super().forward(pixel_values)
+        loss = None if labels is None else image_classification_loss(labels, logits, self.config)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+    def save_pretrained(self, folder: Path) -> None:
+        torch.save(self.state_dict(), Path(folder) / "model.pth")
+
+
+def build_vit(settings: Settings, class_names: list[str]):
+    others = {"num_labels": len(class_names), "drop_path_rate": settings.drop_path}
+    micro = settings.size == "micro"
+    config = FlashKATConfig(**MICRO, **others) if micro else FlashKATConfig.from_size(str(settings.size), **others)
+    return ViT(config), make_image_processor(config.image_size, 1.0)
+
+
+def measure(model: str, seed: int, arguments: Arguments) -> dict:
+    """One run's summary, less what is no result."""
+    flags = ["--size", arguments.size, "--epochs", str(arguments.epochs), "--seed", str(seed)]
+    if arguments.learning_rate:
+        flags += ["--learning_rate", str(arguments.learning_rate)]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = parse([*flags, "--output", f"{folder}/run"], "finetune-digits", RECIPES, "")
+        summary = train(settings, build=build_vit if model == "vit" else None)
+        last = json.loads(Path(folder, "run", "last", "summary.json").read_text())["top1"]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    kept = (
+        "top1",
+        "best_epoch",
+        "epochs",
+        "steps",
+        "batch_size",
+        "image_size",
+        "precision",
+        "compiled",
+        "seed",
+        "seconds",
+    )
+    about = {name: summary[name] for name in (*kept, "images_per_second", "device", "versions", "commit")}
+    model_about = {"model": model, "size": arguments.size, "learning_rate": settings.learning_rate}
+    return {**model_about, "last_top1": last, **about}
+
+
+def main(arguments: Arguments) -> None:
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, list[dict]] = {"flashkat": [], "vit": []}
+    with arguments.output.open("w") as lines:
+        for seed in range(arguments.seeds):
+            for model, found in results.items():
+                found.append(measure(model, seed, arguments))
+                lines.write(json.dumps(found[-1]) + "\n")
+                lines.flush()
+    print(
+        f"\n{arguments.size}, {arguments.epochs} epochs, {arguments.seeds} seeds: held-out top-1 after the last epoch"
+    )
+    for model, found in results.items():
+        last, best = ([100 * result[name] for result in found] for name in ("last_top1", "top1"))
+        spread = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""
+        seconds = statistics.mean(result["seconds"] for result in found)
+        text = f"{statistics.mean(last):.2f}%{spread}   best epoch {statistics.mean(best):.2f}%"
+        print(f"{model:9} {text}   {seconds:.0f} s a run")
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses())

@@ -1,0 +1,171 @@
+"""Throughput of the trainer with the pretraining recipe: from JPEG files against synthetic data, and over two GPUs.
+
+    python benchmarks/bench_training.py --output benchmarks/results/training.jsonl
+    python benchmarks/bench_training.py --size micro --batch_size 8 --images 64 --output /dev/null   # tries it on a CPU
+
+One GPU reads JPEG files that are made for it, and the same batch again and again (synthetic); two GPUs train on
+synthetic data with DDP and with FSDP2, whose model one process then loads. Each case is a run of its own, a JSON line,
+and a row of the table; an epoch counts from the second on, when everything is compiled.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image
+from transformers import AutoModelForImageClassification, HfArgumentParser
+
+import flashkat_hf  # noqa: F401 - registers the model
+from flashkat_hf import trainer
+from flashkat_hf.recipe import parse
+from flashkat_hf.training import train
+
+RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "FlashKATLayer",
+}
+RATES = ("images_per_second", "step_images_per_second", "data_images_per_second")
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Arguments:
+    output: Path = field(metadata={"help": "JSON lines are written here"})
+    size: str = field(default="small", metadata={"help": "micro, tiny, small or base"})
+    batch_size: int = field(default=512, metadata={"help": "for each GPU"})
+    images: int = field(default=16384, metadata={"help": "JPEG files to train on"})
+    steps: int = field(default=30, metadata={"help": "of an epoch with synthetic data"})
+    epochs: int = field(default=3, metadata={"help": "of each run; the first is not counted"})
+    processes: int | None = field(default=None, metadata={"help": "of the second part; default: GPUs, 2 at most"})
+    workers: int | None = field(default=None, metadata={"help": "processes that read images; default: the trainer's"})
+    case: str | None = field(default=None, metadata={"help": "used by the script itself"})
+    data: str | None = field(default=None, metadata={"help": "likewise"})
+    run: str | None = field(default=None, metadata={"help": "likewise"})
+
+
+class Synthetic:
+    """One batch, on the device, as often as an epoch has steps."""
+
+    steps = 0
+
+    def __init__(self, split, transform, *, batch_size: int, **_):
+        image = transform(Image.new("RGB", (64, 64)))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        shape = (batch_size, *(image["pixel_values"] if isinstance(image, dict) else image).shape)
+        self.batch = {
+            "pixel_values": torch.randn(shape, device=device),
+            "labels": torch.randint(CLASSES, (batch_size,), device=device),
+        }
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+        for _ in range(start, self.steps):
+            yield {name: tensor.clone() for name, tensor in self.batch.items()}  # mixing works in place
+
+
+def make_jpegs(folder: Path, images: int) -> None:
+    """Photograph-like files of 500 by 375 pixels, about 50 kB each: noise of all scales, coarse more than fine."""
+    draw = numpy.random.default_rng(0)
+    for split, count in (("train", images), ("val", CLASSES)):
+        for label in range(CLASSES):
+            (folder / split / f"class{label}").mkdir(parents=True)
+        for index in range(count):
+            image = numpy.zeros((375, 500, 3))
+            for scale in (5, 20, 75, 375):
+                coarse = draw.normal(0, 60 / scale**0.4, (scale, scale * 4 // 3, 3)) + 32
+                picture = Image.fromarray(coarse.clip(0, 255).astype("uint8")).resize(
+                    (500, 375), Image.Resampling.BICUBIC
+                )
+                image += numpy.asarray(picture)
+            Image.fromarray(image.clip(0, 255).astype("uint8")).save(
+                folder / split / f"class{index % CLASSES}" / f"{index}.jpg", quality=90
+            )
+
+
+def work(arguments: Arguments) -> None:
+    """One run, in each of its processes."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    flags = ["--data", str(arguments.data), "--output", str(arguments.run), "--size", arguments.size]
+    flags += ["--batch_size", str(arguments.batch_size * world), "--epochs", str(arguments.epochs)]
+    flags += ["--warmup_epochs", "0", "--evaluate_epochs", str(arguments.epochs), "--checkpoint_minutes", "1000"]
+    if arguments.workers is not None:
+        flags += ["--workers", str(arguments.workers)]
+    if not torch.cuda.is_available():
+        flags += ["--precision", "no"]
+    if arguments.case != "jpeg":
+        Synthetic.steps, trainer.TrainBatches = arguments.steps, Synthetic
+        flags += ["--workers", "0"]
+    train(parse(flags, "pretrain-small", RECIPES, ""))
+
+
+def measure(case: str, processes: int, data: str, arguments: Arguments, extra: dict[str, str]) -> dict:
+    """Run a case in processes of its own; its rates, and what it ran on."""
+    with tempfile.TemporaryDirectory() as folder:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *(launch if processes > 1 else []), __file__, "--case", case, "--data", data]
+        command += ["--run", f"{folder}/run", "--output", os.devnull]
+        for name in ("size", "batch_size", "steps", "epochs", "workers"):
+            if (value := getattr(arguments, name)) is not None:
+                command += [f"--{name}", str(value)]
+        result = subprocess.run(command, env={**os.environ, **extra}, check=False)
+        if result.returncode:
+            raise SystemExit(f"{case} on {processes} processes failed")
+        run = Path(folder, "run")
+        summary = json.loads((run / "summary.json").read_text())
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        epochs = [line for line in lines if "kind" not in line][1:]
+        AutoModelForImageClassification.from_pretrained(run / "last")  # one process loads what several have made
+    rates = {rate: round(statistics.median(line[rate] for line in epochs), 1) for rate in RATES}
+    about = {
+        name: summary[name] for name in ("peak_memory_gib", "precision", "compiled", "device", "versions", "commit")
+    }
+    return {
+        "case": case,
+        "processes": processes,
+        "size": arguments.size,
+        "batch_size": arguments.batch_size,
+        **rates,
+        **about,
+    }
+
+
+def main(arguments: Arguments) -> None:
+    if arguments.case:
+        work(arguments)
+        return
+    processes = arguments.processes or max(1, min(2, torch.cuda.device_count()))
+    results = []
+    with tempfile.TemporaryDirectory() as folder, arguments.output.open("w") as lines:
+        make_jpegs(Path(folder), arguments.images)
+        cases = [("synthetic", 1, {}), ("jpeg", 1, {})]
+        if processes > 1:
+            cases += [("synthetic ddp", processes, {}), ("synthetic fsdp2", processes, FSDP2)]
+        for case, count, extra in cases:
+            if "fsdp2" in case and not torch.cuda.is_available():
+                continue  # accelerate offers it for GPUs only
+            results.append(measure(case, count, folder, arguments, extra))
+            lines.write(json.dumps(results[-1]) + "\n")
+            lines.flush()
+    one = results[0]["images_per_second"]
+    print(f"\n{results[0]['device']}, {arguments.size}, {arguments.batch_size} images a device")
+    print(f"{'case':18}{'processes':>10}{'images/s':>12}{'step side':>12}{'data side':>12}   of synthetic on one")
+    for result in results:
+        rates = "".join(f"{result[rate]:12.0f}" for rate in RATES)
+        print(f"{result['case']:18}{result['processes']:10}{rates}   {result['images_per_second'] / one:.2f}")
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses())

@@ -1,0 +1,37 @@
+"""A run that is killed again and again ends with the bits of one that was not; see killing.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from small_runs import metrics
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(("kills", "workers"), [(20, 0), (4, 1)])
+def test_killed_at_any_point_and_resumed_to_the_bit(tmp_path, kills, workers):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, ROOT / "tests" / "killing.py", tmp_path, str(kills), str(workers)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    done = json.loads(result.stdout.splitlines()[-1])
+    assert done["killed"] >= kills
+    assert done["during_a_save"] >= kills // 4
+    assert done["resumed"] >= kills // 4
+    expected = metrics(tmp_path / "whole")
+    assert len(expected) == 3 * 3 + 3  # a line for each update and each epoch
+    for run in range(1, done["runs"] + 1):
+        output = tmp_path / f"killed-{run}"
+        assert metrics(output) == expected
+        assert {path.name for path in output.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+        for name in ("best", "last"):
+            weights, others = (
+                load_file(folder / name / "model.safetensors") for folder in (tmp_path / "whole", output)
+            )
+            assert weights.keys() == others.keys()
+            assert all(weights[key].equal(others[key]) for key in weights)
