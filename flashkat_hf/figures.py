@@ -64,7 +64,8 @@ def plot_functions(model: nn.Module) -> Figure:
                 panel.set_ylabel(name, fontsize=10)
     handles = [line for line in axes[0, 0].get_lines() if not line.get_label().startswith("_")]
     shown = handles if len(handles) <= 9 else [handles[0], handles[1], handles[-1]]
-    figure.legend(shown, [line.get_label() for line in shown], loc="outside lower center", ncols=len(shown), fontsize=8)
+    ncols = min(len(shown), int(figure.get_figwidth()))
+    figure.legend(shown, [line.get_label() for line in shown], loc="outside lower center", ncols=ncols, fontsize=8)
     return figure
 
 
@@ -165,6 +166,7 @@ def _draw(panel, act: GroupRational, ranges: Tensor, colors) -> None:
     panel.axhline(0, color="0.85", linewidth=0.6, zorder=0)
     panel.axvline(0, color="0.85", linewidth=0.6, zorder=0)
     panel.tick_params(labelsize=7)
+    panel.locator_params(nbins=5)
     panel.text(0.04, 0.94, act.init, transform=panel.transAxes, fontsize=7, color=START_COLOR, va="top")
 
 
