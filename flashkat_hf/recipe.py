@@ -18,6 +18,7 @@ FREE = frozenset(
     {
         *("output", "resume", "overwrite", "workers", "trackers", "log_steps", "skip_nonfinite"),
         *("checkpoint_steps", "checkpoint_minutes", "keep_checkpoints", "keep_after_success"),
+        *("push_to", "push_private"),
     }
 )
 DATA = (  # what `open_data` is told besides the source
@@ -67,6 +68,8 @@ class Settings:
     output: Path | None = setting(None, "folder of the run; default: runs/ and the data's name")  # noqa: RUF009
     resume: bool = setting(False, "go on from the newest complete checkpoint in the output, if there is one")
     overwrite: bool = setting(False, "replace an earlier run in the output")
+    push_to: str | None = setting(None, "owner/name on the Hub for the best model; branch checkpoints while training")
+    push_private: bool = setting(False, "make that repository private, if it is new")
     # model
     model: str | None = setting(None, "FlashKAT folder or Hub id to start from; default: a fresh model")
     size: Literal["micro", "tiny", "small", "base"] | None = setting(None, "of a fresh model; default: tiny")

@@ -1,8 +1,10 @@
 """A training run from its settings to its folder: what is checked before it begins, and on which devices it runs."""
 
 import importlib.util
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +14,7 @@ from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from torch import nn
 from transformers.utils import logging
 
+from .background import BackgroundPusher
 from .data import open_data
 from .recipe import DATA, Settings
 from .run_folder import RunFolder, warn
@@ -28,7 +31,8 @@ def train(
 
     Args:
         settings: the run.
-        on_model: called in the main process with best/ or last/ each time that it has been written and is complete.
+        on_model: called in the main process with best/ or last/ each time that it has been written and is complete;
+            by default pushes best/ to `settings.push_to`.
         build: makes another model of settings and class names, and its image processor; default: `build_model`.
 
     Returns:
@@ -70,18 +74,41 @@ def train(
         warn(f"{folder.path} is complete; nothing is left to do")
         return None
     accelerator.wait_for_everyone()  # until every process has checked
-    trainer = Trainer(settings, accelerator, folder, data, micro_batch, accumulate, compiled, on_model, build)
-    if accelerator.is_main_process:
-        folder.repair()
-        if not going_on:
-            folder.start(about, settings.overwrite)
-        if not folder.pictures:
-            warn("matplotlib is missing, so the run leaves no curves.png and functions.png")
-    accelerator.wait_for_everyone()
-    if accelerator.device.type == "cpu" and settings.size == "micro":
-        torch.set_num_threads(1)  # two cores gain little on such small products, and lose much when others use them
-    with StopSignals() as signals:
-        return trainer.run(signals, going_on)
+    pushes = settings.push_to and accelerator.is_main_process and not on_model
+    with _pushing(settings, folder) if pushes else nullcontext(on_model) as on_model:
+        trainer = Trainer(settings, accelerator, folder, data, micro_batch, accumulate, compiled, on_model, build)
+        if accelerator.is_main_process:
+            folder.repair()
+            if not going_on:
+                folder.start(about, settings.overwrite)
+            if not folder.pictures:
+                warn("matplotlib is missing, so the run leaves no curves.png and functions.png")
+        accelerator.wait_for_everyone()
+        if accelerator.device.type == "cpu" and settings.size == "micro":
+            torch.set_num_threads(1)  # two cores gain little on such small products, and lose much when others use them
+        with StopSignals() as signals:
+            return trainer.run(signals, going_on)
+
+
+@contextmanager
+def _pushing(settings: Settings, folder: RunFolder) -> Iterator[Callable[[Path], None]]:
+    """Pushes each best/ to a branch while training, and the last one to main; says what was not pushed."""
+    pusher = BackgroundPusher(str(settings.push_to), private=settings.push_private or None)
+
+    def submit(path: Path) -> None:
+        if path == folder.best:
+            pusher.submit(path, f"Best model after {json.loads((path / 'summary.json').read_text())['epochs']} epochs")
+
+    left: list[str] = []
+    try:
+        yield submit
+        left = pusher.finish(folder.best, "Upload the best model")
+    except BaseException:  # stopped, and not to be held up
+        left = pusher.finish(None, "", patience=0.0)
+        raise
+    finally:
+        for line in left:
+            warn(line)
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
