@@ -15,7 +15,7 @@ from torch import nn
 from .images import Examples, ImageData, open_image
 from .layers import GroupRational
 from .recipe import FREE, Settings
-from .training_state import replacing, restore, write_durably
+from .training_state import os_errors, replacing, restore, write_durably
 
 CONTENTS = frozenset(
     {
@@ -117,7 +117,7 @@ class RunFolder:
             save: writes model and image processor into the folder that it is given.
             summary: of this model.
         """
-        with replacing(self.path / name) as folder:
+        with replacing(self.path / name) as folder, os_errors():
             save(folder)
             (folder / "summary.json").write_text(as_json(summary))
 

@@ -25,6 +25,7 @@ from .images import ImageData, extra
 from .initial_model import build_model, merged, save_model
 from .loading import EvalBatches, TrainBatches
 from .measurement import Meter, commit, device_name, loading_rate, versions
+from .modeling_flashkat import FlashKATLayer
 from .optimization import AveragedWeights, Mixing, Schedule, make_optimizer, seed_update, trainable, whole_weights
 from .recipe import Settings
 from .run_folder import RunFolder, as_json, warn
@@ -52,7 +53,7 @@ class Trainer:
         self.main, self.device = accelerator.is_main_process, accelerator.device
         self.agreement = Agreement(accelerator.num_processes)
         accelerator.gradient_accumulation_steps = accumulate
-        seed_update(settings.seed, 0, 0)  # weights: alike in every process
+        seed_update(settings.seed, 2**31, 0)  # weights: alike in every process, and as no update
         model, self.processor = (build or build_model)(settings, data.class_names)
         self._prepare(model)
         self._load_data()
@@ -75,8 +76,9 @@ class Trainer:
             config["train_micro_batch_size_per_gpu"] = self.micro_batch
             config["gradient_accumulation_steps"] = self.accumulate
         if self.compiled and self.sharded:  # block by block: the gathering of shards stays outside
-            for layer in model.get_submodule("flashkat").layers:  # pyright: ignore[reportGeneralTypeIssues]
-                layer.compile()
+            for module in model.modules():
+                if isinstance(module, FlashKATLayer):
+                    module.compile()
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         inner = accelerator.unwrap_model(self.model)
         for name in ("forward", "_original_forward"):  # less accelerate's mixed precision: evaluation is in float32
@@ -121,7 +123,7 @@ class Trainer:
         bar = partial(extra("tqdm").tqdm, unit="step", dynamic_ncols=True, mininterval=interval, disable=not self.main)
         try:
             with bar(total=self.num_steps, initial=self.progress.step) as self.bar:
-                while self.progress.step < self.num_steps:
+                while self.progress.step < self.num_steps or self.progress.update:  # or an epoch is to be evaluated
                     self._train_epoch()
                     self._finish_epoch()
             return self._finish()
@@ -186,7 +188,8 @@ class Trainer:
         self.pending.append((progress.step, rate, accelerator.reduce(total, "mean")))  # pyright: ignore[reportArgumentType]
 
     def _gradients_are_finite(self) -> bool:
-        norm = torch.nn.utils.get_total_norm(p.grad for p in trainable(self.model) if p.grad is not None)
+        norm: Any = torch.nn.utils.get_total_norm([p.grad for p in trainable(self.model) if p.grad is not None])
+        norm = norm.full_tensor() if self.sharded else norm
         return not self.agreement.any(not math.isfinite(norm.item()))
 
     def _read_losses(self) -> None:
@@ -200,11 +203,12 @@ class Trainer:
         losses = torch.stack([loss for _, _, loss in self.pending]).tolist()
         self.meter.read()
         for (step, rate, _), loss in zip(self.pending, losses, strict=True):
-            if math.isfinite(loss):
-                self.progress.loss_sum += loss
-                self.progress.losses += 1
-            elif not self.settings.skip_nonfinite:
+            if not math.isfinite(loss):
+                if self.settings.skip_nonfinite:
+                    continue
                 raise ValueError(self._not_finite(f"the loss is {loss} at step {step}", rate))
+            self.progress.loss_sum += loss
+            self.progress.losses += 1
             if step % self.settings.log_steps == 0:
                 line = {"kind": "step", "epoch": self.progress.epoch + 1, "step": step, "loss": loss}
                 self._log({**line, "learning_rate": rate})

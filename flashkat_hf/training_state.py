@@ -192,13 +192,23 @@ class Checkpoints:
             shutil.rmtree(hidden)
 
 
+@contextmanager
+def os_errors() -> Iterator[None]:
+    """What PyTorch and safetensors say when they cannot write becomes the OSError that it is."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError, CheckpointException) as error:
+        raise _as_os_error(error) from error
+
+
 def _together(action: Callable[[], None], agree: Callable[[int], int]) -> None:
     """Do something that writes, each process its own; OSError in all of them if one cannot."""
     problem = None
     try:
-        action()
-    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-        problem = _as_os_error(error)
+        with os_errors():
+            action()
+    except OSError as error:
+        problem = error
     if agree(int(problem is not None)):
         raise problem or OSError("another process could not write its part")
 

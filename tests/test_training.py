@@ -6,6 +6,8 @@ import math
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -317,6 +319,16 @@ def test_a_signal_saves_and_ends_the_run_and_it_goes_on_to_the_bit(run, monkeypa
     assert not checkpoint.exists()
 
 
+def test_a_signal_at_the_last_update_leaves_the_evaluation_to_be_done(run, monkeypatch):
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        after_step(patch, 6, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            run("stopped")
+    assert not whole.with_name("stopped").joinpath("last").exists()
+    assert metrics(run("stopped", resume=True)) == metrics(whole)
+
+
 def test_a_second_ctrl_c_does_not_wait(run, monkeypatch):
     after_step(monkeypatch, 2, lambda _: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
@@ -387,6 +399,36 @@ def test_a_full_disk_names_the_last_good_checkpoint(run, monkeypatch, tmp_path):
             run("full", checkpoint_steps=2)
     monkeypatch.undo()
     assert metrics(run("full", checkpoint_steps=2, resume=True)) == metrics(run("whole"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a file system of so many kilobytes, or gives it another size."""
+    path = tmp_path / "disk"
+    path.mkdir()
+
+    def mount(kilobytes: int) -> Path:
+        options = f"{'remount,' if path.is_mount() else ''}size={kilobytes}k"
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], check=False).returncode:
+            pytest.skip("mounting needs root")
+        return path
+
+    yield mount
+    if path.is_mount():
+        subprocess.run(["umount", path], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting needs root on Linux")
+@pytest.mark.parametrize("kilobytes", [400, 1600, 2800, 3600])
+def test_a_disk_that_is_really_full(run, small_disk, kilobytes):
+    """While best/ is written, or the first, or the second checkpoint; with more room the run goes on to the bit."""
+    small_disk(kilobytes)
+    settings = {"checkpoint_steps": 2, "epochs": 3}
+    full = r"^[^\n]*(No space left on device|perhaps the disk is full)[^\n]*; last good checkpoint: (none|\S+/step-\d)$"
+    with pytest.raises(OSError, match=full):
+        run("disk/run", **settings)
+    small_disk(20_000)
+    assert metrics(run("disk/run", resume=True, **settings)) == metrics(run("whole", **settings))
 
 
 def test_trackers_get_the_same_numbers(run):
