@@ -89,22 +89,21 @@ class Trainer:
 
     def _load_data(self) -> None:
         settings, data = self.settings, self.data
-        workers = settings.workers
-        if workers is None:
-            in_memory = settings.data in (None, "digits")
-            beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
-            workers = 0 if in_memory else min(16, max(1, (os.cpu_count() or 1) // beside))
-        self.workers = workers
+        in_memory = settings.data in (None, "digits")
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # for each process here
+        workers = min(1, max(0, cores - 1)) if in_memory else min(16, max(1, cores))
+        self.workers = workers if settings.workers is None else settings.workers
         options = {
             "batch_size": self.micro_batch,
-            "workers": workers,
             "rank": self.accelerator.process_index,
             "world_size": self.accelerator.num_processes,
             "pin_memory": self.device.type == "cuda",
         }
         transform = training_transform(self.processor, settings.augmentation)
-        self.batches = TrainBatches(data.train, transform, seed=settings.seed, **options)
-        self.test_batches = EvalBatches(data.test, evaluation_transform(self.processor), **options)
+        self.batches = TrainBatches(data.train, transform, seed=settings.seed, workers=self.workers, **options)
+        workers = 0 if in_memory else self.workers
+        transform = evaluation_transform(self.processor)
+        self.test_batches = EvalBatches(data.test, transform, workers=workers, **options)
         rest = batch_transform(self.processor, settings.augmentation)
         self.on_device = rest.to(self.device) if rest else partial(_move, self.device)
         self.updates_per_epoch = len(self.batches) // self.accumulate
