@@ -51,7 +51,7 @@ class Arguments:
     workers: int | None = field(default=None, metadata={"help": "processes that read images; default: the trainer's"})
     case: str | None = field(default=None, metadata={"help": "used by the script itself"})
     data: str | None = field(default=None, metadata={"help": "likewise"})
-    run: str | None = field(default=None, metadata={"help": "likewise"})
+    folder: str | None = field(default=None, metadata={"help": "likewise"})
 
 
 class Synthetic:
@@ -98,7 +98,7 @@ def make_jpegs(folder: Path, images: int) -> None:
 def work(arguments: Arguments) -> None:
     """One run, in each of its processes."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    flags = ["--data", str(arguments.data), "--output", str(arguments.run), "--size", arguments.size]
+    flags = ["--data", str(arguments.data), "--output", str(arguments.folder), "--size", arguments.size]
     flags += ["--batch_size", str(arguments.batch_size * world), "--epochs", str(arguments.epochs)]
     flags += ["--warmup_epochs", "0", "--evaluate_epochs", str(arguments.epochs), "--checkpoint_minutes", "1000"]
     if arguments.workers is not None:
@@ -116,7 +116,7 @@ def measure(case: str, processes: int, data: str, arguments: Arguments, extra: d
     with tempfile.TemporaryDirectory() as folder:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, *(launch if processes > 1 else []), __file__, "--case", case, "--data", data]
-        command += ["--run", f"{folder}/run", "--output", os.devnull]
+        command += ["--folder", f"{folder}/run", "--output", os.devnull]
         for name in ("size", "batch_size", "steps", "epochs", "workers"):
             if (value := getattr(arguments, name)) is not None:
                 command += [f"--{name}", str(value)]

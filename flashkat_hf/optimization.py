@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from .images import extra
 from .recipe import Settings
 
-UNDECAYED = ("*cls_token", "*position_embeddings")  # and everything of one dimension: biases, norms
+UNDECAYED = ("*cls_token", "*position_embeddings", "*pos_embed")  # and everything of one dimension: biases, norms
 COEFFICIENTS = ("*.numerator", "*.denominator")
 
 
