@@ -19,7 +19,7 @@ Transform = Callable[[Any], Any]
 CHOICES = {
     "crop": ("random", "moves"),
     "interpolation": ("random", "bilinear", "bicubic"),
-    "on_device": ("none", "augmentation", "decoding"),
+    "on_device": ("nothing", "augmentation", "decoding"),
 }
 
 
@@ -37,7 +37,7 @@ class Augmentation:
         rand_augment: timm's RandAugment, as its configuration string; None for none.
         color_jitter: strength for brightness, contrast and saturation; timm leaves it out beside RandAugment.
         erasing: probability that a box of 0.02 to 1/3 of the area becomes noise.
-        on_device: what `batch_transform` does for whole batches: "none": worker processes do everything, with PIL.
+        on_device: what `batch_transform` does for whole batches: "nothing": worker processes do everything, with PIL.
             "augmentation": RandAugment, normalisation and erasing. "decoding": that, and decoding and cropping JPEGs.
     """
 
@@ -49,7 +49,7 @@ class Augmentation:
     rand_augment: str | None = "rand-m9-mstd0.5"
     color_jitter: float = 0.0
     erasing: float = 0.25
-    on_device: str = "none"
+    on_device: str = "nothing"
 
     def __post_init__(self):
         for name, known in CHOICES.items():
@@ -67,7 +67,7 @@ class Augmentation:
             raise ValueError(f"color_jitter ({self.color_jitter}) must not be negative")
         if self.rand_augment:
             _check_rand_augment(self.rand_augment)
-        if self.on_device != "none" and (self.crop == "moves" or self.color_jitter):
+        if self.on_device != "nothing" and (self.crop == "moves" or self.color_jitter):
             raise ValueError(f"on_device {self.on_device!r} knows neither the crop 'moves' nor color_jitter")
 
 
@@ -97,7 +97,7 @@ def training_transform(processor, augmentation: Augmentation) -> Transform:
     size = (processor.crop_size["height"], processor.crop_size["width"])
     if augmentation.crop == "moves":
         return _moves(processor, augmentation, size)
-    if augmentation.on_device == "none":
+    if augmentation.on_device == "nothing":
         return _timm_transform(processor, augmentation, size)
     parts = _timm_transform(processor, augmentation, size, separate=True)
     return WorkerPart(parts, size, decode=augmentation.on_device == "decoding")
@@ -150,7 +150,7 @@ def batch_transform(processor, augmentation: Augmentation) -> nn.Module | None:
     Otherwise call the module, moved to the device, with each batch as `TrainBatches` gives it, on the CPU; it returns
     `{"pixel_values", "labels"}` on the device.
     """
-    if augmentation.on_device == "none":
+    if augmentation.on_device == "nothing":
         return None
     size = (processor.crop_size["height"], processor.crop_size["width"])
     return BatchAugmentation(processor.image_mean, processor.image_std, size)

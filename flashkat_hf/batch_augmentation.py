@@ -78,7 +78,7 @@ def drawing(rand_augment) -> Any:
     for operation in rand_augment.ops:
         name = operation.aug_fn.__name__
         if name not in OPERATIONS:
-            raise ValueError(f"RandAugment's {operation.name} cannot be done in batches; use on_device='none'")
+            raise ValueError(f"RandAugment's {operation.name} cannot be done in batches; use on_device='nothing'")
         operation.aug_fn = partial(_note, OPERATIONS.index(name))
     return rand_augment
 
@@ -127,8 +127,11 @@ class WorkerPart:
     def _cropped(self, image: Image.Image, box: tuple[int, int, int, int], x: float, y: float, filter_) -> Tensor:
         """Crop and flip of an image that is smaller than its header says by the factors x and y."""
         functions, (top, left, rows, columns) = extra("torchvision.transforms.functional"), box
-        box = round(top * y), round(left * x), max(1, round(rows * y)), max(1, round(columns * x))
-        image = functions.resized_crop(image, *box, self.size, filter_)
+        if x == y == 1:
+            image = functions.resized_crop(image, *box, self.size, filter_)
+        else:
+            part = left * x, top * y, min((left + columns) * x, image.width), min((top + rows) * y, image.height)
+            image = image.resize(self.size[::-1], Image.Resampling[filter_.name], part)
         for part in self.flip:
             image = part(image)
         return functions.pil_to_tensor(image)

@@ -166,7 +166,7 @@ def test_random_is_seeded_for_what_timm_draws():
     assert not torch.equal(made(3), made(4))
 
 
-@pytest.mark.parametrize("on_device", ["none", "augmentation"])
+@pytest.mark.parametrize("on_device", ["nothing", "augmentation"])
 def test_posterize_without_bits(on_device):
     """Timm's increasing operations keep no bits at magnitude 10, which Pillow 13 refuses."""
     augmentation = Augmentation(rand_augment="rand-m10-n4-p1.0-inc1", erasing=0, on_device=on_device)

@@ -125,7 +125,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size():
     calm = {"rand_augment": None, "crop_area": (0.5, 1.0)}
     for seed in range(5):
         expected, made = both(calm, file(picture(seed, (640, 480))), seed)
-        assert (expected - made).abs().mean() < 4  # of 255: the crop's edges move by up to a pixel of 8
+        assert (expected - made).abs().mean() < 1
     exif = Image.Exif()
     exif[0x0112] = 6  # turned: what is stored as 640 x 480 stands upright as 480 x 640
     transform = training_transform(
@@ -137,7 +137,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size():
         one = transform(Sample(file(stored, exif=exif, quality=100), 0, ""))["pixel_values"]
     with seeded(1):
         other = transform(Sample(file(upright, quality=100), 0, ""))["pixel_values"]
-    assert (one.float() - other.float()).abs().mean() < 2
+    assert (one.float() - other.float()).abs().mean() < 1
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -204,7 +204,7 @@ def test_broken_images_are_named_by_the_worker(tmp_path, on_device):
 
 
 def test_operations_that_batches_do_not_know():
-    with pytest.raises(ValueError, match="RandAugment's Desaturate cannot be done in batches; use on_device='none'"):
+    with pytest.raises(ValueError, match="RandAugment's Desaturate cannot be done in batches; use on_device='nothing'"):
         training_transform(PROCESSOR, Augmentation(rand_augment="rand-m9-t3a", on_device="augmentation"))
     for other in ({"crop": "moves"}, {"color_jitter": 0.4}):
         with pytest.raises(ValueError, match="on_device 'decoding' knows neither the crop 'moves' nor color_jitter"):
