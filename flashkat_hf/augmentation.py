@@ -12,10 +12,15 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
+from .batch_augmentation import BatchAugmentation, WorkerPart
 from .images import extra
 
 Transform = Callable[[Any], Any]
-CROPS, INTERPOLATIONS = ("random", "moves"), ("random", "bilinear", "bicubic")
+CHOICES = {
+    "crop": ("random", "moves"),
+    "interpolation": ("random", "bilinear", "bicubic"),
+    "on_device": ("nothing", "augmentation", "decoding"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Augmentation:
         rand_augment: timm's RandAugment, as its configuration string; None for none.
         color_jitter: strength for brightness, contrast and saturation; timm leaves it out beside RandAugment.
         erasing: probability that a box of 0.02 to 1/3 of the area becomes noise.
+        on_device: what `batch_transform` does for whole batches: "nothing": worker processes do everything, with PIL.
+            "augmentation": RandAugment, normalisation and erasing. "decoding": that, and decoding and cropping JPEGs.
     """
 
     crop: str = "random"
@@ -42,9 +49,10 @@ class Augmentation:
     rand_augment: str | None = "rand-m9-mstd0.5"
     color_jitter: float = 0.0
     erasing: float = 0.25
+    on_device: str = "nothing"
 
     def __post_init__(self):
-        for name, known in (("crop", CROPS), ("interpolation", INTERPOLATIONS)):
+        for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
         for name, largest in (("crop_area", 1.0), ("crop_ratio", float("inf"))):
@@ -59,6 +67,8 @@ class Augmentation:
             raise ValueError(f"color_jitter ({self.color_jitter}) must not be negative")
         if self.rand_augment:
             _check_rand_augment(self.rand_augment)
+        if self.on_device != "nothing" and (self.crop == "moves" or self.color_jitter):
+            raise ValueError(f"on_device {self.on_device!r} knows neither the crop 'moves' nor color_jitter")
 
 
 SIGNS = Augmentation(crop="moves", flip=0.0, rand_augment=None, erasing=0.0)  # for digits: never mirrored
@@ -81,12 +91,21 @@ def training_transform(processor, augmentation: Augmentation) -> Transform:
         augmentation: what is done.
 
     Returns:
-        A function of an RGB image that returns `(channels, height, width)` float32.
+        A function of an RGB image that returns `(channels, height, width)` float32; where `on_device` leaves work to
+        `batch_transform`, of a `Sample`, that returns what that takes.
     """
     size = (processor.crop_size["height"], processor.crop_size["width"])
     if augmentation.crop == "moves":
         return _moves(processor, augmentation, size)
-    return extra("timm.data").create_transform(
+    if augmentation.on_device == "nothing":
+        return _timm_transform(processor, augmentation, size)
+    parts = _timm_transform(processor, augmentation, size, separate=True)
+    return WorkerPart(parts, size, decode=augmentation.on_device == "decoding")
+
+
+def _timm_transform(processor, augmentation: Augmentation, size: tuple[int, int], separate: bool = False) -> Any:
+    """The recipe as timm makes it; or its three parts: crop and flip, RandAugment, normalisation and erasing."""
+    made = extra("timm.data").create_transform(
         size,
         is_training=True,
         scale=augmentation.crop_area,
@@ -99,40 +118,42 @@ def training_transform(processor, augmentation: Augmentation) -> Transform:
         std=tuple(processor.image_std),
         re_prob=augmentation.erasing,
         re_mode="pixel",
+        separate=separate,
     )
+    for transform in made if separate else [made]:
+        for operation in (one for part in transform.transforms for one in getattr(part, "ops", ())):
+            if operation.aug_fn.__name__ == "posterize":
+                operation.aug_fn = posterize
+    return made
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's, and black where no bits are kept: Pillow 13 refuses that, and RandAugment can ask for it."""
+    posterized = extra("timm.data.auto_augment").posterize
+    return posterized(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 
 
 def _moves(processor, augmentation: Augmentation, size: tuple[int, int]) -> Transform:
     """Scaled as evaluation scales, moved a little, then as the recipe goes on."""
-    transforms, timm = extra("torchvision.transforms"), extra("timm.data")
+    transforms = extra("torchvision.transforms")
     bilinear, bicubic = transforms.InterpolationMode.BILINEAR, transforms.InterpolationMode.BICUBIC
-    edge = processor.size["shortest_edge"]
+    scaled = transforms.Resize(processor.size["shortest_edge"], bicubic)
     moved = transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=bilinear)
-    _, augment, to_tensor = timm.create_transform(
-        size,
-        is_training=True,
-        auto_augment=augmentation.rand_augment,
-        color_jitter=augmentation.color_jitter or None,
-        interpolation=augmentation.interpolation,
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
-        re_prob=augmentation.erasing,
-        re_mode="pixel",
-        separate=True,
-    )
     flip = transforms.RandomHorizontalFlip(augmentation.flip)
-    return transforms.Compose(
-        [transforms.Resize(edge, bicubic), moved, transforms.CenterCrop(size), flip, augment, to_tensor]
-    )
+    _, *rest = _timm_transform(processor, augmentation, size, separate=True)
+    return transforms.Compose([scaled, moved, transforms.CenterCrop(size), flip, *rest])
 
 
 def batch_transform(processor, augmentation: Augmentation) -> nn.Module | None:
-    """What is left to do with a whole batch on the device, or None: then `training_transform` has done everything.
+    """What is left to do with a whole batch, or None: then `training_transform` has done everything.
 
-    Otherwise the module takes a batch as `TrainBatches` gives it, on the CPU, and returns it on the device that the
-    module is on, `pixel_values` normalised float32.
+    Otherwise call the module, moved to the device, with each batch as `TrainBatches` gives it, on the CPU; it returns
+    `{"pixel_values", "labels"}` on the device.
     """
-    return None
+    if augmentation.on_device == "nothing":
+        return None
+    size = (processor.crop_size["height"], processor.crop_size["width"])
+    return BatchAugmentation(processor.image_mean, processor.image_std, size)
 
 
 def evaluation_transform(processor) -> Transform:

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch.utils.data import Dataset
 
-from .augmentation import evaluation_transform  # noqa: F401
 from .hub_data import is_saved, open_dataset
 from .images import (
     IMAGE_SUFFIXES,
@@ -27,7 +25,6 @@ from .images import (
     check_labels,
     extra,
     header,
-    open_image,
     unreadable,
 )
 from .shards import is_shards, open_shards
@@ -190,28 +187,3 @@ def fingerprint_files(paths: Iterable[str], root: str | os.PathLike) -> str:
         for name, _ in files:
             digest.update(Path(root, name).read_bytes())
     return digest.hexdigest()
-
-
-# Names of the earlier interface, for examples/finetune.py until it is rewritten. ------------------------------------
-
-
-class ImageDataset(Dataset):
-    def __init__(self, examples: Examples, transform):
-        self.examples, self.transform = examples, transform
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"pixel_values": self.transform(self.image(index)), "labels": self.examples.labels[index]}
-
-    def image(self, index: int) -> Image.Image:
-        return open_image(self.examples.images[index])
-
-
-def training_transform(processor, flip: bool = True):
-    from .augmentation import SIGNS, Augmentation
-    from .augmentation import training_transform as new
-
-    kind = Augmentation(rand_augment=None, erasing=0.0) if flip else SIGNS
-    return new(processor, kind)

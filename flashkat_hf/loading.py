@@ -16,6 +16,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 from transformers.utils import logging
 
@@ -292,8 +293,8 @@ def _readable(following: Iterable[Sample], transform: Transform, skip_corrupt: b
 def _prepare(sample: Sample, transform: Transform, skip_corrupt: bool) -> dict[str, Any]:
     """The transformed image and its label; or, of a corrupt image that may be skipped, only a message."""
     try:
-        takes_encoded = getattr(transform, "takes_encoded", False)
-        made = transform(sample.image if takes_encoded else open_image(sample.image, sample.name))
+        takes_sample = getattr(transform, "takes_sample", False)
+        made = transform(sample if takes_sample else open_image(sample.image, sample.name))
     except DataError as error:
         if not skip_corrupt:
             raise
@@ -305,6 +306,9 @@ def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A batch of what could be read, and the messages on the rest."""
     corrupt = {name: message for item in items for name, message in item.pop("corrupt").items()}
     items = [item for item in items if item]
+    if items and items[0]["pixel_values"].ndim == 1:  # encoded files, of unequal lengths
+        padded = pad_sequence([item.pop("pixel_values") for item in items], batch_first=True)
+        return {**default_collate(items), "pixel_values": padded, "corrupt": corrupt}
     return {**(default_collate(items) if items else {}), "corrupt": corrupt}
 
 

@@ -112,8 +112,8 @@ def open_shards(
     """The splits of a folder of shards, or of a brace pattern such as `data/{train-{000..146},val-{00..06}}.tar`.
 
     Shards belong to the split that their name begins with, or else that their folder is called. Class names come from
-    `classes.json` (a list, or names by index, or indices by name) or `classes.txt` (one in each line) beside the shards. The numbers
-    of images come from `sizes.json` beside them (by file name), else from the tar files' headers.
+    `classes.json` (a list, or names by index, or indices by name) or `classes.txt` (one in each line) beside the
+    shards. The numbers of images come from `sizes.json` beside them (by file name), else from the tar files' headers.
 
     Args:
         source: folder or pattern.

@@ -13,6 +13,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from flashkat_hf import make_image_processor
 from flashkat_hf.augmentation import SIGNS, Augmentation, evaluation_transform, training_transform
+from flashkat_hf.images import Sample
 from flashkat_hf.loading import seeded
 
 SIZES = [(500, 375), (333, 257), (257, 1001), (31, 45), (224, 224), (225, 227), (601, 402), (1, 1), (7, 300)]
@@ -163,3 +164,13 @@ def test_random_is_seeded_for_what_timm_draws():
 
     assert torch.equal(made(3), made(3))
     assert not torch.equal(made(3), made(4))
+
+
+@pytest.mark.parametrize("on_device", ["nothing", "augmentation"])
+def test_posterize_without_bits(on_device):
+    """Timm's increasing operations keep no bits at magnitude 10, which Pillow 13 refuses."""
+    augmentation = Augmentation(rand_augment="rand-m10-n4-p1.0-inc1", erasing=0, on_device=on_device)
+    transform, image = training_transform(make_image_processor(24), augmentation), noise(60, 50)
+    for seed in range(60):
+        with seeded(seed):
+            transform(Sample(image, 0, "") if on_device == "augmentation" else image)

@@ -1,0 +1,311 @@
+"""Augmentation in batches on a device: RandAugment, normalisation and erasing, and on request decoding and cropping.
+
+Worker processes draw what timm draws, by running timm's own RandAugment and RandomErasing on stand-ins that note what
+would be done. The draws travel with the batch as a small tensor, and the module here carries them out, all images of a
+batch with the same operation at once. So a batch is the same function of (seed, epoch, position) as without it, and the
+operations and their ranges are timm's; pixels differ from PIL's by rounding, and by the kernel of bicubic rotations.
+"""
+
+import random
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .images import Encoded, Sample, extra, header, unreadable
+
+OPERATIONS = (  # timm's functions, in the order of their numbers in a plan
+    "shear_x", "shear_y", "translate_x_rel", "translate_y_rel", "rotate", "auto_contrast", "equalize", "invert",
+    "solarize", "solarize_add", "posterize", "contrast", "color", "brightness", "sharpness",
+)  # fmt: skip
+GEOMETRIC = OPERATIONS[:5]
+NONE, BICUBIC = -1, 3  # no operation; PIL's number of the filter
+TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
+
+class Draws:
+    """What timm's RandAugment and RandomErasing would do to one image: they are called with this in its place.
+
+    `plan()` is `(3 * layers + 5,)` float32: operation, argument and PIL's filter for each layer; top, left, height and
+    width of the erased box; the seed of its noise.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, rand_augment, erasing, size: tuple[int, int]):
+        self.shape, self.operations, self.box = (1, *size), [], (0, 0, 0, 0)
+        if rand_augment is not None:
+            rand_augment(self)
+        if erasing is not None:
+            erasing(self)
+        self.num_layers = rand_augment.num_layers if rand_augment is not None else 0
+
+    def size(self) -> tuple[int, int, int]:
+        return self.shape
+
+    def __setitem__(self, where: tuple[slice, slice, slice], noise: Tensor) -> None:
+        _, rows, columns = where
+        self.box = rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start
+
+    def plan(self) -> Tensor:
+        missing = self.num_layers - len(self.operations)
+        operations = [*self.operations, *[(NONE, 0.0, 0)] * missing]
+        noise_seed = random.getrandbits(24)  # a float32 holds it
+        return torch.tensor([value for operation in operations for value in operation] + [*self.box, noise_seed])
+
+
+def _note(number: int, draws: Draws, *arguments: float, resample: Any, fillcolor: Any) -> Draws:
+    """In place of one of timm's functions: note it, and draw the filter as it does."""
+    chosen = 0
+    if number < len(GEOMETRIC):
+        chosen = random.choice(resample) if isinstance(resample, Sequence) else resample
+    draws.operations.append((number, float(arguments[0]) if arguments else 0.0, int(chosen)))
+    return draws
+
+
+def drawing(rand_augment) -> Any:
+    """Timm's RandAugment, changed to note its operations in `Draws`.
+
+    Raises:
+        ValueError: it has an operation that is not in `OPERATIONS`.
+    """
+    for operation in rand_augment.ops:
+        name = operation.aug_fn.__name__
+        if name not in OPERATIONS:
+            raise ValueError(f"RandAugment's {operation.name} cannot be done in batches; use on_device='nothing'")
+        operation.aug_fn = partial(_note, OPERATIONS.index(name))
+    return rand_augment
+
+
+class WorkerPart:
+    """What a worker process does to one encoded image, before a `BatchAugmentation`."""
+
+    takes_sample = True
+
+    def __init__(self, transforms: tuple, size: tuple[int, int], decode: bool):
+        """From timm's three transforms: crop and flip; RandAugment; normalisation and erasing."""
+        first, second, last = (part.transforms for part in transforms)
+        self.crop, self.flip, self.size, self.decode = first[0], first[1:], size, decode
+        self.rand_augment = drawing(second[0]) if second else None
+        erasing = [part for part in last if type(part).__name__ == "RandomErasing"]
+        self.erasing = erasing[0] if erasing else None
+        if self.erasing is not None:
+            self.erasing.per_pixel = False  # only the box is wanted of it, not the noise
+
+    def __call__(self, sample: Sample) -> dict[str, Tensor]:
+        """Pixels of the crop, `(3, height, width)` uint8, and the plan of the rest.
+
+        For decoding on the device: the bytes of a JPEG file, `(length,)` uint8, and its crop: top, left, height, width,
+        PIL's filter, whether it is mirrored, length. An image that the device cannot decode is given as pixels, with
+        height 0.
+        """
+        encoded = _read(sample) if self.decode else sample.image
+        try:
+            with header(encoded) as image:
+                turned = image.getexif().get(0x0112) in TURNED
+                width, height = image.size[::-1] if turned else image.size
+                box, filter_ = self._box(width, height), self._filter()
+                if self.decode and isinstance(encoded, bytes) and _decodable(image, encoded):
+                    return self._undecoded(encoded, box, filter_)
+                # libjpeg leaves out what is not needed for a result at least as large as the crop's
+                least = width * self.size[1] // box[3], height * self.size[0] // box[2]
+                image.draft(None, (least[1], least[0]) if turned else least)
+                image = ImageOps.exif_transpose(image).convert("RGB")
+        except Exception as error:  # PIL's decoders raise more than OSError for broken files
+            raise unreadable(sample.image, sample.name, error) from error
+        pixels = self._cropped(image, box, image.width / width, image.height / height, filter_)
+        if not self.decode:
+            return {"pixel_values": pixels, "plan": self._plan()}
+        return {"pixel_values": pixels.flatten(), "plan": self._plan(), "crop": torch.zeros(7, dtype=torch.int64)}
+
+    def _cropped(self, image: Image.Image, box: tuple[int, int, int, int], x: float, y: float, filter_) -> Tensor:
+        """Crop and flip of an image that is smaller than its header says by the factors x and y."""
+        functions, (top, left, rows, columns) = extra("torchvision.transforms.functional"), box
+        if x == y == 1:
+            image = functions.resized_crop(image, *box, self.size, filter_)
+        else:
+            part = left * x, top * y, min((left + columns) * x, image.width), min((top + rows) * y, image.height)
+            image = image.resize(self.size[::-1], Image.Resampling[filter_.name], part)
+        for part in self.flip:
+            image = part(image)
+        return functions.pil_to_tensor(image)
+
+    def _undecoded(self, encoded: bytes, box: tuple[int, int, int, int], filter_) -> dict[str, Tensor]:
+        mirrored = any(torch.rand(1) < part.p for part in self.flip)  # torchvision's draw
+        bicubic = BICUBIC if filter_.value == "bicubic" else 0
+        data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        return {"pixel_values": data, "plan": self._plan(), "crop": torch.tensor([*box, bicubic, mirrored, len(data)])}
+
+    def _plan(self) -> Tensor:
+        return Draws(self.rand_augment, self.erasing, self.size).plan()
+
+    def _box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        canvas = torch.empty(1, height, width, device="meta")  # only its size is asked for
+        return self.crop.get_params(canvas, self.crop.scale, self.crop.ratio)
+
+    def _filter(self) -> Any:
+        filters = self.crop.interpolation
+        return random.choice(filters) if isinstance(filters, tuple) else filters
+
+
+def _read(sample: Sample) -> Encoded:
+    """The file's bytes, where there is a file."""
+    if not isinstance(sample.image, str | Path):
+        return sample.image
+    try:
+        return Path(sample.image).read_bytes()
+    except OSError as error:
+        raise unreadable(sample.image, sample.name, error) from error
+
+
+def _decodable(image, encoded: bytes) -> bool:
+    """Whether nvJPEG gives what PIL gives: a whole upright JPEG file of one or three components."""
+    whole = b"\xff\xd9" in encoded[-64:]
+    return image.format == "JPEG" and image.mode in ("RGB", "L") and image.getexif().get(0x0112, 1) == 1 and whole
+
+
+class BatchAugmentation(nn.Module):
+    """Carries out the plans of a batch on the device that it is on.
+
+    Takes what `TrainBatches` gives with a `WorkerPart`, on the CPU, and returns `{"pixel_values": (batch, 3, height,
+    width) float32, normalised, "labels": (batch,) int64}`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], size: tuple[int, int]):
+        super().__init__()
+        self.size = size
+        self.fill = [min(255, round(255 * value)) for value in mean]  # timm's
+        self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", 255 * torch.tensor(std)[:, None, None])
+
+    @torch.no_grad()
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        device, plan = self.mean.device, batch["plan"]
+        if "crop" in batch:
+            images = self._decoded(batch["pixel_values"], batch["crop"])
+        else:
+            images = batch["pixel_values"].to(device, non_blocking=True)
+        operations = plan[:, :-5].unflatten(1, (-1, 3))
+        for layer in range(operations.shape[1]):
+            images = self._layer(images, operations[:, layer])
+        pixels = (images.float() - self.mean) / self.std
+        self._erase(pixels, plan[:, -5:])
+        return {"pixel_values": pixels, "labels": batch["labels"].to(device, non_blocking=True)}
+
+    def _decoded(self, encoded: Tensor, crops: Tensor) -> Tensor:
+        """Crops of the JPEG files, `(batch, 3, height, width)` uint8."""
+        functions, files = extra("torchvision.transforms.v2.functional"), extra("torchvision.io")
+        modes = functions.InterpolationMode
+        numbers = [number for number, crop in enumerate(crops.tolist()) if crop[2]]
+        given = [encoded[number, : int(crops[number, 6])].clone() for number in numbers]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision 0.29 says that torchcodec will take its place
+            decoded = files.decode_jpeg(given, mode=files.ImageReadMode.RGB, device=self.mean.device) if given else []
+        pixels = 3 * self.size[0] * self.size[1]
+        images = encoded[:, :pixels].unflatten(1, (3, *self.size)) if encoded.shape[1] >= pixels else None
+        result = torch.empty(len(encoded), 3, *self.size, dtype=torch.uint8, device=self.mean.device)
+        for number, image in zip(numbers, decoded, strict=True):
+            top, left, rows, columns, bicubic, mirrored, _ = crops[number].tolist()
+            mode = modes.BICUBIC if bicubic == BICUBIC else modes.BILINEAR
+            crop = functions.resized_crop(image, top, left, rows, columns, list(self.size), mode, antialias=True)
+            result[number] = crop.flip(-1) if mirrored else crop
+        for number in sorted(set(range(len(encoded))) - set(numbers)):
+            assert images is not None
+            result[number] = images[number].to(self.mean.device)
+        return result
+
+    def _layer(self, images: Tensor, operations: Tensor) -> Tensor:
+        """One operation for each image; `(batch, 3)`: number, argument, filter."""
+        images, numbers = images.clone(), operations[:, 0]
+        for number in numbers.unique().int().tolist():
+            if number != NONE and number >= len(GEOMETRIC):
+                self._replace(images, numbers == number, operations, partial(_color_operation, OPERATIONS[number]))
+        moved = (numbers != NONE) & (numbers < len(GEOMETRIC))
+        for bicubic in (False, True):
+            which = moved & ((operations[:, 2] == BICUBIC) == bicubic)
+            self._replace(images, which, operations, partial(self._moved, numbers[which], bicubic))
+        return images
+
+    def _replace(self, images: Tensor, which: Tensor, operations: Tensor, function) -> None:
+        index = which.nonzero()[:, 0]
+        if len(index):
+            there = index.to(images.device, non_blocking=True)
+            images[there] = function(images[there], operations[index, 1].to(images.device, non_blocking=True))
+
+    def _moved(self, numbers: Tensor, bicubic: bool, images: Tensor, amounts: Tensor) -> Tensor:
+        """Shears, translations and rotations: all are affine maps of the output's pixels to the input's."""
+        height, width = images.shape[2:]
+        numbers = numbers.to(images.device, non_blocking=True)
+        zero = torch.zeros_like(amounts)
+        shear_x, shear_y, right, down, turn = (torch.where(numbers == i, amounts, zero) for i in range(5))
+        angle = torch.deg2rad(-turn)  # PIL turns the other way round
+        cos, sin = angle.cos(), angle.sin()
+        center_x, center_y = width / 2, height / 2
+        to_x = torch.stack([cos, sin + shear_x, right * width + center_x - cos * center_x - sin * center_y], 1)
+        to_y = torch.stack([shear_y - sin, cos, down * height + center_y + sin * center_x - cos * center_y], 1)
+        to_x, to_y = to_x[:, :, None, None], to_y[:, :, None, None]
+        rows = (torch.arange(height, device=images.device) + 0.5)[:, None]
+        columns = torch.arange(width, device=images.device) + 0.5
+        x, y = ((to[:, 0] * columns + to[:, 1] * rows + to[:, 2]) for to in (to_x, to_y))
+        grid = torch.stack([2 * x / width - 1, 2 * y / height - 1], -1)
+        mode = "bicubic" if bicubic else "bilinear"
+        sampled = functional.grid_sample(images.float(), grid, mode, "border", align_corners=False)
+        inside = ((x >= 0) & (x < width) & (y >= 0) & (y < height))[:, None]
+        fill = sampled.new_tensor(self.fill)[:, None, None]
+        return torch.where(inside, sampled.clamp(0, 255), fill).to(torch.uint8)  # PIL rounds down
+
+    def _erase(self, pixels: Tensor, boxes: Tensor) -> None:
+        generator = torch.Generator(pixels.device)
+        for number, (top, left, rows, columns, seed) in enumerate(boxes.int().tolist()):
+            if rows:
+                shape = (3, rows, columns)
+                generator.manual_seed(seed)
+                noise = torch.randn(shape, generator=generator, device=pixels.device)
+                pixels[number, :, top : top + rows, left : left + columns] = noise
+
+
+def _color_operation(name: str, images: Tensor, arguments: Tensor) -> Tensor:
+    """PIL's operation of that name on `(count, 3, height, width)` uint8, each image with its argument."""
+    argument = arguments[:, None, None, None]
+    if name in ("auto_contrast", "equalize", "invert"):
+        functions = extra("torchvision.transforms.v2.functional")
+        return getattr(functions, name.replace("_", ""))(images)
+    if name == "solarize":
+        return torch.where(images < argument, images, 255 - images)
+    if name == "solarize_add":
+        return torch.where(images < 128, (images + argument).clamp(max=255), images).to(torch.uint8)
+    if name == "posterize":
+        return images & (256 - 2 ** (8 - argument.clamp(max=8))).to(torch.uint8)
+    pixels = images.float()
+    faded = FADED[name](pixels)
+    return (faded + argument * (pixels - faded)).clamp(0, 255).to(torch.uint8)  # PIL rounds down
+
+
+def _gray(pixels: Tensor) -> Tensor:
+    red, green, blue = pixels.int().unbind(1)
+    return ((19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16)[:, None].float()
+
+
+def _mean_gray(pixels: Tensor) -> Tensor:
+    return (_gray(pixels).mean((1, 2, 3), keepdim=True) + 0.5).floor()
+
+
+def _smooth(pixels: Tensor) -> Tensor:
+    """Each pixel averaged with its neighbours; the border stays."""
+    kernel = pixels.new_ones(3, 1, 3, 3)
+    kernel[:, :, 1, 1] = 5
+    smoothed = pixels.clone()
+    smoothed[:, :, 1:-1, 1:-1] = (functional.conv2d(pixels, kernel / 13, groups=3) + 0.5).floor()
+    return smoothed
+
+
+FADED = {"contrast": _mean_gray, "color": _gray, "brightness": torch.zeros_like, "sharpness": _smooth}  # at factor 0

@@ -1,0 +1,212 @@
+"""Augmentation in batches: the same draws as timm's, the same pixels up to rounding, whole batches at once."""
+
+import io
+import re
+
+import numpy
+import pytest
+import timm.data.auto_augment as auto_augment
+import torch
+from PIL import Image
+
+from flashkat_hf import make_image_processor
+from flashkat_hf.augmentation import Augmentation, batch_transform, posterize, training_transform
+from flashkat_hf.batch_augmentation import OPERATIONS, BatchAugmentation, Draws, drawing
+from flashkat_hf.images import DataError, Examples, Sample
+from flashkat_hf.loading import EvalBatches, TrainBatches, seeded
+
+PROCESSOR = make_image_processor(32)
+MODULE = BatchAugmentation(PROCESSOR.image_mean, PROCESSOR.image_std, (32, 32))
+
+
+def picture(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    """Smooth, as photographs are, in full range."""
+    pixels = numpy.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=numpy.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+def file(image: Image.Image, form: str = "JPEG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def levels(pixels: torch.Tensor) -> torch.Tensor:
+    """Normalised pixels in 0 to 255 again."""
+    return pixels * MODULE.std + MODULE.mean
+
+
+def test_the_operations_are_those_of_timms_recipe():
+    names = {auto_augment.NAME_TO_OP[name].__name__ for name in auto_augment._RAND_TRANSFORMS}
+    assert names == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("name", auto_augment._RAND_TRANSFORMS)
+@pytest.mark.parametrize("bicubic", [False, True])
+def test_an_operation_is_pils(name, bicubic):
+    """At magnitudes over the whole range; one batch of all images."""
+    geometric = name in ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
+    options = {"img_mean": tuple(MODULE.fill), "magnitude_std": 4.0}
+    options["interpolation"] = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+    operation = auto_augment.AugmentOp(name, prob=1.0, magnitude=5, hparams=options)
+    if name == "Posterize":
+        operation.aug_fn = posterize
+    images, expected, plans = [picture(seed) for seed in range(20)], [], []
+    for seed, image in enumerate(images):
+        with seeded(seed):
+            expected.append(numpy.array(operation(image)))
+    layer = drawing(auto_augment.RandAugment([operation], num_layers=1))
+    for seed in range(20):
+        with seeded(seed):
+            plans.append(Draws(layer, None, (32, 32)).plan())
+    before = torch.stack([torch.from_numpy(numpy.array(image)).permute(2, 0, 1) for image in images])
+    made = MODULE._layer(before, torch.stack(plans)[:, :3]).permute(0, 2, 3, 1).int().numpy()
+    error = numpy.abs(made - numpy.stack(expected).astype(int))
+    # PyTorch's cubic kernel is another one than PIL's (-0.75 for -0.5): some levels on smooth images
+    assert error.max() <= (8 if geometric and bicubic else 1 if geometric or name == "AutoContrast" else 0)
+    assert (made != before.permute(0, 2, 3, 1).numpy()).any()
+
+
+def both(
+    augmentation: dict, image: bytes, seed: int, on_device: str = "augmentation"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Timm's result and ours, from the same seed, in levels."""
+    plain = Augmentation(**{"interpolation": "bilinear", "erasing": 0.0, **augmentation})
+    sample = Sample(image, 0, "the image")
+    with seeded(seed):
+        expected = training_transform(PROCESSOR, plain)(Image.open(io.BytesIO(image)).convert("RGB"))
+    batched = Augmentation(**{**vars(plain), "on_device": on_device})
+    with seeded(seed):
+        item = training_transform(PROCESSOR, batched)(sample)
+    batch = {name: tensor[None] for name, tensor in item.items()} | {"labels": torch.tensor([0])}
+    return levels(expected), levels(batch_transform(PROCESSOR, batched)(batch)["pixel_values"][0])
+
+
+def test_the_recipe_draws_what_timm_draws():
+    """Crop, flip, two operations each with its chance and its magnitude: the same image as timm's, to rounding."""
+    far = []
+    for seed in range(60):
+        expected, made = both({}, file(picture(seed, (50, 40)), "PNG"), seed)
+        far.append(((expected - made).abs() > 2.5).float().mean().item())
+    assert sum(part < 0.02 for part in far) >= 57  # a level before equalize or solarize may be many after it
+    assert sum(far) / len(far) < 0.01
+
+
+def test_another_rand_augment_is_drawn_too():
+    """Increasing magnitudes, three operations, always."""
+    near = 0
+    for seed in range(20):
+        expected, made = both({"rand_augment": "rand-m7-n3-p1.0-inc1"}, file(picture(seed, (50, 40)), "PNG"), seed)
+        near += ((expected - made).abs() > 2.5).float().mean() < 0.02
+    assert near >= 17
+
+
+def test_the_erased_box_is_timms_and_full_of_noise():
+    boxes = []
+    for seed in range(30):
+        image = file(picture(seed, (50, 40)), "PNG")
+        plain = {"rand_augment": None}
+        expected, made = both({**plain, "erasing": 0.5}, image, seed)
+        _, whole = both(plain, image, seed)
+        box = (made - whole).abs().sum(0) > 1e-3
+        assert torch.equal(box, (expected - whole).abs().sum(0) > 1e-3)
+        if box.any():
+            assert box.sum() == box.any(0).sum() * box.any(1).sum()
+            boxes.append(((made - MODULE.mean) / MODULE.std)[:, box].flatten())
+    assert 8 <= len(boxes) <= 22  # of 30 with a chance of a half
+    noise = torch.cat(boxes)
+    assert noise.mean().abs() < 0.05
+    assert (noise.std() - 1).abs() < 0.05
+    assert not torch.equal(boxes[0][:30], boxes[1][:30])
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size():
+    """And gives nearly the pixels of the whole; upright, too."""
+    calm = {"rand_augment": None, "crop_area": (0.5, 1.0)}
+    for seed in range(5):
+        expected, made = both(calm, file(picture(seed, (640, 480))), seed)
+        assert (expected - made).abs().mean() < 1
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned: what is stored as 640 x 480 stands upright as 480 x 640
+    transform = training_transform(
+        PROCESSOR, Augmentation(rand_augment=None, flip=0, erasing=0, on_device="augmentation")
+    )
+    upright = picture(1, (480, 640))
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    with seeded(1):
+        one = transform(Sample(file(stored, exif=exif, quality=100), 0, ""))["pixel_values"]
+    with seeded(1):
+        other = transform(Sample(file(upright, quality=100), 0, ""))["pixel_values"]
+    assert (one.float() - other.float()).abs().mean() < 1
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_decoding_with_the_batch_gives_the_same(mode):
+    for seed in range(8):
+        image = file(picture(seed, (70, 50)).convert(mode), quality=95)
+        _, cropped = both({"rand_augment": None}, image, seed)
+        _, decoded = both({"rand_augment": None}, image, seed, "decoding")
+        assert (cropped - decoded).abs().max() <= 3  # torchvision's resizing rounds otherwise than PIL's
+
+
+@pytest.mark.parametrize("kind", ["png", "turned", "cmyk", "pixels"])
+def test_what_the_device_cannot_decode_comes_as_pixels(kind):
+    image, exif = picture(3, (50, 40)), Image.Exif()
+    exif[0x0112] = 6
+    encoded = {
+        "png": lambda: file(image, "PNG"),
+        "turned": lambda: file(image, exif=exif),
+        "cmyk": lambda: file(image.convert("CMYK")),
+        "pixels": lambda: image,
+    }[kind]()
+    made = []
+    for on_device in ("augmentation", "decoding"):
+        augmentation = Augmentation(on_device=on_device)
+        with seeded(1):
+            item = training_transform(PROCESSOR, augmentation)(Sample(encoded, 0, ""))
+        batch = {name: tensor[None] for name, tensor in item.items()} | {"labels": torch.tensor([0])}
+        made.append(batch_transform(PROCESSOR, augmentation)(batch)["pixel_values"])
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("on_device", ["augmentation", "decoding"])
+def test_batches_are_a_pure_function_too(on_device):
+    """Of seed, epoch and position: one process or two, from the start or resumed, alone or together."""
+    forms = [("JPEG", "RGB"), ("PNG", "RGB"), ("JPEG", "L")]
+    images = [file(picture(i, (40 + i, 36)).convert(mode), form) for i in range(4) for form, mode in forms]
+    split, augmentation = Examples(images, [i % 2 for i in range(12)]), Augmentation(on_device=on_device)
+    module, options = batch_transform(PROCESSOR, augmentation), {"seed": 1}
+
+    def epoch(start: int = 0, **more) -> list[dict]:
+        batches = TrainBatches(split, training_transform(PROCESSOR, augmentation), **{**options, **more})
+        return [module(batch) for batch in batches.epoch(1, start)]
+
+    whole = epoch(batch_size=6)
+    assert whole[0].keys() == {"pixel_values", "labels"}
+    assert (whole[0]["pixel_values"].shape, whole[0]["pixel_values"].dtype) == ((6, 3, 32, 32), torch.float32)
+    assert torch.equal(whole[1]["pixel_values"], epoch(start=1, batch_size=6, workers=1)[0]["pixel_values"])
+    ranks = [epoch(batch_size=3, rank=rank, world_size=2) for rank in range(2)]
+    parts = torch.cat([rank[0]["pixel_values"] for rank in ranks])
+    torch.testing.assert_close(parts, whole[0]["pixel_values"], rtol=0, atol=1e-5)
+    assert torch.equal(torch.cat([rank[0]["labels"] for rank in ranks]), whole[0]["labels"])
+
+
+@pytest.mark.parametrize("on_device", ["augmentation", "decoding"])
+def test_broken_images_are_named_by_the_worker(tmp_path, on_device):
+    broken = file(picture(0, (200, 200)))[:-400]
+    transform = training_transform(PROCESSOR, Augmentation(on_device=on_device))
+    for encoded, name in ((broken, "shard.tar/7.jpg"), (str(tmp_path / "gone.jpg"), str(tmp_path / "gone.jpg"))):
+        with pytest.raises(DataError, match=rf"^cannot read the image {re.escape(name)}: [^\n]+$"):
+            transform(Sample(encoded, 0, name))
+    split = Examples([broken, file(picture(1))], [0, 1], skip_corrupt=True)
+    batch = next(iter(EvalBatches(split, transform, batch_size=2)))
+    assert batch["labels"].tolist() == [1]
+
+
+def test_operations_that_batches_do_not_know():
+    with pytest.raises(ValueError, match="RandAugment's Desaturate cannot be done in batches; use on_device='nothing'"):
+        training_transform(PROCESSOR, Augmentation(rand_augment="rand-m9-t3a", on_device="augmentation"))
+    for other in ({"crop": "moves"}, {"color_jitter": 0.4}):
+        with pytest.raises(ValueError, match="on_device 'decoding' knows neither the crop 'moves' nor color_jitter"):
+            Augmentation(on_device="decoding", **other)
+    assert batch_transform(PROCESSOR, Augmentation()) is None
