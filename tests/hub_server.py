@@ -381,7 +381,9 @@ class _Handler(BaseHTTPRequestHandler):
         if user is None:
             raise Refusal(401, "Invalid username or password.")
         token = {"displayName": "test", "role": user["role"], "createdAt": DATE}
-        organizations = [{"type": "org", "name": name, "roleInOrg": "write"} for name in user["orgs"]]
+        organizations = [
+            {"type": "org", "name": name, "roleInOrg": "write"} for name in user.get("listed", user["orgs"])
+        ]
         account = {"type": "user", "name": user["name"], "fullname": user["name"], "orgs": organizations}
         self.send(200, {**account, "auth": {"type": "access_token", "accessToken": token}})
 

@@ -70,6 +70,21 @@ def test_the_folder_stays_as_it_is(hub, tmp_path, bare_folder):
     assert {"modeling_flashkat.py", "configuration_flashkat.py", "README.md"} <= sent.keys()
 
 
+def test_interrupted(hub, model_folder, monkeypatch, capsys):
+    """Ctrl-C during the upload: one line, nothing committed, and the same command finishes it."""
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.lfs._upload_single_part", interrupt)
+        assert main(["push", str(model_folder), "alice/micro"]) == 130
+    assert capsys.readouterr().err == "flashkat push: interrupted; the same command again finishes it\n"
+    assert hub.titles("alice/micro") == ["initial commit"]
+    push(model_folder, "alice/micro")
+    assert hub.titles("alice/micro") == FIRST
+
+
 def test_what_if_sends_nothing(hub, model_folder, capsys):
     assert main(["push", str(model_folder), "alice/micro", "--what-if", "--private"]) == 0
     text = capsys.readouterr().out
