@@ -24,13 +24,14 @@ def published(hub, monkeypatch):
     torch.save({"state_dict": state}, buffer)
     name = f"kat_micro_{hashlib.sha256(buffer.getvalue()).hexdigest()}.pth"
     hub.add(RELEASE_REPOSITORY, {name: buffer.getvalue()})
-    for row in list(PUBLISHED):
-        monkeypatch.delitem(PUBLISHED, row)
-    for row in NAMES:
-        monkeypatch.setitem(PUBLISHED, row, Published(row, f"adamdad/{row}", name, 12.3))
+    rows = dict(PUBLISHED)
+    PUBLISHED.clear()
+    PUBLISHED.update({row: Published(row, f"adamdad/{row}", name, 12.3) for row in NAMES})
     sizes = {name: MICRO[name] for name in ("hidden_size", "intermediate_size")} | {"num_attention_heads": 1}
     monkeypatch.setattr(cards, "SIZES", dict.fromkeys(cards.SIZES, sizes))
-    return name
+    yield name
+    PUBLISHED.clear()
+    PUBLISHED.update(rows)
 
 
 def test_publish_one(hub, published, capsys):
