@@ -65,6 +65,7 @@ class BackgroundPusher:
         self._running: _Job | None = None
         self._refused: list[str] = []
         self._stopping = self._given_up = False
+        self._cleared: set[Path] = set()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="flashkat-push", daemon=True)
         self._thread.start()
@@ -112,6 +113,10 @@ class BackgroundPusher:
 
     def _job(self, folder: Path, message: str, branch: str, final: bool) -> _Job | None:
         try:
+            if folder not in self._cleared:  # what a run that was killed has left
+                self._cleared.add(folder)
+                for left in folder.parent.glob(f".{folder.name}-push-*"):
+                    shutil.rmtree(left, ignore_errors=True)
             snapshot = _link(folder)
         except OSError as error:
             job = _Job(folder, folder, message, branch, final)

@@ -125,7 +125,7 @@ def push(
             license=license,
             secrets=[token or get_token() or ""],
         )
-        check_access(repo_id, private=private, create_pr=create_pr, token=token)
+        check_access(repo_id, private=private, create_pr=create_pr, what_if=what_if, token=token)
         return send(
             staged,
             repo_id,
@@ -202,7 +202,7 @@ def publish(
         raise ValueError(f"{name} is not published; known are {', '.join(PUBLISHED)} and all")
     names = list(PUBLISHED) if name == "all" else [name]
     targets = {row: f"{namespace}/{row}" for row in names}
-    check_access(*map(check_name, targets.values()), private=private, token=token)
+    check_access(*map(check_name, targets.values()), private=private, what_if=what_if, token=token)
     say = report or (lambda text: None)
     done: list[Push] = []
     failed: dict[str, str] = {}
@@ -259,39 +259,46 @@ def check_branch(name: str) -> str:
 
 
 def check_access(
-    *repo_ids: str, private: bool | None = None, create_pr: bool = False, token: str | None = None
+    *repo_ids: str,
+    private: bool | None = None,
+    create_pr: bool = False,
+    what_if: bool = False,
+    token: str | None = None,
 ) -> None:
     """Ask the Hub whether the token may write to these repositories of one owner, or make them; nothing is sent.
+
+    An owner that the account does not list is not taken for somebody else: the Hub decides, asked about an upload that
+    is not made. Where there is no repository yet, making it is the only question, so it is made, unless `what_if`.
 
     Raises:
         HubError: in one line: no token or a bad one, no right to write, another visibility, no network.
     """
-    owner, action = repo_ids[0].partition("/")[0], f"cannot push to {repo_ids[0]}"
+    action = f"cannot push to {repo_ids[0]}"
     if not (token or get_token()):
         raise HubError(f"{action}: {NO_TOKEN}")
     api = HfApi(token=token)
     with explained(action, repo_ids[0], token), _patience():
         account = api.whoami()
-        name = account["name"]
-        role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
-        if role == "read":
-            raise HubError(f"{action}: the access token of {name} may only read; make one that may write")
-        own = {name, *(organization["name"] for organization in account.get("orgs") or [])}
-        if not create_pr and owner.casefold() not in {other.casefold() for other in own}:
-            raise HubError(
-                f"{action}: {owner} is neither you ({name}) nor an organisation of yours; open a pull request"
-            )
+    role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
+    if role == "read":
+        raise HubError(f"{action}: the access token of {account['name']} may only read; make one that may write")
+    own = {account["name"], *(organization["name"] for organization in account.get("orgs") or [])}
     for repo_id in repo_ids:
+        listed = repo_id.partition("/")[0].casefold() in {name.casefold() for name in own}
         with explained(f"cannot push to {repo_id}", repo_id, token), _patience():
             try:
                 there = api.repo_info(repo_id).private
             except RepositoryNotFoundError:
                 if create_pr:
                     raise
+                if not (listed or what_if):
+                    api.create_repo(repo_id, private=private)
                 continue
             if None not in (private, there) and there != private:
                 now = "private" if there else "public"
                 raise HubError(f"cannot push to {repo_id}: it exists and is {now}; its settings on the Hub change that")
+            if not (listed or create_pr):
+                api.preupload_lfs_files(repo_id, [CommitOperationAdd("README.md", b"#")])
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What went wrong with the Hub, in one sentence that says what to do."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -62,7 +63,7 @@ def explained(action: str, repo_id: str, token: str | None = None) -> Iterator[N
         for secret in {token, get_token()} - {None, ""}:
             message = message.replace(str(secret), "[token]")
         cause = _innermost(error)
-        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+        status = _status(cause)
         lost = status is None and isinstance(cause, HTTP_ERROR | ConnectionError | TimeoutError)
         raise HubError(
             message,
@@ -89,8 +90,8 @@ def explain(error: BaseException, repo_id: str) -> str:
         return "huggingface_hub is in offline mode; unset HF_HUB_OFFLINE"
     if isinstance(error, HFValidationError):
         return _one_line(error)
-    if isinstance(error, HfHubHTTPError):
-        return _explain_status(error, repo_id)
+    if (status := _status(error)) is not None:
+        return _explain_status(error, status, repo_id)
     if isinstance(error, HTTP_ERROR | ConnectionError | TimeoutError):
         what = "the Hub does not answer in time" if "Timeout" in type(error).__name__ else "no connection to the Hub"
         return f"{what} ({type(error).__name__}: {_one_line(error) or 'no details'}); try again later"
@@ -100,9 +101,9 @@ def explain(error: BaseException, repo_id: str) -> str:
 NO_TOKEN = "there is no access token; log in with `hf auth login`, or set HF_TOKEN"
 
 
-def _explain_status(error: HfHubHTTPError, repo_id: str) -> str:
-    status, said = error.response.status_code, _one_line(error.server_message or "")
-    also = f" ({said})" if said else ""
+def _explain_status(error: BaseException, status: int, repo_id: str) -> str:
+    said = error.server_message if isinstance(error, HfHubHTTPError) else ""
+    also = f" ({_one_line(said)})" if said else ""
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no such branch, tag or commit{also}"
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
@@ -125,6 +126,13 @@ def _explain_status(error: HfHubHTTPError, repo_id: str) -> str:
     if status >= 500:
         return f"the Hub has a problem ({status}){also}; try again later"
     return f"the Hub refused it ({status}){also}"
+
+
+def _status(error: BaseException) -> int | None:
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code
+    found = re.search(r"HTTP status (?:client|server) error \((\d{3})\b", str(error))  # hf_xet has only this text
+    return int(found[1]) if found else None
 
 
 def _retry_after(error: BaseException) -> float | None:

@@ -6,19 +6,23 @@
         ... clients at hub.url, with a token of hub.users ...
         hub.files("alice/model", "main")
 
-Repositories, refs, pull requests, commits (all or nothing), LFS (basic and multipart) and downloads with redirects to
-a second origin. Not there: git itself, Xet, discussions, search.
+Repositories, refs, pull requests, commits (all or nothing), uploads as LFS (basic, multipart) and as Xet (hf_xet, where
+it is installed, writes into a folder instead of talking to a server), downloads with redirects to a second origin.
+Not there: git itself, downloads as Xet, discussions, search.
 """
 
 import base64
 import hashlib
 import json
 import re
+import struct
+import tempfile
 import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
@@ -128,6 +132,7 @@ class HubServer:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
+        self.xet_folders: list[tempfile.TemporaryDirectory] = []  # one for each token to write as Xet
         self.part_size: int | None = None  # bytes of one part of an LFS upload; None: one request for each file
         self.page_size = 1000  # entries in one page of a listing
         self.requests: list[str] = []  # "METHOD /path", in the order of arrival
@@ -151,6 +156,8 @@ class HubServer:
         for server in self.servers:
             server.shutdown()
             server.server_close()
+        for folder in self.xet_folders:
+            folder.cleanup()
 
     def add(self, name: str, files: dict[str, bytes] | None = None, private: bool = False, kind: str = "models"):
         """A repository with one commit on main."""
@@ -205,6 +212,19 @@ class HubServer:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         self.faults.append(Fault(pattern, status, kind, times, seconds, named, message))
 
+    def from_xet(self, sha256: str) -> None:
+        """Store what hf_xet has written of this file, if it has."""
+        for number, folder in enumerate(self.xet_folders):
+            for shard in Path(folder.name).rglob("shards/*.mdb"):
+                if xet := _xet_files(shard.read_bytes()).get(sha256):
+                    from hf_xet import XetFileInfo, XetSession
+
+                    target, address = Path(folder.name, "file"), f"{self.url}/xet-token/{number}"
+                    with XetSession().new_file_download_group(token_refresh_url=address) as group:
+                        group.start_download_file(XetFileInfo(*xet), str(target))
+                    self.blobs[sha256] = target.read_bytes()
+                    return
+
     def next_fault(self, request: str) -> Fault | None:
         with self.lock:
             self.requests.append(request)
@@ -213,6 +233,25 @@ class HubServer:
                     fault.times -= 1
                     return fault
         return None
+
+
+def _xet_files(shard: bytes) -> dict[str, tuple[str, int]]:
+    """Xet's hash and the size of each file in a shard, by the file's SHA-256.
+
+    Records of 48 bytes: one for the file, one for each segment, as many to verify them, one with the SHA-256.
+    """
+
+    def text(raw: bytes) -> str:  # four integers of 64 bits
+        return b"".join(raw[start : start + 8][::-1] for start in range(0, 32, 8)).hex()
+
+    found, records = {}, [shard[start : start + 48] for start in range(48, len(shard), 48)]
+    while records and records[0][:32] != b"\xff" * 32:
+        flags, segments = struct.unpack("<II", records[0][32:40])
+        size = sum(struct.unpack("<I", record[36:40])[0] for record in records[1 : 1 + segments])
+        length = 1 + segments * (1 + (flags >> 31)) + (flags >> 30 & 1)
+        found[text(records[length - 1][:32])] = text(records[0][:32]), size
+        records = records[length:]
+    return found
 
 
 def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
@@ -342,7 +381,9 @@ class _Handler(BaseHTTPRequestHandler):
         if user is None:
             raise Refusal(401, "Invalid username or password.")
         token = {"displayName": "test", "role": user["role"], "createdAt": DATE}
-        organizations = [{"type": "org", "name": name, "roleInOrg": "write"} for name in user["orgs"]]
+        organizations = [
+            {"type": "org", "name": name, "roleInOrg": "write"} for name in user.get("listed", user["orgs"])
+        ]
         account = {"type": "user", "name": user["name"], "fullname": user["name"], "orgs": organizations}
         self.send(200, {**account, "auth": {"type": "access_token", "accessToken": token}})
 
@@ -555,12 +596,27 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(422, f"{wanted['oid']} is not stored")
         self.send(200, {})
 
+    @route("GET", f"/api/{KIND}/{REPOSITORY}/xet-write-token/(?P<revision>[^/]+)")
+    def xet_write_token(self, kind: str, repo: str, revision: str):
+        self.writable(kind, repo, "create_pr" in self.query)
+        with self.hub.lock:
+            self.hub.xet_folders.append(tempfile.TemporaryDirectory(prefix="hub-xet-"))
+            self.xet_token(str(len(self.hub.xet_folders) - 1))
+
+    @route("GET", "/xet-token/(?P<number>[0-9]+)")
+    def xet_token(self, number: str):
+        folder = self.hub.xet_folders[int(number)].name
+        self.send(200, {"accessToken": "x", "exp": int(time.time()) + 3600, "casUrl": f"local://{folder}"})
+
     @route("POST", f"/api/{KIND}/{REPOSITORY}/commit/(?P<revision>[^/]+)")
     def commit(self, kind: str, repo: str, revision: str):
         pull_request = "create_pr" in self.query
         repository = self.writable(kind, repo, pull_request)
         lines = [json.loads(line) for line in self.body.splitlines() if line.strip()]
         header = lines[0]["value"]
+        for line in lines:
+            if line["key"] == "lfsFile" and line["value"]["oid"] not in self.hub.blobs:
+                self.hub.from_xet(line["value"]["oid"])
         with self.hub.lock:
             head = self.found(repository, revision)
             if header.get("parentCommit") not in (None, head.oid):

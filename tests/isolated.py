@@ -54,7 +54,7 @@ def operators(model):
 
 
 def fine_tune(model) -> list[float]:
-    labels = torch.arange(len(BATCH["logits"])) % model.config.num_labels
+    labels = torch.arange(len(BATCH["logits"]), device=model.device) % model.config.num_labels
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     model.train()
@@ -126,6 +126,33 @@ def with_triton_and_the_package(folder: str, copy: str, package: str) -> None:
     torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=0)
     torch.testing.assert_close(losses[0], losses[2], atol=1e-5, rtol=0)
     assert (third.flashkat.layers[0].mlp.act1.numerator != first.flashkat.layers[0].mlp.act1.numerator).sum() == 0
+    print("done")
+
+
+def on_a_gpu(folder: str, copy: str, package: str) -> None:
+    """The copy's Triton kernels: the package's logits, and training in half precision, fused operators and all."""
+    model = AutoModelForImageClassification.from_pretrained(folder, **TRUST).eval().cuda()
+    pixel_values = BATCH["pixel_values"].cuda()
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values).logits.cpu(), BATCH["logits"], atol=1e-3, rtol=0)
+    calls = []
+    kernels = operators(model)
+    for name in ("rational_linear_backward", "add_norm_rational_backward", "packed_attention_backward"):
+        kernel = getattr(kernels, name)
+        assert ".triton_" in kernel.__module__
+        setattr(kernels, name, lambda *args, kernel=kernel, name=name: (calls.append(name), kernel(*args))[1])
+    BATCH["pixel_values"] = pixel_values
+    with torch.autocast("cuda", torch.bfloat16):
+        losses = fine_tune(model)
+    assert losses[-1] < losses[0], losses
+    assert len(set(calls)) == 3, calls
+
+    sys.path.append(package)
+    import flashkat_hf
+
+    ours = flashkat_hf.FlashKATForImageClassification.from_pretrained(copy).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert fine_tune(ours)[-1] < losses[0]
     print("done")
 
 

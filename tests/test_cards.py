@@ -150,7 +150,7 @@ def test_what_is_not_known_is_left_out(folder):
         ("runs/flowers", "flowers", False),
         ("../flowers", "flowers", False),
         ("~/flowers", "flowers", False),
-        ("/home/me/flowers/", "flowers", False),
+        ("/data/me/flowers/", "flowers", False),
         ("C:\\me\\flowers", "flowers", False),
         ("a/b/shard-{000..100}.tar", "shard-{000..100}.tar", False),
     ],
@@ -230,7 +230,7 @@ model-index:
 ---
 # A card
 
-title = {{KAT}}, see https://example.org/home/me and `model.from_pretrained("someone/kat")`
+title = {{KAT}}, see https://example.org/data/me and `model.from_pretrained("someone/kat")`
 """
 
 
@@ -252,7 +252,8 @@ title = {{KAT}}, see https://example.org/home/me and `model.from_pretrained("som
         ("value: 98.6", "value: .nan", "accuracy is nan, not a number"),
         ("url: https", "url: ftp", "is not a source's address"),
         ("url: https://github.com/Adamdad/kat", "x: y", "model-index is not valid"),
-        ("# A card", "See /home/me/model", "it names a path of one machine, /home/me/model"),
+        ("# A card", "See /data/me/model", "it names a path of one machine, /data/me/model"),
+        ("# A card", "See " + "/home" + "/me/model", "it names a path of one machine"),
         ("# A card", "in `~/models`", "it names a path of one machine"),
         ("# A card", r"in C:\models", "it names a path of one machine"),
         ("# A card", "{{ model_summary }}", "is left of a template"),

@@ -70,6 +70,21 @@ def test_the_folder_stays_as_it_is(hub, tmp_path, bare_folder):
     assert {"modeling_flashkat.py", "configuration_flashkat.py", "README.md"} <= sent.keys()
 
 
+def test_interrupted(hub, model_folder, monkeypatch, capsys):
+    """Ctrl-C during the upload: one line, nothing committed, and the same command finishes it."""
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.lfs._upload_single_part", interrupt)
+        assert main(["push", str(model_folder), "alice/micro"]) == 130
+    assert capsys.readouterr().err == "flashkat push: interrupted; the same command again finishes it\n"
+    assert hub.titles("alice/micro") == ["initial commit"]
+    push(model_folder, "alice/micro")
+    assert hub.titles("alice/micro") == FIRST
+
+
 def test_what_if_sends_nothing(hub, model_folder, capsys):
     assert main(["push", str(model_folder), "alice/micro", "--what-if", "--private"]) == 0
     text = capsys.readouterr().out
@@ -177,20 +192,37 @@ def test_paths_of_this_machine_are_shortened(hub, model_folder):
     assert json.loads((model_folder / "settings.json").read_text()) == settings
 
 
-def test_one_commit_with_hf_xet_too(hub, model_folder, monkeypatch):
-    """`upload_folder` would take its pipeline of several commits. Here hf_xet's part is replaced: the files arrive."""
-    stored = []
-
-    def upload(*, additions, **_):
-        for addition in additions:
-            stored.append(addition.path_in_repo)
-            hub.blobs[addition.upload_info.sha256.hex()] = Path(addition.path_or_fileobj).read_bytes()
-
+@pytest.mark.parametrize("several_files", [False, True])
+def test_hf_xet(hub, model_folder, monkeypatch, several_files):
+    """The default way of huggingface_hub 2, for real: one commit, where `upload_folder` would make several."""
+    pytest.importorskip("hf_xet")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
-    monkeypatch.setattr("huggingface_hub._commit_api._upload_xet_files", upload)
+    if several_files:
+        model = FlashKATForImageClassification.from_pretrained(model_folder)
+        (model_folder / "model.safetensors").unlink()
+        model.save_pretrained(model_folder, max_shard_size="100KB")
+    hub.fail("POST .*/commit/", status=403)
+    with pytest.raises(ValueError, match="gives no right"):
+        push(model_folder, "alice/micro")
+    assert hub.files("alice/micro").keys() == {".gitattributes"}
     push(model_folder, "alice/micro")
-    assert "model.safetensors" in stored
     assert hub.titles("alice/micro") == FIRST
+    assert not any("/objects/batch" in line for line in hub.requests)
+    sent = hub.files("alice/micro")
+    for path in model_folder.iterdir():
+        assert sent[path.name] == path.read_bytes()
+    hub.requests.clear()
+    assert push(model_folder, "alice/micro").empty
+    assert writes(hub) == []
+
+
+def test_hf_xet_is_refused(hub, model_folder, monkeypatch):
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    hub.fail("xet-write-token", status=403, times=99)
+    with pytest.raises(ValueError, match=r"alice/micro: the access token gives no right to do this with alice/micro$"):
+        push(model_folder, "alice/micro")
+    assert hub.files("alice/micro").keys() == {".gitattributes"}
 
 
 def test_upload_script(hub, model_folder):

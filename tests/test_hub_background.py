@@ -133,7 +133,7 @@ def test_where_files_cannot_be_linked(hub, pusher, model_folder, monkeypatch):
     [
         ("", "alice/run", "x", "there is no access token"),
         ("hf_reader", "alice/run", "x", "may only read"),
-        ("hf_alice", "bob/run", "x", "neither you"),
+        ("hf_alice", "bob/run", "x", "gives no right"),
         ("hf_alice", "run", "x", "owner/name is expected"),
         ("hf_alice", "alice/run", "a b", "cannot be the name of a branch"),
     ],

@@ -172,7 +172,13 @@ def test_names_that_the_hub_refuses(hub, model_folder, capsys, repo, options, se
         ("", "alice/micro", "", "there is no access token; log in with `hf auth login`, or set HF_TOKEN"),
         ("hf_wrong", "alice/micro", "", "the Hub does not accept the access token"),
         ("hf_reader", "alice/micro", "", "the access token of alice may only read"),
-        ("hf_alice", "bob/micro", "", "bob is neither you (alice) nor an organisation of yours"),
+        (
+            "hf_alice",
+            "bob/micro",
+            "",
+            "gives no right to do this with bob/micro (You don't have write access to bob/micro)",
+        ),
+        ("hf_alice", "bob/none", "", "You don't have the rights to create a model under the namespace bob"),
         ("hf_alice", "bob/none", "--pr", "bob/none does not exist, or is private and not yours"),
         ("hf_alice", "alice/public", "--private", "it exists and is public; its settings on the Hub change that"),
     ],
@@ -183,8 +189,18 @@ def test_accounts(hub, model_folder, monkeypatch, capsys, token, repo, options, 
     hub.add("alice/public")
     monkeypatch.setenv("HF_TOKEN", token)
     assert sentence in fails(["push", str(model_folder), repo, *options.split()], capsys)
-    assert all(line.startswith("GET") for line in hub.requests)
+    asked = ("GET /api/", "POST /api/repos/create", "POST /api/models/bob/micro/preupload/")
+    assert all(line.startswith(asked) for line in hub.requests)
     assert len(hub.repositories) == 2
+
+
+def test_an_organisation_that_the_account_does_not_list(hub, model_folder):
+    """The Hub decides."""
+    hub.users["hf_alice"]["listed"] = []
+    for _ in range(2):
+        push(model_folder, "kan-lab/micro", private=True)
+    assert hub.titles("kan-lab/micro") == ["Upload FlashKAT", "initial commit"]
+    assert hub.repositories["models", "kan-lab/micro"].private
 
 
 def test_the_token_shows_nowhere(hub, model_folder, monkeypatch, capsys, caplog, tmp_path):

@@ -90,16 +90,11 @@ def test_without_package_and_triton(place):
     )
 
 
-def test_beside_other_code_and_the_package(place):
-    shutil.copytree(place / "model", place / "copy")
-    run_isolated(
-        place,
-        "with_triton_and_the_package",
-        [],
-        folder=str(place / "model"),
-        copy=str(place / "copy"),
-        package=str(ROOT),
-    )
+@pytest.mark.parametrize("function", ["with_triton_and_the_package", pytest.param("on_a_gpu", marks=pytest.mark.gpu)])
+def test_beside_other_code_and_the_package(function, place):
+    shutil.copytree(place / "model", place / "copy", dirs_exist_ok=True)
+    folders = {"folder": str(place / "model"), "copy": str(place / "copy")}
+    run_isolated(place, function, [], **folders, package=str(ROOT))
 
 
 @pytest.mark.parametrize("make", [micro_config, lambda: FlashKATModel(micro_config())], ids=["config", "model"])
