@@ -66,7 +66,7 @@ class BackgroundPusher:
         self._refused: list[str] = []
         self._stopping = self._given_up = False
         self._cleared: set[Path] = set()
-        self._changed = threading.Condition()
+        self._changed, self._staging = threading.Condition(), threading.Lock()
         self._thread = threading.Thread(target=self._work, name="flashkat-push", daemon=True)
         self._thread.start()
 
@@ -101,7 +101,7 @@ class BackgroundPusher:
             self._last, self._stopping = job, True
             self._changed.notify_all()
         self._thread.join(patience)
-        with self._changed:
+        with self._staging, self._changed:  # PyTorch in a thread must not live to see the interpreter's end
             jobs = (self._last, self._running, self._waiting)
             left = sorted((job for job in jobs if job), key=lambda job: not job.final)
             self._waiting, self._last, self._given_up = None, None, True
@@ -109,6 +109,7 @@ class BackgroundPusher:
             for job in left:
                 if job is not self._running:
                     _discard(job)
+            self._changed.notify_all()
         return list(dict.fromkeys(lines))
 
     def _job(self, folder: Path, message: str, branch: str, final: bool) -> _Job | None:
@@ -145,9 +146,9 @@ class BackgroundPusher:
                 else:
                     self._waiting = job
                 if again and not self._given_up:
-                    stopping, newest = self._stopping, self._waiting
+                    before = (self._stopping, self._given_up, self._waiting)
                     self._changed.wait_for(
-                        lambda: self._stopping is not stopping or self._waiting is not newest,  # noqa: B023 - used here
+                        lambda: (self._stopping, self._given_up, self._waiting) != before,  # noqa: B023 - used here
                         self._delays[min(job.failures, len(self._delays)) - 1],
                     )
 
@@ -155,13 +156,16 @@ class BackgroundPusher:
         """One push; whether it is worth another try."""
         try:
             with tempfile.TemporaryDirectory(prefix="flashkat-push-") as workspace:
-                staged = stage(
-                    job.snapshot,
-                    Path(workspace),
-                    repo_id=self.repo_id,
-                    final=job.final,
-                    secrets=[self._token or get_token() or ""],
-                )
+                with self._staging:
+                    if self._given_up:
+                        return False
+                    staged = stage(
+                        job.snapshot,
+                        Path(workspace),
+                        repo_id=self.repo_id,
+                        final=job.final,
+                        secrets=[self._token or get_token() or ""],
+                    )
                 send(staged, self.repo_id, job.branch, token=self._token, message=job.message)
         except Exception as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
