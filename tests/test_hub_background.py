@@ -145,3 +145,13 @@ def test_refused_before_training_starts(hub, monkeypatch, token, repo, branch, s
         BackgroundPusher(repo, branch=branch)
     assert hub.repositories == {}
     assert [thread.name for thread in threading.enumerate()].count("flashkat-push") == before
+
+
+def test_what_a_killed_run_has_left_is_removed(hub, pusher, model_folder):
+    left = model_folder.with_name(f".{model_folder.name}-push-abc")
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"x")
+    pusher.submit(model_folder, "step 1")
+    assert pusher.finish(None, "") == []
+    assert leftovers(model_folder) == []
+    assert hub.titles("alice/run", "checkpoints")[0] == "step 1"
