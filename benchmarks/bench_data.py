@@ -63,11 +63,11 @@ class Settings:
 
 
 def write_photograph(size: tuple[int, int], quality: int, path: Path, seed: int) -> None:
-    """Structure at every scale, as photographs have it: a spectrum that falls with the frequency."""
+    """Structure at every scale, as photographs have it; about 85 KB at 500 x 375 and quality 90."""
     generator, pixels = numpy.random.default_rng(seed), numpy.zeros((size[1], size[0], 3))
     for cells in (4, 12, 36, 108, 324):
         grid = generator.integers(0, 256, (cells, cells, 3), dtype=numpy.uint8)
-        pixels += numpy.asarray(Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC), float) / cells**0.25
+        pixels += numpy.asarray(Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC), float)
     pixels = (pixels - pixels.min()) * (255 / numpy.ptp(pixels))
     Image.fromarray(pixels.astype(numpy.uint8)).save(path, quality=quality)
 

@@ -162,6 +162,8 @@ def evaluation_transform(processor) -> Transform:
     For a processor that resizes (to a shorter side, or to height and width), may crop the center, and normalises, this
     is timm's evaluation transform with the same settings. Another processor does its work itself.
     """
+    if _WORK & vars(type(processor)).keys() or not all(hasattr(processor, name) for name in _SETTINGS):
+        return partial(_process, processor)
     size, crop = processor.size or {}, processor.crop_size
     plain = processor.do_resize and processor.do_rescale and processor.do_normalize and not processor.do_pad
     resized = size.get("shortest_edge") or (size.get("height"), size.get("width"))
@@ -172,6 +174,10 @@ def evaluation_transform(processor) -> Transform:
     cropped = [transforms.CenterCrop((crop["height"], crop["width"]))] if processor.do_center_crop else []
     normalised = [transforms.ToTensor(), transforms.Normalize(processor.image_mean, processor.image_std)]
     return transforms.Compose([transforms.Resize(resized, interpolation), *cropped, *normalised])
+
+
+_WORK = {"preprocess", "_preprocess", "resize", "center_crop", "rescale", "normalize"}  # methods of a class of its own
+_SETTINGS = ("size", "crop_size", "do_pad", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "resample")
 
 
 def _process(processor, image: Image.Image) -> Tensor:  # a module's function: workers started afresh can unpickle it

@@ -131,7 +131,7 @@ class WorkerPart:
             image = functions.resized_crop(image, *box, self.size, filter_)
         else:
             part = left * x, top * y, min((left + columns) * x, image.width), min((top + rows) * y, image.height)
-            image = image.resize(self.size[::-1], Image.Resampling[filter_.name], part)
+            image = image.resize((self.size[1], self.size[0]), Image.Resampling[filter_.name], part)
         for part in self.flip:
             image = part(image)
         return functions.pil_to_tensor(image)

@@ -8,7 +8,7 @@ import pytest
 import timm.data
 import torch
 from PIL import Image
-from transformers import ViTImageProcessor
+from transformers import ConvNextImageProcessor, ViTImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from flashkat_hf import make_image_processor
@@ -62,8 +62,11 @@ def test_the_processor_is_the_same_but_for_levels_and_odd_margins():
 PROCESSOR_FIELDS = ("do_convert_rgb", "size", "resample", "do_center_crop", "crop_size", "image_mean", "image_std")
 
 
-def test_a_processor_of_another_kind_does_its_own_work():
-    processor = ViTImageProcessor(do_normalize=False, size={"height": 20, "width": 20})
+@pytest.mark.parametrize("kind", [ViTImageProcessor, ConvNextImageProcessor])
+def test_a_processor_of_another_kind_does_its_own_work(kind):
+    """One that does not normalise; one that resizes in its own way."""
+    options = {"do_normalize": False, "size": {"height": 20, "width": 20}} if kind is ViTImageProcessor else {}
+    processor = kind(**options)
     image = noise(40, 30)
     assert torch.equal(evaluation_transform(processor)(image), processor(image, return_tensors="pt")["pixel_values"][0])
 

@@ -15,6 +15,7 @@ from flashkat_hf.batch_augmentation import OPERATIONS, BatchAugmentation, Draws,
 from flashkat_hf.images import DataError, Examples, Sample
 from flashkat_hf.loading import EvalBatches, TrainBatches, seeded
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # Python 3.12, where threads run
 PROCESSOR = make_image_processor(32)
 MODULE = BatchAugmentation(PROCESSOR.image_mean, PROCESSOR.image_std, (32, 32))
 

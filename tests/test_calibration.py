@@ -22,6 +22,7 @@ from flashkat_hf import (
     convert,
     make_image_processor,
 )
+from flashkat_hf.augmentation import evaluation_transform
 from flashkat_hf.calibration import GUARD, NUM_IMAGES, REACH, find_images, image_batches
 from flashkat_hf.cli import main
 from flashkat_hf.coefficients import start_table
@@ -279,7 +280,7 @@ def test_images_of_a_folder(photos, monkeypatch):
     processor = make_image_processor(32)
     batch = torch.cat(list(image_batches(found, processor)))
     assert batch.shape == (12, 3, 32, 32)
-    torch.testing.assert_close(batch[11], processor(Image.open(found[11]), return_tensors="pt")["pixel_values"][0])
+    assert torch.equal(batch[11], evaluation_transform(processor)(Image.open(found[11])))
     monkeypatch.setattr(calibration, "NUM_IMAGES", 4)
     assert find_images(photos) == found[::3]
     monkeypatch.setattr(calibration, "BATCH_SIZE", 3)

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from flashkat_hf.data import load_digits, load_image_folder, open_data
-from flashkat_hf.images import DataError, open_image
+from flashkat_hf.images import DataError, Share, open_image
 
 
 @pytest.fixture
@@ -190,8 +190,6 @@ def test_what_is_no_source(tmp_path, source):
 
 
 def opened(stream) -> list[int]:
-    from flashkat_hf.images import Share
-
     return [open_image(sample.image).getpixel((0, 0))[0] for sample in stream.samples(None, Share())]
 
 
@@ -322,8 +320,6 @@ def test_a_data_set(splits, tmp_path, form, streaming):
     assert data.class_names == CLASSES
     assert data.train.num_images == 7
     assert data.fingerprint == open_data(tmp_path, streaming=streaming).fingerprint
-    from flashkat_hf.images import Share
-
     samples = list(data.test.samples(None, Share())) if streaming else [data.test[i] for i in range(5)]
     assert [open_image(sample.image).getpixel((0, 0))[0] for sample in samples] == list(range(7, 12))
     assert [sample.label for sample in samples] == [number % 3 for number in range(7, 12)]
@@ -342,8 +338,6 @@ def test_columns_and_splits_by_name(splits, tmp_path):
     with pytest.raises(DataError, match=r"the column note of .* has no class names; give them \(class_names\)"):
         open_data(tmp_path, label_column="note", streaming=True, **names)
     stream = open_data(tmp_path, label_column="note", class_names=list("0123456"), streaming=True, **names).train
-    from flashkat_hf.images import Share
-
     assert [sample.label for sample in stream.samples(None, Share())] == list(range(7))
 
 
@@ -402,7 +396,5 @@ def test_a_data_set_without_splits_and_one_that_is_damaged(splits, tmp_path):
 
 def test_a_stream_names_an_image_without_a_class(splits, tmp_path):
     save(bad_splits("unlabelled", splits), tmp_path)
-    from flashkat_hf.images import Share
-
     with pytest.raises(DataError, match="label -1 of number 0 is not one of the 3 classes"):
         list(open_data(tmp_path, streaming=True).test.samples(None, Share()))

@@ -17,6 +17,7 @@ from flashkat_hf.data import open_data
 from flashkat_hf.images import DataError, Examples
 from flashkat_hf.loading import EvalBatches, TrainBatches, seeded
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # Python 3.12, where threads run
 TRAIN, TEST = 23, 10
 
 
