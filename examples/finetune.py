@@ -1,6 +1,6 @@
 """Fine-tune a FlashKAT on images; without arguments, train a micro model from scratch on scikit-learn's digits.
 
-    python examples/finetune.py                                  # a minute and a half on a CPU
+    python examples/finetune.py                                  # about two minutes on a CPU
     accelerate launch examples/finetune.py --data photos --size tiny
     accelerate launch examples/finetune.py --data photos --model CHECKPOINT --epochs 20
     accelerate launch examples/finetune.py --data photos --model CHECKPOINT --resume     # after an interruption

@@ -9,6 +9,7 @@ begins. Prints how many processes were killed, how many of those while a checkpo
 often a process found a checkpoint to go on from, and how many runs they made.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -17,7 +18,6 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib.figure  # noqa: F401 - here, once, rather than in each child
 import timm.data.mixup
 import timm.optim
 import timm.scheduler
@@ -26,16 +26,19 @@ import torch
 from small_runs import make_images, small_run
 from transformers.utils import logging
 
-import flashkat_hf.figures  # noqa: F401
+import flashkat_hf.figures  # noqa: F401 - here, once, rather than in each child
 from flashkat_hf.recipe import Settings
 from flashkat_hf.training import train
+
+with contextlib.suppress(ImportError):
+    import matplotlib.figure  # noqa: F401 - likewise
 
 
 def settings(folder: Path, name: str, workers: int) -> Settings:
     """All that draws random numbers is in play, and the averaged weights, and accumulation."""
     return small_run(
         folder / "images", folder / name, epochs=3, micro_batch=4, mixup=0.8, cutmix=1.0, drop_path=0.3, ema_decay=0.8,
-        checkpoint_steps=2, workers=workers, seed=3, resume=True,
+        checkpoint_steps=2, workers=workers, seed=3, resume=True, compile=False,
     )  # fmt: skip
 
 

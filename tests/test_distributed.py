@@ -39,7 +39,7 @@ def runs(tmp_path_factory) -> tuple[Path, list[list[int]]]:
             job(f"{name}-stopped", 2, sharded=sharded, settings={**DRAWN, "resume": True}),
         ]
     jobs.append(job("ddp-bad", 2, settings={"batch_size": 7}))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, ROOT / "tests" / "processes.py"]
     result = subprocess.run(
         command, input=json.dumps(jobs), capture_output=True, text=True, check=False, env=environment

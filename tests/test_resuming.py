@@ -13,9 +13,13 @@ from small_runs import metrics
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(("kills", "workers"), [(20, 0), (4, 1)])
-def test_killed_at_any_point_and_resumed_to_the_bit(tmp_path, kills, workers):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+@pytest.mark.parametrize(
+    ("kills", "workers", "device"),
+    [(20, 0, "cpu"), (4, 1, "cpu"), pytest.param(4, 1, "cuda", marks=pytest.mark.gpu)],
+)
+def test_killed_at_any_point_and_resumed_to_the_bit(tmp_path, kills, workers, device):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["ACCELERATE_USE_CPU"] = str(device == "cpu").lower()
     command = [sys.executable, ROOT / "tests" / "killing.py", tmp_path, str(kills), str(workers)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
