@@ -105,8 +105,8 @@ def exact_value_and_gradients(x: Tensor, numerator: Tensor, denominator: Tensor,
 def assert_no_worse(actual: Tensor, baseline: Tensor, exact: Tensor, slack: float = 5.0) -> None:
     """`actual` may be at most `slack` times as far from `exact` as `baseline` is, plus what rounding does to any order.
 
-    That is one rounding to its dtype, and half an eps for each of the dozen operations in the arithmetic's dtype that make
-    a value, or a term of a coefficient's sum: `baseline` may come closer by luck.
+    That is one rounding to its dtype, and half an eps for each of the dozen operations in the arithmetic's dtype that
+    make a value, or a term of a coefficient's sum: `baseline` may come closer by luck.
     """
     assert (actual.dtype, actual.shape) == (baseline.dtype, exact.shape)
     if exact.numel():
