@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_session, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
@@ -105,7 +105,7 @@ def push(
         token: by default HF_TOKEN's or the one you logged in with.
         message: of the commit.
         include_training_state: also send optimizer states and `training_args.bin`.
-        license: the Hub's identifier of one, for the card, where there is none yet.
+        license: the Hub's identifier of one, for the card, where the folder has none; by default that of the branch's.
         report: gets the text of what will be sent, before it is.
 
     Raises:
@@ -116,6 +116,8 @@ def push(
         raise ValueError(f"a pull request is opened against main, so revision {revision} has no meaning")
     check_name(repo_id)
     branch, folder = check_branch(revision or "main"), Path(folder).expanduser()
+    if license is None and not (folder / "README.md").exists():
+        license = _license_there(repo_id, branch, token)
     with tempfile.TemporaryDirectory(prefix="flashkat-push-") as workspace:
         staged = stage(
             folder,
@@ -299,6 +301,17 @@ def check_access(
                 raise HubError(f"cannot push to {repo_id}: it exists and is {now}; its settings on the Hub change that")
             if not (listed or create_pr):
                 api.preupload_lfs_files(repo_id, [CommitOperationAdd("README.md", b"#")])
+
+
+def _license_there(repo_id: str, branch: str, token: str | None) -> str | None:
+    """What the card on the branch says, if there is one and the Hub shows it."""
+    try:
+        with explained(f"cannot read {repo_id}", repo_id, token), _patience():
+            path = HfApi(token=token).hf_hub_download(repo_id, "README.md", revision=branch)
+        license = ModelCard.load(path, ignore_metadata_errors=True).data.license
+    except (OSError, ValueError):
+        return None  # pushing says what is wrong
+    return license if isinstance(license, str) and license != "unknown" else None
 
 
 @contextmanager

@@ -70,6 +70,14 @@ def test_the_folder_stays_as_it_is(hub, tmp_path, bare_folder):
     assert {"modeling_flashkat.py", "configuration_flashkat.py", "README.md"} <= sent.keys()
 
 
+def test_a_written_card_keeps_the_license_of_the_one_on_the_branch(hub, bare_folder):
+    push(bare_folder, "alice/micro", license="mit")
+    assert push(bare_folder, "alice/micro").empty
+    assert "license: mit" in hub.files("alice/micro")["README.md"].decode()
+    push(bare_folder, "alice/micro", license="apache-2.0")
+    assert "license: apache-2.0" in hub.files("alice/micro")["README.md"].decode()
+
+
 def test_interrupted(hub, model_folder, monkeypatch, capsys):
     """Ctrl-C during the upload: one line, nothing committed, and the same command finishes it."""
 
