@@ -308,7 +308,7 @@ def _license_there(repo_id: str, branch: str, token: str | None) -> str | None:
     try:
         with explained(f"cannot read {repo_id}", repo_id, token), _patience():
             path = HfApi(token=token).hf_hub_download(repo_id, "README.md", revision=branch)
-        license = ModelCard.load(path, ignore_metadata_errors=True).data.license
+        license = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict().get("license")
     except (OSError, ValueError):
         return None  # pushing says what is wrong
     return license if isinstance(license, str) and license != "unknown" else None
