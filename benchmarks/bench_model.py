@@ -1,27 +1,58 @@
 """Throughput of FlashKAT beside timm's ViT of the same size: training step, inference, latency; on a GPU or a CPU.
 
-    python benchmarks/bench_model.py --output benchmarks/results/model.jsonl                     # training step
-    python benchmarks/bench_model.py --task inference --batch_sizes 256 --output ...             # bfloat16 weights
-    python benchmarks/bench_model.py --task inference --modes graphs --batch_sizes 1 --output ...  # latency
-    python benchmarks/bench_model.py --sizes small --batch_sizes 1 8 64 512 --output ...         # against batch size
-    python benchmarks/bench_model.py --sizes small --image_sizes 224 384 512 --batch_sizes 64 --output ...
-    python benchmarks/bench_model.py --device cpu --sizes tiny --batch_sizes 8 --output benchmarks/results/cpu.jsonl
-
 A training step is forward, cross-entropy, backward and fused AdamW on synthetic images, under bfloat16 autocast on a
-GPU and in float32 on a CPU. The providers take turns, step by step, so what else the machine does meets them alike. A
-result is one JSON line: the median of the steps, the peak memory, the machine, the versions and the commit.
+GPU and in float32 on a CPU; inference has bfloat16 weights on a GPU. The providers take turns, so what else the machine
+does meets them alike; a result is the median over the turns, one JSON line with the machine, the versions, the commit.
+
+On a GPU a turn is `--turn` steps in a row between two events, behind one step that is not timed: the GPU never waits
+for the host to launch the next step, as in training. What the host takes for one call shows in the latency: inference
+at batch size 1 is timed call by call on the host's clock, each waited for. On a CPU, too, each step is timed alone.
+
+What docs/performance.md shows, on a GPU; each command adds its lines, so that one can be repeated or left out:
+
+    R=benchmarks/results
+    python benchmarks/bench_model.py --append --output $R/model.jsonl --modes compiled
+    python benchmarks/bench_model.py --append --output $R/model.jsonl --modes eager
+    python benchmarks/bench_model.py --append --output $R/inference.jsonl --task inference --batch_sizes 256
+    python benchmarks/bench_model.py --append --output $R/latency.jsonl --task inference --batch_sizes 1 \
+        --modes graphs --turn 50
+
+Scaling: in eager mode against the batch size, where launches show; compiled, which costs half a minute a shape and
+model, at three batch sizes and two larger images. Dynamic shapes would compile once, into other kernels:
+
+    python benchmarks/bench_model.py --append --output $R/scaling.jsonl --sizes small --modes eager \
+        --providers flashkat_hf "timm ViT" --batch_sizes 1 4 16 64 256 512
+    python benchmarks/bench_model.py --append --output $R/scaling.jsonl --sizes small --modes compiled \
+        --providers flashkat_hf "timm ViT" --batch_sizes 8 64 512
+    python benchmarks/bench_model.py --append --output $R/scaling.jsonl --sizes small --modes compiled eager \
+        --providers flashkat_hf "timm ViT" --batch_sizes 64 --image_sizes 384 512
+
+The original code, from clones (`peers.py`); KAT runs at 32 images at most, since a step of it takes that long:
+
+    python benchmarks/bench_model.py --append --output $R/model.jsonl --peer PATH --providers "FlashKAT, original"
+    python benchmarks/bench_model.py --append --output $R/model.jsonl --peer PATH --providers "KAT, original" \
+        --modes eager --turn 1 --turns 3
+
+On a CPU:
+
+    python benchmarks/bench_model.py --device cpu --sizes tiny --batch_sizes 8 --output $R/cpu_train.jsonl
+    python benchmarks/bench_model.py --device cpu --sizes tiny --batch_sizes 8 --task inference \
+        --output $R/cpu_inference.jsonl
 """
 
 import json
-import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Literal
 
+import peers
 import timm
 import torch
 from torch.nn.functional import cross_entropy
@@ -31,8 +62,9 @@ from flashkat_hf import FlashKATConfig, FlashKATForImageClassification
 from flashkat_hf.modeling_flashkat import FlashKATPatchProjection
 
 BATCH_SIZES = {"tiny": 1024, "small": 512, "base": 256}  # training step on a GPU
+LARGEST_BATCH = {peers.KAT: 32}
 MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}  # names of torch.compile's
-LABELS, WARM_UP = 1000, 4
+LABELS, PATCH_SIZE, WARM_UP = 1000, 16, 4
 
 
 class Logits(torch.nn.Module):
@@ -59,33 +91,118 @@ def vit_matrix_patches(size: str, image_size: int) -> torch.nn.Module:
     """A ViT engineered as ours: the patch embedding as a matrix product."""
     model = vit(size, image_size)
     convolution = model.patch_embed.proj
-    model.patch_embed.proj = FlashKATPatchProjection(3, convolution.out_channels, kernel_size=16, stride=16)
+    model.patch_embed.proj = FlashKATPatchProjection(
+        3, convolution.out_channels, kernel_size=PATCH_SIZE, stride=PATCH_SIZE
+    )
     return model
 
 
 PROVIDERS = {"flashkat_hf": flashkat, "timm ViT": vit, "timm ViT, matrix-product patches": vit_matrix_patches}
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Provided:
+    """The settings that name what is measured, where, and where the results go."""
+
     output: Path = field(metadata={"help": "JSON lines are written here"})
+    append: bool = field(default=False, metadata={"help": "add to the output file instead of starting it"})
+    providers: list[str] | None = field(
+        default=None, metadata={"help": "; ".join([*PROVIDERS, *peers.SOURCES]) + "; default: all there are"}
+    )
+    peer: Path | None = field(default=None, metadata={"help": "folder with clones of the original repositories"})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu"})
+    commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
+
+    def __post_init__(self):
+        refuse(self.device not in ("cuda", "cpu"), f"--device: {self.device!r} is neither cuda nor cpu")
+        refuse(self.device == "cuda" and not torch.cuda.is_available(), "--device: there is no GPU")
+        unknown = set(self.providers or ()) - {*PROVIDERS, *peers.SOURCES}
+        refuse(unknown, f"--providers: {'; '.join(sorted(unknown))} unknown; see --help")
+        missing = [name for name in self.providers or () if name not in self.makers()]
+        refuse(missing, f"--providers: {'; '.join(missing)} needs --peer")
+        originals = self.peer is not None and any(name in peers.SOURCES for name in self.chosen())
+        refuse(originals and self.device == "cpu", "--peer: the original kernels need a GPU")
+        refuse(self.output.is_dir(), f"--output: {self.output} is a folder")
+        refuse(self.output.exists() and not self.append, f"--output: {self.output} exists; --append adds to it")
+
+    def makers(self) -> dict[str, Callable[[str, int], torch.nn.Module]]:
+        """Functions of size and image size, by provider; the originals only with --peer."""
+        originals = peers.SOURCES if self.peer is not None else ()
+        return PROVIDERS | {name: partial(peers.make, self.peer, name, num_labels=LABELS) for name in originals}
+
+    def chosen(self) -> list[str]:
+        return self.providers or list(self.makers())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Provided):
     task: Literal["train", "inference"] = field(default="train", metadata={"help": "what a step is"})
     sizes: list[str] = field(default_factory=lambda: list(BATCH_SIZES), metadata={"help": ", ".join(BATCH_SIZES)})
     modes: list[str] = field(default_factory=lambda: ["compiled", "eager"], metadata={"help": ", ".join(MODES)})
     batch_sizes: list[int] | None = field(default=None, metadata={"help": "default: by the model's size"})
     image_sizes: list[int] = field(default_factory=lambda: [224], metadata={"help": "pixels"})
-    steps: int = field(default=20, metadata={"help": "timed steps of each provider, after warm-up"})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu"})
-    commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
+    turn: int | None = field(default=None, metadata={"help": "steps of a turn; default: 5 on a GPU, 1 on a CPU"})
+    turns: int | None = field(default=None, metadata={"help": "of each provider; default: 6 on a GPU, 20 on a CPU"})
 
     def __post_init__(self):
-        for name, known in (("sizes", BATCH_SIZES), ("modes", MODES)):
-            if unknown := set(getattr(self, name)) - known.keys():
-                raise SystemExit(f"--{name}: {', '.join(sorted(unknown))} unknown; known are {', '.join(known)}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise SystemExit("--device: there is no GPU")
-        if self.steps < 1:
-            raise SystemExit(f"--steps: {self.steps} must be at least 1")
+        super().__post_init__()
+        refuse_unknown("--sizes", self.sizes, BATCH_SIZES)
+        refuse_unknown("--modes", self.modes, MODES)
+        for name, value in (("turn", self.turn), ("turns", self.turns)):
+            refuse(value is not None and value < 1, f"--{name}: {value} must be at least 1")
+        wrong = [batch_size for batch_size in self.batch_sizes or () if batch_size < 1]
+        refuse(wrong, f"--batch_sizes: {wrong} must be at least 1")
+        wrong = [pixels for pixels in self.image_sizes if pixels < 1 or pixels % PATCH_SIZE]
+        refuse(wrong, f"--image_sizes: {wrong} must be positive multiples of {PATCH_SIZE}")
+        originals = [name for name in self.chosen() if name in peers.SOURCES]
+        refuse(
+            originals and self.task == "inference",
+            f"--providers: {'; '.join(originals)} computes in float32, but inference here has bfloat16 weights",
+        )
+
+
+def refuse(condition: object, message: str) -> None:
+    if condition:
+        raise SystemExit(message)
+
+
+def refuse_unknown(option: str, values: list[str], known: dict) -> None:
+    unknown = sorted(set(values) - known.keys())
+    refuse(unknown, f"{option}: {', '.join(unknown)} unknown; known are {', '.join(known)}")
+
+
+def about(settings: Provided) -> dict[str, str | None]:
+    """What every result says of the machine, the versions and the code."""
+    gpu = settings.device == "cuda"
+    if gpu:
+        import triton
+    return {
+        "machine": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
+        "precision": "bfloat16" if gpu else "float32",
+        "torch": torch.__version__,
+        "triton": triton.__version__ if gpu else None,
+        "timm": timm.__version__,
+        "commit": settings.commit or subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
+    }
+
+
+@contextmanager
+def results_file(settings: Provided) -> Iterator[Callable[[dict], None]]:
+    """A function that writes a result, with `about` the machine, and shows it; what it wrote survives a kill."""
+    facts = about(settings)
+    try:
+        settings.output.parent.mkdir(parents=True, exist_ok=True)
+        lines = settings.output.open("a")
+    except OSError as error:
+        raise SystemExit(f"--output: cannot write {settings.output}: {error.strerror}") from error
+
+    def write(result: dict) -> None:
+        print(json.dumps(result), flush=True)
+        lines.write(json.dumps(result | facts) + "\n")
+        lines.flush()
+
+    with lines:
+        yield write
 
 
 def make_step(
@@ -112,82 +229,95 @@ def make_step(
     return step
 
 
-def milliseconds(step: Callable[[], torch.Tensor], gpu: bool) -> float:
-    if not gpu:
-        start = time.perf_counter()
-        step()
-        return (time.perf_counter() - start) * 1e3
+def warm_step(
+    make: Callable[[str, int], torch.nn.Module], task: str, size: str, mode: str, batch_size: int, image_size: int,
+    device: str,
+) -> Callable[[], torch.Tensor]:  # fmt: skip
+    """A step that has run often enough for whatever compiles and allocates, and whose outcome is finite."""
+    torch.manual_seed(0)
+    images = torch.randn(batch_size, 3, image_size, image_size, device=device)
+    labels = torch.randint(LABELS, (batch_size,), device=device)
+    step = make_step(make(size, image_size).to(device), task, mode, images, labels)
+    for _ in range(WARM_UP):
+        outcome = step()
+    refuse(not outcome.isfinite().all(), "the step gives numbers that are not finite")
+    return step
+
+
+def together(step: Callable[[], torch.Tensor], turn: int) -> list[float]:
+    """Milliseconds of one step on the GPU, the mean over `turn` of them in a row with work queued in front."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
     step()
+    start.record()
+    for _ in range(turn):
+        step()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return [start.elapsed_time(end) / turn]
+
+
+def one_by_one(step: Callable[[], torch.Tensor], turn: int, gpu: bool) -> list[float]:
+    """Milliseconds of each of `turn` steps on the host's clock, from the call until its result is there."""
+    wait = torch.cuda.synchronize if gpu else lambda: None
+    times = []
+    for _ in range(turn):
+        wait()
+        start = time.perf_counter()
+        step()
+        wait()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
 
 
 def measure(settings: Settings, size: str, mode: str, image_size: int, batch_size: int) -> list[dict]:
     """One result for each provider; they take turns."""
     gpu = settings.device == "cuda"
     torch.compiler.reset()
-    torch.manual_seed(0)
-    images = torch.randn(batch_size, 3, image_size, image_size, device=settings.device)
-    labels = torch.randint(LABELS, (batch_size,), device=settings.device)
-    steps, peaks = {}, {}
-    for provider, make in PROVIDERS.items():
+    makers, steps, peaks, batches = settings.makers(), {}, {}, {}
+    for provider in settings.chosen():
         if gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        step = make_step(make(size, image_size).to(settings.device), settings.task, mode, images, labels)
-        for _ in range(WARM_UP):
-            outcome = step()
-        if not outcome.isfinite().all():
-            raise SystemExit(f"{provider} {size} {mode}: the {settings.task} step gives numbers that are not finite")
-        steps[provider] = step
+        batches[provider] = min(batch_size, LARGEST_BATCH.get(provider, batch_size))
+        case = settings.task, size, mode, batches[provider], image_size, settings.device
+        try:
+            steps[provider] = warm_step(makers[provider], *case)
+        except (torch.OutOfMemoryError, SystemExit) as error:
+            raise SystemExit(f"{provider}, {', '.join(map(str, case))}: {str(error).splitlines()[0]}") from error
         peaks[provider] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 2) if gpu else None
-    times = {provider: [] for provider in steps}
-    for _ in range(settings.steps):
+    alone = not gpu or (settings.task, batch_size) == ("inference", 1)
+    turn, turns = settings.turn or (5 if gpu else 1), settings.turns or (6 if gpu else 20)
+    times: dict[str, list[float]] = {provider: [] for provider in steps}
+    for _ in range(turns):
         for provider, step in steps.items():
-            times[provider].append(milliseconds(step, gpu))
-    case = {"task": settings.task, "size": size, "mode": mode, "batch_size": batch_size, "image_size": image_size}
+            times[provider] += one_by_one(step, turn, gpu) if alone else together(step, turn)
     return [
         {
             "provider": provider,
-            **case,
-            "images_per_s": round(batch_size / median(times[provider]) * 1e3, 1),
-            "ms": round(median(times[provider]), 3),
+            "task": settings.task,
+            "size": size,
+            "mode": mode,
+            "batch_size": batches[provider],
+            "image_size": image_size,
+            "images_per_s": round(batches[provider] / median(found) * 1e3, 1),
+            "ms": round(median(found), 3),
+            "spread": round((max(found) - min(found)) / median(found), 3),
             "peak_gib": peaks[provider],
+            "turn": 1 if alone else turn,
         }
-        for provider in steps
+        for provider, found in times.items()
     ]
 
 
 def main(settings: Settings) -> None:
     torch.set_float32_matmul_precision("high")
-    gpu = settings.device == "cuda"
-    about = {
-        "machine": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
-        "precision": "bfloat16" if gpu else "float32",
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "commit": settings.commit or subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
-    }
-    if gpu:
-        import triton
-
-        about["triton"] = triton.__version__
-    else:
-        about["cores"] = os.cpu_count()
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
-    with settings.output.open("w") as lines:
-        for size in settings.sizes:
-            for mode in settings.modes:
-                for image_size in settings.image_sizes:
-                    for batch_size in settings.batch_sizes or [BATCH_SIZES[size]]:
-                        for result in measure(settings, size, mode, image_size, batch_size):
-                            print(json.dumps(result), flush=True)
-                            lines.write(json.dumps({**result, **about}) + "\n")
-                            lines.flush()
+    cases = product(settings.sizes, settings.modes, settings.image_sizes)
+    with results_file(settings) as write:
+        for size, mode, image_size in cases:
+            for batch_size in settings.batch_sizes or [BATCH_SIZES[size]]:
+                for result in measure(settings, size, mode, image_size, batch_size):
+                    write(result)
 
 
 if __name__ == "__main__":

@@ -7,22 +7,27 @@ are normal, the coefficients those of the swish table with noise. A result is on
 over the draws and coefficients, relative to the gradients' mean absolute value.
 
     python benchmarks/bench_precision.py --output benchmarks/results/precision.jsonl  # two minutes on one core
+    python benchmarks/bench_precision.py --output benchmarks/results/precision_gpu.jsonl --peer PATH
+
+With --peer, a folder with clones (`peers.py`), the original kernels of FlashKAT and KAT themselves run on the GPU in
+place of the emulation. They get bfloat16 inputs as their own code does under autocast: converted to float32.
 """
 
 import json
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import peers
 import torch
 from torch import Tensor
 from tqdm import trange
 from transformers import HfArgumentParser
 
 from flashkat_hf import START_TABLES, rational
-
-METHODS = ("flashkat_hf", "one atomic addition an element")
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Settings:
     shape: list[int] = field(default_factory=lambda: [16, 197, 768], metadata={"help": "images, tokens, channels"})
     draws: int = field(default=100, metadata={"help": "random inputs"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu"})
+    peer: Path | None = field(default=None, metadata={"help": "folder with clones of the original repositories"})
     commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
 
 
@@ -38,6 +44,13 @@ def gradients(x: Tensor, grad_y: Tensor, tables: tuple[Tensor, Tensor]) -> Tenso
     """Of numerator and denominator side by side, `(8, 10)` float64."""
     tables = tuple(table.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_() for table in tables)
     found = torch.autograd.grad(rational(x, *tables), tables, grad_y)
+    return torch.cat(found, dim=1).double().cpu()
+
+
+def original(rational: Callable, x: Tensor, grad_y: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """The same by an original kernel, in float32."""
+    tables = tuple(table.detach().requires_grad_() for table in tables)
+    found = torch.autograd.grad(rational(x.float(), *tables), tables, grad_y.float())
     return torch.cat(found, dim=1).double().cpu()
 
 
@@ -55,14 +68,27 @@ def running_sums(x: Tensor, grad_y: Tensor, tables: tuple[Tensor, Tensor]) -> Te
     return torch.from_numpy(np.stack(sums, axis=1)).double()
 
 
+def methods(peer: Path | None) -> dict[str, Callable[[Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]]:
+    if peer is None:
+        return {"flashkat_hf": gradients, "one atomic addition an element": running_sums}
+    return {"flashkat_hf": gradients} | {
+        name: partial(original, peers.rational(peer, name)) for name in (peers.FLASHKAT, peers.KAT)
+    }
+
+
 def main(settings: Settings) -> None:
     if len(settings.shape) != 3 or settings.shape[-1] % 8 or min(settings.shape) < 1:
         raise SystemExit(f"--shape: {settings.shape} must be three positive numbers, the last a multiple of 8")
     if settings.draws < 1:
         raise SystemExit(f"--draws: {settings.draws} must be at least 1")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device: there is no GPU")
+    if settings.peer is not None and settings.device == "cpu":
+        raise SystemExit("--peer: the original kernels need a GPU")
     torch.manual_seed(0)
     start = START_TABLES["swish"]
-    cases = [(dtype, method) for dtype in (torch.float32, torch.bfloat16) for method in METHODS]
+    computes = methods(settings.peer)
+    cases = [(dtype, method) for dtype in (torch.float32, torch.bfloat16) for method in computes]
     errors: dict[tuple, list[float]] = {case: [] for case in cases}
     for _ in trange(settings.draws, unit="draw"):
         tables = tuple(torch.tensor([row] * 8, device=settings.device) for row in start)
@@ -71,7 +97,7 @@ def main(settings: Settings) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             x, grad_y = inputs.to(dtype)
             exact = gradients(x.double(), grad_y.double(), tables)
-            for method, compute in zip(METHODS, (gradients, running_sums), strict=True):
+            for method, compute in computes.items():
                 error = (compute(x, grad_y, tables) - exact).abs().mean() / exact.abs().mean()
                 errors[dtype, method].append(error.item())
     about = {

@@ -1,0 +1,191 @@
+"""Where the time of a training step goes on a GPU: its kernels by class, and how far ours are from their roofline.
+
+    R=benchmarks/results
+    python benchmarks/profile_step.py --append --output $R/profile.jsonl --size small
+    python benchmarks/profile_step.py --append --output $R/profile.jsonl --size small --peer PATH \
+        --providers "FlashKAT, original"
+
+A provider's step is timed as in `bench_model.py` (`wall_ms`) and then traced for a few steps. A result is one JSON line
+for each kernel and provider, milliseconds and calls of one step, and one called "total". A kernel of ours also has the
+time that it cannot go below, `floor_ms`: what it must move, at the bandwidth of a large copy in the same run, or what
+it must multiply, at the speed of a large bfloat16 matrix product, whichever takes longer.
+"""
+
+import json
+import re
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from bench_model import (
+    BATCH_SIZES,
+    LARGEST_BATCH,
+    MODES,
+    Provided,
+    refuse,
+    refuse_unknown,
+    results_file,
+    together,
+    warm_step,
+)
+from torch.profiler import ProfilerActivity
+from transformers import HfArgumentParser
+
+from flashkat_hf.configuration_flashkat import SIZES
+
+IMAGE_SIZE, TOKENS, SHOWN = 224, 197, 110
+
+# The first pattern that a kernel's name holds says its class. What torch.compile generates (triton_poi, _red, _per) is
+# named after all that it fuses, so only a layer norm in it counts; the rational with its norm counts as rational.
+CLASSES = (
+    ("rational", r"rational"),
+    ("norm", r"^triton_(poi|red|per)_.*layer_norm"),
+    ("pointwise and reductions", r"^triton_(poi|red|per)_"),
+    ("attention", r"attention|sdpa|flash|fmha|dot_do_o|convert_dq"),
+    ("optimiser", r"FusedAdam|FusedOptimizer|multi_tensor_apply"),
+    ("matrix products", r"nvjet|gemm|cutlass|cublas|splitK|^triton_tem|conv(?!ert)|[wd]grad|xmma"),
+    ("norm", r"norm|GammaBeta"),
+    ("pointwise and reductions", r"^triton_|at::native|elementwise|reduce|softmax"),
+)
+OTHER = "other"
+
+
+class Traffic(NamedTuple):
+    """What a kernel must move and multiply for a token, each tensor once; tables and partial sums are left out."""
+
+    hidden: int = 0  # numbers of two bytes (bfloat16) for each channel of the residual stream
+    intermediate: int = 0  # the same for each channel between the MLP's linear maps
+    row: int = 0  # float32 numbers for each token
+    head: int = 0  # float32 numbers for each token and head
+    products: int = 0  # products of (tokens, tokens) with (tokens, head_dim), or as costly ones, for each head
+
+
+TRAFFIC = {
+    "rational_forward_kernel": Traffic(intermediate=2),  # x; y
+    "rational_backward_kernel": Traffic(intermediate=3),  # grad_y, x; grad_x
+    "rational_linear_backward_kernel": Traffic(intermediate=4),  # grad_y, x; grad_x, y
+    "add_norm_rational_forward_kernel": Traffic(hidden=4, row=2),  # residual, branch; total, y; mean, rstd
+    "add_norm_rational_backward_kernel": Traffic(hidden=4, row=2),  # grad_total, grad_y, total; grad; mean, rstd
+    "packed_attention_forward_kernel": Traffic(hidden=4, head=1, products=2),  # q, k, v; y; lse
+    "packed_attention_backward_kernel": Traffic(hidden=8, head=1, products=5),  # q, k, v, y, grad_y; gradients; lse
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Provided):
+    size: str = field(default="small", metadata={"help": ", ".join(BATCH_SIZES)})
+    mode: str = field(default="compiled", metadata={"help": ", ".join(MODES)})
+    batch_size: int | None = field(default=None, metadata={"help": "default: by the model's size"})
+    steps: int = field(default=3, metadata={"help": "traced, after warm-up"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_unknown("--size", [self.size], BATCH_SIZES)
+        refuse_unknown("--mode", [self.mode], MODES)
+        refuse(self.steps < 1, f"--steps: {self.steps} must be at least 1")
+        refuse(self.batch_size is not None and self.batch_size < 1, f"--batch_size: {self.batch_size} must be positive")
+        refuse(self.device == "cpu", "--device: a profile of kernels needs a GPU")
+
+
+def kernel_class(name: str) -> str:
+    return next((found for found, pattern in CLASSES if re.search(pattern, name)), OTHER)
+
+
+def short_name(name: str) -> str:
+    """Without a leading `void` and long template arguments."""
+    return name.removeprefix("void ").replace("at::native::", "").replace("(anonymous namespace)::", "")[:SHOWN]
+
+
+def kernel_times(trace: dict, steps: int) -> list[dict]:
+    """Calls and milliseconds of one step for each kernel in a Chrome trace of several, the slowest first."""
+    calls, microseconds = Counter(), defaultdict(float)
+    for event in trace["traceEvents"]:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            calls[event["name"]] += 1
+            microseconds[event["name"]] += event["dur"]
+    return [
+        {
+            "kernel": short_name(name),
+            "class": kernel_class(name),
+            "calls": round(calls[name] / steps, 2),
+            "ms": round(microseconds[name] / steps / 1e3, 4),
+        }
+        for name in sorted(calls, key=microseconds.__getitem__, reverse=True)
+    ]
+
+
+def work(kernel: str, size: str, batch_size: int) -> tuple[int, int] | None:
+    """Bytes that one call must move and operations that it must make; None for a kernel that the table lacks."""
+    traffic = TRAFFIC.get(re.sub(r"_\d+$", "", kernel))  # torch.compile numbers the kernels that it sees
+    if traffic is None:
+        return None
+    shape, tokens = SIZES[size], batch_size * TOKENS
+    halves = traffic.hidden * shape["hidden_size"] + traffic.intermediate * shape["intermediate_size"]
+    floats = traffic.row + traffic.head * shape["num_attention_heads"]
+    return tokens * (2 * halves + 4 * floats), tokens * 2 * traffic.products * TOKENS * shape["hidden_size"]
+
+
+def product_speed() -> float:
+    """Operations per second of a large bfloat16 matrix product."""
+    import triton
+
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return 2 * 8192**3 / (triton.testing.do_bench(lambda: a @ b, return_mode="median") * 1e-3)
+
+
+def traced(step: Callable[[], torch.Tensor], steps: int) -> dict:
+    """A Chrome trace of the GPU's side of several steps."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text())
+
+
+def main(settings: Settings) -> None:
+    from bench_rational import copy_bandwidth  # needs triton
+
+    torch.set_float32_matmul_precision("high")
+    copy, speed = copy_bandwidth(repeats=3), product_speed()
+    rates = {"copy_gb_per_s": round(copy / 1e9, 1), "product_tflops": round(speed / 1e12, 1)}
+    with results_file(settings) as write:
+        for provider in settings.chosen():
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+            batch_size = settings.batch_size or BATCH_SIZES[settings.size]
+            batch_size = min(batch_size, LARGEST_BATCH.get(provider, batch_size))
+            make = settings.makers()[provider]
+            step = warm_step(make, "train", settings.size, settings.mode, batch_size, IMAGE_SIZE, settings.device)
+            [wall] = together(step, turn=10)
+            kernels = kernel_times(traced(step, settings.steps), settings.steps)
+            refuse(not kernels, f"{provider}: the profiler saw no kernels")
+            case = {
+                "provider": provider,
+                "task": "train",
+                "size": settings.size,
+                "mode": settings.mode,
+                "batch_size": batch_size,
+                "image_size": IMAGE_SIZE,
+            }
+            total = round(sum(kernel["ms"] for kernel in kernels), 3)
+            calls = round(sum(kernel["calls"] for kernel in kernels), 2)
+            whole = {"kernel": "total", "class": "total", "calls": calls, "ms": total, "wall_ms": round(wall, 3)}
+            write(case | whole | rates)
+            for kernel in kernels:
+                if needed := work(kernel["kernel"], settings.size, batch_size):
+                    floors = needed[0] / copy, needed[1] / speed
+                    kernel["bytes"], kernel["operations"] = needed
+                    kernel["floor_ms"] = round(max(floors) * 1e3 * kernel["calls"], 4)
+                write(case | kernel)
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(Settings, description=__doc__).parse_args_into_dataclasses())
