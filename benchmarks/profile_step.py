@@ -49,7 +49,7 @@ CLASSES = (
     ("optimiser", r"FusedAdam|FusedOptimizer|multi_tensor_apply"),
     ("matrix products", r"nvjet|gemm|cutlass|cublas|splitK|^triton_tem|conv(?!ert)|[wd]grad|xmma"),
     ("norm", r"norm|GammaBeta"),
-    ("pointwise and reductions", r"^triton_|at::native|elementwise|reduce|softmax"),
+    ("pointwise and reductions", r"^triton_|at::native|elementwise|[rR]educe|softmax"),
 )
 OTHER = "other"
 

@@ -1,4 +1,4 @@
-"""Write the documents' tables from the results files; with --check, fail when a document says something else.
+"""Write the documents' tables and pictures from the results files; with --check, fail when one says something else.
 
 python benchmarks/render.py [--check]
 """
@@ -7,18 +7,30 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
+
+import plot
+from speed_tables import (
+    kernel_table,
+    latency_table,
+    model_table,
+    precision_table,
+    profile_table,
+    roofline_table,
+    scaling_table,
+)
 
 ROOT = Path(__file__).parent.parent
 
 
-def rational_table(results: list[dict]) -> str:
+def rational_table(results: list[dict], dtype: str = "bfloat16") -> str:
     """Part of the copy bandwidth that each provider reaches, a row for each provider, and what was measured where."""
-    results = [result for result in results if result["dtype"] == "bfloat16"]
+    results = [result for result in results if result["dtype"] == dtype]
     columns = list(dict.fromkeys((result["direction"], result["shape"][-1]) for result in results))
     rows = [
-        "| bfloat16, part of the copy bandwidth | "
+        f"| {dtype}, part of the copy bandwidth | "
         + " | ".join(f"{direction}, {channels} channels" for direction, channels in columns)
         + " |",
         "|---" * (len(columns) + 1) + "|",
@@ -37,7 +49,7 @@ def rational_table(results: list[dict]) -> str:
         "",
         f"{about['gpu']}, copy {about['copy_gb_per_s'] / 1000:.2f} TB/s, torch {about['torch']}, triton "
         f"{about['triton']}, {batch} x {tokens} tokens, commit {about['commit'][:7]}; "
-        "`benchmarks/bench_rational.py`, float32 beside it in `benchmarks/results/rational.jsonl`.",
+        "`benchmarks/bench_rational.py`.",
     ]
     return "\n".join(rows)
 
@@ -92,22 +104,58 @@ def digits_table(results: list[dict]) -> str:
     return "\n".join(rows)
 
 
-TABLES = (
-    ("README.md", "digits", digits_table),
-    ("README.md", "digits_224", digits_table),
-    ("README.md", "rational", rational_table),
-    ("docs/calibration.md", "conversion", conversion_table),
+def picture(link: str, text: str) -> Callable[[list[dict]], str]:
+    return lambda results: f"![{text}]({link})"
+
+
+THROUGHPUT = "Training throughput of each model size beside timm's ViT and the original code"
+SCALING = "Training throughput against the batch size and against the image size"
+PERFORMANCE = "docs/performance.md"
+# document, the marker's name, the results file, what is written there
+TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
+    ("README.md", "digits", "digits", digits_table),
+    ("README.md", "digits_224", "digits_224", digits_table),
+    ("README.md", "throughput", "model", picture("docs/throughput.png", THROUGHPUT)),
+    ("README.md", "model", "model", model_table),
+    ("README.md", "inference", "inference", model_table),
+    ("README.md", "latency", "latency", latency_table),
+    ("README.md", "rational", "rational", rational_table),
+    ("docs/calibration.md", "conversion", "conversion", conversion_table),
+    (PERFORMANCE, "model", "model", model_table),
+    (PERFORMANCE, "inference", "inference", model_table),
+    (PERFORMANCE, "latency", "latency", latency_table),
+    (PERFORMANCE, "profile", "profile", profile_table),
+    (PERFORMANCE, "roofline", "profile", roofline_table),
+    (PERFORMANCE, "kernels", "profile", kernel_table),
+    (PERFORMANCE, "rational", "rational", rational_table),
+    (PERFORMANCE, "rational_float32", "rational", partial(rational_table, dtype="float32")),
+    (PERFORMANCE, "scaling_picture", "scaling", picture("scaling.png", SCALING)),
+    (PERFORMANCE, "scaling", "scaling", scaling_table),
+    (PERFORMANCE, "precision", "precision", precision_table),
+    (PERFORMANCE, "precision_gpu", "precision_gpu", precision_table),
+    (PERFORMANCE, "cpu_train", "cpu_train", model_table),
+    (PERFORMANCE, "cpu_inference", "cpu_inference", model_table),
 )
+CARDS = ("model", "inference", "latency")  # results files whose lines of our own the model cards show
+
+
+def results_path(name: str) -> Path:
+    return ROOT / f"benchmarks/results/{name}.jsonl"
 
 
 def read_results(name: str) -> list[dict]:
-    return [json.loads(line) for line in (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines()]
+    try:
+        return [json.loads(line) for line in results_path(name).read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"benchmarks/results/{name}.jsonl cannot be read: {error}") from error
 
 
-def render(document: str, name: str, table: Callable[[list[dict]], str]) -> str:
-    if f"<!-- benchmark:{name} -->\n<!-- /" in document and not (ROOT / f"benchmarks/results/{name}.jsonl").exists():
+def render(document: str, name: str, results: str, table: Callable[[list[dict]], str]) -> str:
+    if f"<!-- benchmark:{name} -->\n<!-- /" in document and not results_path(results).exists():
         return document  # not measured yet, and nothing is claimed
-    text = table(read_results(name))
+    if f"<!-- benchmark:{name} -->" not in document:
+        raise SystemExit(f"no place for the table {name}: a line <!-- benchmark:{name} --> is missing")
+    text = table(read_results(results))
     markers = rf"(<!-- benchmark:{name} -->\n).*?(<!-- /benchmark:{name} -->)"
     return re.sub(markers, lambda match: f"{match[1]}{text}\n{match[2]}", document, flags=re.DOTALL)
 
@@ -121,9 +169,11 @@ def update(document: str, rendered: str) -> None:
 
 
 def main() -> None:
-    update("model_cards/speed.jsonl", card_speed(read_results("model")))
-    for document, name, table in TABLES:
-        update(document, render((ROOT / document).read_text(), name, table))
+    measured = [result for name in CARDS if results_path(name).exists() for result in read_results(name)]
+    update("model_cards/speed.jsonl", card_speed(measured))
+    for document, *what in TABLES:
+        update(document, render((ROOT / document).read_text(), *what))
+    plot.update(check="--check" in sys.argv)
 
 
 if __name__ == "__main__":

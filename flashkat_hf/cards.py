@@ -329,7 +329,7 @@ def _licenses() -> list[str]:
 
 
 def _speed(size: str) -> list[dict[str, Any]]:
-    """The measured training steps of a model size; `benchmarks/render.py` writes them."""
+    """The measured training steps, inference and latency of a model size; `benchmarks/render.py` writes them."""
     lines = [json.loads(line) for line in (CARDS / "speed.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line["size"] == size]
 

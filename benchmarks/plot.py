@@ -1,0 +1,110 @@
+"""Draw docs/throughput.png and docs/scaling.png from the results files; `render.py` does so when they have changed.
+
+A picture carries the SHA-256 of its results file as "Source", so that a check tells an old picture from a new one
+without drawing it. Needs matplotlib.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+OURS = "flashkat_hf"
+COLOURS = {OURS: "#c44e00", "timm ViT": "#4a6fa5", "timm ViT, matrix-product patches": "#7a9cc6"}
+OTHERS = "#9a9a9a"
+
+
+def throughput(results: list[dict]):
+    """Images per second in training: a panel for each size, a bar for each provider, compiled where it was measured."""
+    from matplotlib.figure import Figure
+
+    sizes = list(dict.fromkeys(result["size"] for result in results))
+    providers = list(dict.fromkeys(result["provider"] for result in results))
+    found = {(result["provider"], result["size"], result["mode"]): result["images_per_s"] for result in results}
+    modes = {name: "compiled" if any((name, s, "compiled") in found for s in sizes) else "eager" for name in providers}
+    figure = Figure(figsize=(10, 0.9 + 0.35 * len(providers)), layout="constrained")
+    for axes, size in zip(figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0], sizes, strict=True):
+        values = [found.get((name, size, modes[name]), 0.0) for name in providers]
+        labels = [f"{name}, {modes[name]}" for name in providers]
+        bars = axes.barh(labels, values, color=[COLOURS.get(name, OTHERS) for name in providers])
+        axes.bar_label(bars, [f"{value:,.0f}" if value else "not measured" for value in values], padding=3, fontsize=8)
+        axes.set_xlim(0, 1.3 * max(values))
+        axes.set_title(size, fontsize=10)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.invert_yaxis()  # shared: the first provider on top
+    figure.supxlabel(f"training, images/s, {results[0]['machine']}", fontsize=9)
+    return figure
+
+
+def scaling(results: list[dict]):
+    """Images per second in training against the batch size at 224 pixels, and against the image size at one batch."""
+    from matplotlib.figure import Figure
+
+    larger = {result["batch_size"] for result in results if result["image_size"] != 224}
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    by_batch, by_pixels = figure.subplots(1, 2)
+    for axes, key, chosen in (
+        (by_batch, "batch_size", [result for result in results if result["image_size"] == 224]),
+        (by_pixels, "image_size", [result for result in results if result["batch_size"] in larger]),
+    ):
+        for provider, mode in dict.fromkeys((result["provider"], result["mode"]) for result in chosen):
+            line = [result for result in chosen if (result["provider"], result["mode"]) == (provider, mode)]
+            points = sorted((result[key], result["images_per_s"]) for result in line)
+            style = "o-" if mode == "compiled" else "o--"
+            axes.plot(
+                *zip(*points, strict=True), style, color=COLOURS.get(provider, OTHERS), label=f"{provider}, {mode}"
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        ticks = sorted({result[key] for result in chosen})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.set_ylabel("training, images/s")
+    by_batch.set_xlabel("batch size, images of 224 pixels")
+    by_pixels.set_xlabel(f"image size in pixels, batch {', '.join(map(str, sorted(larger)))}")
+    by_batch.legend(fontsize=8)
+    figure.suptitle(f"{results[0]['size']}, {results[0]['machine']}", fontsize=10)
+    return figure
+
+
+PICTURES: dict[str, tuple[str, Callable]] = {
+    "docs/throughput.png": ("benchmarks/results/model.jsonl", throughput),
+    "docs/scaling.png": ("benchmarks/results/scaling.jsonl", scaling),
+}
+
+
+def is_current(picture: Path, results: Path) -> bool:
+    """Whether a picture was drawn from what is in its results file; true where there are no results yet."""
+    if not results.exists():
+        return True
+    if not picture.exists():
+        return False
+    with Image.open(picture) as image:
+        return image.info.get("Source") == digest(results)
+
+
+def digest(results: Path) -> str:
+    return hashlib.sha256(results.read_bytes()).hexdigest()
+
+
+def draw(picture: Path, results: Path, plot: Callable) -> None:
+    figure = plot([json.loads(line) for line in results.read_text().splitlines()])
+    figure.savefig(picture, dpi=110, metadata={"Source": digest(results)})
+
+
+def update(check: bool) -> None:
+    """Draw what is not current; with `check`, end with one line instead."""
+    for picture, (results, plot) in PICTURES.items():
+        if not is_current(ROOT / picture, ROOT / results):
+            if check:
+                raise SystemExit(f"{picture} is not drawn from {results} as it is: run python benchmarks/render.py")
+            draw(ROOT / picture, ROOT / results, plot)
+
+
+if __name__ == "__main__":
+    update(check=False)

@@ -1,0 +1,188 @@
+"""Tables of docs/performance.md and the README's speed, each a function of the lines of a results file."""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+
+OURS = "flashkat_hf"
+TOP_KERNELS = 15
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def by_case(results: list[dict], *keys: str) -> dict[tuple, dict]:
+    """The results by the values of `keys`; two of one case are an error, since a table could show only one."""
+    cases = {}
+    for result in results:
+        case = tuple(result[key] for key in keys)
+        if case in cases:
+            raise SystemExit(f"two results for {', '.join(map(str, case))}: delete one from the results file")
+        cases[case] = result
+    return cases
+
+
+def distinct(values: Iterable[Hashable]) -> list:
+    return list(dict.fromkeys(values))
+
+
+def measured(results: list[dict], script: str) -> str:
+    """Machine, versions and commit; results of several places or commits are told apart by provider."""
+    places = defaultdict(list)
+    for result in results:
+        versions = [f"{name} {result[name]}" for name in ("torch", "triton", "timm") if result.get(name)]
+        parts = [result["machine"], result.get("precision"), *versions, f"commit {result['commit'][:7]}"]
+        places[", ".join(filter(None, parts))].append(result["provider"])
+    if len(places) > 1:
+        places = {f"{'; '.join(distinct(names))}: {place}": names for place, names in places.items()}
+    return f"{'. '.join(places)}. `{script}`"
+
+
+def model_table(results: list[dict], unit: str = "images_per_s") -> str:
+    """A row for each provider and mode, a column for each size; then ours over each other provider.
+
+    `unit` is "images_per_s", where a ratio above 1 is ours faster, or "ms", where it is ours slower.
+    """
+    cases = by_case(results, "mode", "provider", "size")
+    modes, providers, sizes = (distinct(result[key] for result in results) for key in ("mode", "provider", "size"))
+    batches = {size: next(result["batch_size"] for result in results if result["size"] == size) for size in sizes}
+
+    def cell(mode: str, provider: str, size: str) -> str:
+        result = cases.get((mode, provider, size))
+        if result is None:
+            return ""
+        notes = [f"{result['peak_gib']:.1f} GiB"] if result["peak_gib"] is not None else []
+        if result["batch_size"] != batches[size]:
+            notes.append(f"batch {result['batch_size']}")
+        value = f"{result[unit]:,.0f}" if unit == "images_per_s" and result[unit] >= 100 else f"{result[unit]:.3g}"
+        return f"{value} ({', '.join(notes)})" if notes else value
+
+    def ratio(mode: str, provider: str, size: str) -> str:
+        ours, other = cases.get((mode, OURS, size)), cases.get((mode, provider, size))
+        if ours is None or other is None:
+            return ""
+        text = f"{ours[unit] / other[unit]:.2f}"
+        if ours["peak_gib"] is None or ours["batch_size"] != other["batch_size"]:
+            return text
+        return f"{text} (memory {ours['peak_gib'] / other['peak_gib']:.2f})"
+
+    rows = []
+    for show, names, label in (
+        (cell, providers, "{}, {}"),
+        (ratio, [name for name in providers if name != OURS], "ours / {}, {}"),
+    ):
+        for mode in modes:
+            for provider in names:
+                values = [show(mode, provider, size) for size in sizes]
+                if any(values):
+                    rows.append([label.format(provider, mode), *values])
+    task = "training step" if results[0]["task"] == "train" else "inference"
+    title = f"{task}, {'images/s' if unit == 'images_per_s' else 'ms'}"
+    pixels = ", ".join(str(size) for size in distinct(result["image_size"] for result in results))
+    turns = distinct(result.get("turn", 1) for result in results)
+    how = "each step timed alone" if turns == [1] else f"the mean of {' or '.join(map(str, turns))} steps in a row"
+    note = f"Median over turns, {how}; {pixels} pixels. {measured(results, 'benchmarks/bench_model.py')}."
+    return table([title, *(f"{size}, batch {batches[size]}" for size in sizes)], rows) + "\n\n" + note
+
+
+def latency_table(results: list[dict]) -> str:
+    return model_table(results, "ms")
+
+
+def scaling_table(results: list[dict]) -> str:
+    """A row for each batch and image size, a column for each provider and mode."""
+    cases = by_case(results, "image_size", "batch_size", "provider", "mode")
+    columns = sorted({(result["mode"], result["provider"]) for result in results}, key=lambda column: column[0])
+    rows = []
+    for image_size, batch_size in sorted({(image_size, batch_size) for image_size, batch_size, *_ in cases}):
+        found = [cases.get((image_size, batch_size, provider, mode)) for mode, provider in columns]
+        cells = [f"{result['images_per_s']:,.0f}" if result else "" for result in found]
+        rows.append([f"{image_size} pixels, batch {batch_size}", *cells])
+    size = ", ".join(distinct(result["size"] for result in results))
+    header = [f"{size}, training step, images/s", *(f"{provider}, {mode}" for mode, provider in columns)]
+    return table(header, rows) + f"\n\n{measured(results, 'benchmarks/bench_model.py')}."
+
+
+def case_name(result: dict) -> str:
+    return f"{result['provider']}, {result['mode']}"
+
+
+def profile_table(results: list[dict]) -> str:
+    """Milliseconds of a step in each class of kernels, a column for each provider."""
+    totals = by_case([result for result in results if result["kernel"] == "total"], "provider", "mode")
+    sums = defaultdict(float)
+    for result in results:
+        sums[result["class"], result["provider"], result["mode"]] += result["ms"]
+    names = distinct(result["class"] for result in results if result["kernel"] != "total")
+    names.sort(key=lambda name: -max(sums[name, *case] for case in totals))
+    rows = [[name, *(f"{sums[name, *case]:.2f}" for case in totals)] for name in names]
+    rows.append(["all kernels", *(f"{total['ms']:.2f}" for total in totals.values())])
+    rows.append(["step, as measured without the profiler", *(f"{total['wall_ms']:.2f}" for total in totals.values())])
+    rows.append(["kernels", *(f"{total['calls']:.0f}" for total in totals.values())])
+    first = results[0]
+    note = f"{first['size']}, batch {first['batch_size']}; {measured(results, 'benchmarks/profile_step.py')}."
+    return table(["ms of a training step", *map(case_name, totals.values())], rows) + "\n\n" + note
+
+
+def roofline_table(results: list[dict]) -> str:
+    """Our kernels: time, the time they cannot go below, and by what."""
+    total = next(result for result in results if result["provider"] == OURS and result["kernel"] == "total")
+    copy, speed = total["copy_gb_per_s"], total["product_tflops"]
+    rows = []
+    for result in results:
+        if (result["provider"], result["mode"]) == (OURS, total["mode"]) and "floor_ms" in result:
+            moves, multiplies = result["bytes"] / copy / 1e6, result["operations"] / speed / 1e9
+            rows.append(
+                [
+                    f"`{result['kernel']}`",
+                    f"{result['calls']:.0f}",
+                    f"{result['ms']:.2f}",
+                    f"{result['floor_ms']:.2f}",
+                    "memory" if moves >= multiplies else "products",
+                    f"{result['floor_ms'] / result['ms']:.0%}",
+                ]
+            )
+    header = ["kernel", "calls", "ms", "floor, ms", "floor set by", "floor / time"]
+    note = f"Copy {copy / 1000:.2f} TB/s, bfloat16 products {speed:.0f} TFLOP/s, measured in the same run."
+    return table(header, rows) + "\n\n" + note
+
+
+def kernel_table(results: list[dict]) -> str:
+    """The slowest kernels of each provider."""
+    parts = []
+    for provider, mode in distinct((result["provider"], result["mode"]) for result in results):
+        found = [result for result in results if (result["provider"], result["mode"]) == (provider, mode)]
+        kernels = sorted((kernel for kernel in found if kernel["kernel"] != "total"), key=lambda kernel: -kernel["ms"])
+        rows = [
+            [f"`{kernel['kernel'][:80]}`", kernel["class"], f"{kernel['calls']:.0f}", f"{kernel['ms']:.2f}"]
+            for kernel in kernels[:TOP_KERNELS]
+        ]
+        parts.append(f"{provider}, {mode}:\n\n" + table(["kernel", "class", "calls", "ms"], rows))
+    return "\n\n".join(parts)
+
+
+def precision_table(results: list[dict]) -> str:
+    """Relative error of the coefficients' gradients: a row for each method, mean and largest for each dtype."""
+    cases = by_case(results, "method", "dtype")
+    methods, dtypes = (distinct(result[key] for result in results) for key in ("method", "dtype"))
+    rows = [
+        [method]
+        + [
+            f"{cases[method, dtype][value]:.1e}" if (method, dtype) in cases else ""
+            for dtype in dtypes
+            for value in ("mean_error", "largest_error")
+        ]
+        for method in methods
+    ]
+    first = results[0]
+    header = ["error of the coefficients' gradients"]
+    header += [f"{dtype}, {value}" for dtype in dtypes for value in ("mean", "largest of a draw")]
+    shape = " x ".join(map(str, first["shape"]))
+    note = (
+        f"{first['draws']} draws of {shape} inputs, against float64, relative to the gradients' mean absolute value. "
+    )
+    note += (
+        f"{first['machine']}, torch {first['torch']}, commit {first['commit'][:7]}. `benchmarks/bench_precision.py`."
+    )
+    return table(header, rows) + "\n\n" + note
