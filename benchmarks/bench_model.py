@@ -176,13 +176,17 @@ def about(settings: Provided) -> dict[str, str | None]:
     gpu = settings.device == "cuda"
     if gpu:
         import triton
+    try:
+        commit = settings.commit or subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"--commit: git does not tell it ({error})") from error
     return {
         "machine": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
         "precision": "bfloat16" if gpu else "float32",
         "torch": torch.__version__,
         "triton": triton.__version__ if gpu else None,
         "timm": timm.__version__,
-        "commit": settings.commit or subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
+        "commit": commit,
     }
 
 

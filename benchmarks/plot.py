@@ -36,7 +36,8 @@ def throughput(results: list[dict]):
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     axes.invert_yaxis()  # shared: the first provider on top
-    figure.supxlabel(f"training, images/s, {results[0]['machine']}", fontsize=9)
+    machines = "; ".join(dict.fromkeys(result["machine"] for result in results))
+    figure.supxlabel(f"training, images/s, {machines}", fontsize=9)
     return figure
 
 
@@ -58,8 +59,11 @@ def scaling(results: list[dict]):
             axes.plot(
                 *zip(*points, strict=True), style, color=COLOURS.get(provider, OTHERS), label=f"{provider}, {mode}"
             )
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        if key == "batch_size":
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
         ticks = sorted({result[key] for result in chosen})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()

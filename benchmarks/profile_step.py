@@ -154,9 +154,9 @@ def main(settings: Settings) -> None:
     from bench_rational import copy_bandwidth  # needs triton
 
     torch.set_float32_matmul_precision("high")
-    copy, speed = copy_bandwidth(repeats=3), product_speed()
-    rates = {"copy_gb_per_s": round(copy / 1e9, 1), "product_tflops": round(speed / 1e12, 1)}
     with results_file(settings) as write:
+        copy, speed = copy_bandwidth(repeats=3), product_speed()
+        rates = {"copy_gb_per_s": round(copy / 1e9, 1), "product_tflops": round(speed / 1e12, 1)}
         for provider in settings.chosen():
             torch.compiler.reset()
             torch.cuda.empty_cache()

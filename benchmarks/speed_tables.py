@@ -42,8 +42,10 @@ def measured(results: list[dict], script: str) -> str:
 def model_table(results: list[dict], unit: str = "images_per_s") -> str:
     """A row for each provider and mode, a column for each size; then ours over each other provider.
 
-    `unit` is "images_per_s", where a ratio above 1 is ours faster, or "ms", where it is ours slower.
+    `unit` is "images_per_s", where a ratio above 1 is ours faster, or "ms", where one below 1 is. What was measured on
+    different machines is not compared.
     """
+    throughput = unit == "images_per_s"
     cases = by_case(results, "mode", "provider", "size")
     modes, providers, sizes = (distinct(result[key] for result in results) for key in ("mode", "provider", "size"))
     batches = {size: next(result["batch_size"] for result in results if result["size"] == size) for size in sizes}
@@ -52,18 +54,18 @@ def model_table(results: list[dict], unit: str = "images_per_s") -> str:
         result = cases.get((mode, provider, size))
         if result is None:
             return ""
-        notes = [f"{result['peak_gib']:.1f} GiB"] if result["peak_gib"] is not None else []
+        notes = [f"{result['peak_gib']:.1f} GiB"] if throughput and result["peak_gib"] is not None else []
         if result["batch_size"] != batches[size]:
             notes.append(f"batch {result['batch_size']}")
-        value = f"{result[unit]:,.0f}" if unit == "images_per_s" and result[unit] >= 100 else f"{result[unit]:.3g}"
+        value = f"{result[unit]:,.0f}" if throughput and result[unit] >= 100 else f"{result[unit]:.3g}"
         return f"{value} ({', '.join(notes)})" if notes else value
 
     def ratio(mode: str, provider: str, size: str) -> str:
         ours, other = cases.get((mode, OURS, size)), cases.get((mode, provider, size))
-        if ours is None or other is None:
+        if ours is None or other is None or ours["machine"] != other["machine"]:
             return ""
         text = f"{ours[unit] / other[unit]:.2f}"
-        if ours["peak_gib"] is None or ours["batch_size"] != other["batch_size"]:
+        if not throughput or None in (ours["peak_gib"], other["peak_gib"]) or ours["batch_size"] != other["batch_size"]:
             return text
         return f"{text} (memory {ours['peak_gib'] / other['peak_gib']:.2f})"
 
@@ -78,7 +80,7 @@ def model_table(results: list[dict], unit: str = "images_per_s") -> str:
                 if any(values):
                     rows.append([label.format(provider, mode), *values])
     task = "training step" if results[0]["task"] == "train" else "inference"
-    title = f"{task}, {'images/s' if unit == 'images_per_s' else 'ms'}"
+    title = f"{task}, {'images/s' if throughput else 'ms'}"
     pixels = ", ".join(str(size) for size in distinct(result["image_size"] for result in results))
     turns = distinct(result.get("turn", 1) for result in results)
     how = "each step timed alone" if turns == [1] else f"the mean of {' or '.join(map(str, turns))} steps in a row"
@@ -93,7 +95,8 @@ def latency_table(results: list[dict]) -> str:
 def scaling_table(results: list[dict]) -> str:
     """A row for each batch and image size, a column for each provider and mode."""
     cases = by_case(results, "image_size", "batch_size", "provider", "mode")
-    columns = sorted({(result["mode"], result["provider"]) for result in results}, key=lambda column: column[0])
+    columns = distinct((result["mode"], result["provider"]) for result in results)
+    columns.sort(key=lambda column: column[0])  # stable: the providers keep their order
     rows = []
     for image_size, batch_size in sorted({(image_size, batch_size) for image_size, batch_size, *_ in cases}):
         found = [cases.get((image_size, batch_size, provider, mode)) for mode, provider in columns]

@@ -85,6 +85,7 @@ def test_published_cards(name):
     assert f"| {top1.metric_value}% | [KAT, " in text
     assert RELEASE_REPOSITORY in text
     assert f"| {model.num_parameters():,}, float32 |" in text
+    assert "| training step, 224 pixels | compiled |" in text
     assert ("ImageNet-21k" in text) == name.endswith("vitft")
     assert (f"FlashKAT's paper reports {FLASHKAT_TOP1[size]}%" in text) == (not name.endswith("vitft"))
     for author in ("Yang, Xingyi", "Raffel, Matthew"):
