@@ -120,10 +120,13 @@ class Provided:
         refuse(unknown, f"--providers: {'; '.join(sorted(unknown))} unknown; see --help")
         missing = [name for name in self.providers or () if name not in self.makers()]
         refuse(missing, f"--providers: {'; '.join(missing)} needs --peer")
-        originals = self.peer is not None and any(name in peers.SOURCES for name in self.chosen())
-        refuse(originals and self.device == "cpu", "--peer: the original kernels need a GPU")
         refuse(self.output.is_dir(), f"--output: {self.output} is a folder")
-        refuse(self.output.exists() and not self.append, f"--output: {self.output} exists; --append adds to it")
+        full = self.output.exists() and self.output.stat().st_size
+        refuse(full and not self.append, f"--output: {self.output} exists; --append adds to it")
+        originals = [name for name in self.chosen() if name in peers.SOURCES]
+        refuse(originals and self.device == "cpu", "--peer: the original kernels need a GPU")
+        for name in originals:
+            peers.load(self.peer, name)
 
     def makers(self) -> dict[str, Callable[[str, int], torch.nn.Module]]:
         """Functions of size and image size, by provider; the originals only with --peer."""
