@@ -42,7 +42,7 @@ IMAGE_SIZE, TOKENS, SHOWN = 224, 197, 110
 # The first pattern that a kernel's name holds says its class. What torch.compile generates (triton_poi, _red, _per) is
 # named after all that it fuses, so only a layer norm in it counts; the rational with its norm counts as rational.
 CLASSES = (
-    ("rational", r"rational"),
+    ("rational", r"rational|gather_sums"),
     ("norm", r"^triton_(poi|red|per)_.*layer_norm"),
     ("pointwise and reductions", r"^triton_(poi|red|per)_"),
     ("attention", r"attention|sdpa|flash|fmha|dot_do_o|convert_dq"),
@@ -68,10 +68,12 @@ TRAFFIC = {
     "rational_forward_kernel": Traffic(intermediate=2),  # x; y
     "rational_backward_kernel": Traffic(intermediate=3),  # grad_y, x; grad_x
     "rational_linear_backward_kernel": Traffic(intermediate=4),  # grad_y, x; grad_x, y
-    "add_norm_rational_forward_kernel": Traffic(hidden=4, row=2),  # residual, branch; total, y; mean, rstd
-    "add_norm_rational_backward_kernel": Traffic(hidden=4, row=2),  # grad_total, grad_y, total; grad; mean, rstd
+    "norm_forward_kernel": Traffic(hidden=4, row=2),  # residual, branch; total, y; mean, rstd (compiled: with act1)
+    "norm_backward_kernel": Traffic(hidden=4, row=2),  # grad_total, grad_y, total; grad; mean, rstd
     "packed_attention_forward_kernel": Traffic(hidden=4, head=1, products=2),  # q, k, v; y; lse
-    "packed_attention_backward_kernel": Traffic(hidden=8, head=1, products=5),  # q, k, v, y, grad_y; gradients; lse
+    "packed_attention_queries_kernel": Traffic(hidden=6, head=2, products=3),  # q, k, v, y, grad_y; grad_q; lse, along
+    "packed_attention_keys_kernel": Traffic(hidden=6, head=2, products=4),  # q, k, v, grad_y; two gradients; lse, along
+    "gather_sums_kernel": Traffic(),  # partial sums: a few MB
 }
 
 

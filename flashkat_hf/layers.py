@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .coefficients import start_table
-from .ops import TRITON_DEVICES, rational, rational_linear
+from .ops import TRITON_DEVICES, norm_beside, rational, rational_linear
 
 
 def fusible(x: Tensor, *modules: nn.Module) -> bool:
@@ -17,6 +17,13 @@ def fusible(x: Tensor, *modules: nn.Module) -> bool:
         or module._backward_hooks
         for module in modules
     )
+
+
+def pre_norm(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A residual stream, to go on with, and its norm; on a GPU in eager mode by one kernel, in `working_dtype`."""
+    if fusible(x, norm) and not torch.compiler.is_compiling() and x.is_contiguous():
+        return norm_beside(x, norm.weight, norm.bias, norm.eps, working_dtype(x))
+    return x, norm(x)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .coefficients import second_moment
 from .configuration_flashkat import FlashKATConfig
-from .layers import GRKANMlp, GroupRational, fusible, working_dtype
+from .layers import GRKANMlp, GroupRational, fusible, pre_norm, working_dtype
 from .mimetic import mimetic_weights
 from .ops import HEAD_DIMS, MAX_TOKENS, add_norm_rational, packed_attention
 
@@ -197,7 +197,8 @@ class FlashKATLayer(GradientCheckpointingLayer):
         self.drop_path = FlashKATDropPath(drop_path_rate)
 
     def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
-        attended = self.drop_path(self.attention(self.norm1(hidden_states), **kwargs)[0])
+        hidden_states, x = pre_norm(self.norm1, hidden_states)
+        attended = self.drop_path(self.attention(x, **kwargs)[0])
         norm, act = self.norm2, self.mlp.act1
         if fused := fusible(hidden_states, norm, act):
             tables = act.numerator, act.denominator

@@ -14,6 +14,8 @@ from torch.nn.functional import layer_norm, linear
 from .reference import (
     add_norm_rational_gradients,
     add_norm_rational_value,
+    norm_gradients,
+    norm_value,
     packed_attention_gradients,
     packed_attention_value,
     rational_decomposed,
@@ -24,7 +26,12 @@ from .reference import (
 
 try:
     from .triton_attention import packed_attention_backward, packed_attention_forward
-    from .triton_norm_rational import add_norm_rational_backward, add_norm_rational_forward
+    from .triton_norm_rational import (
+        add_norm_rational_backward,
+        add_norm_rational_forward,
+        norm_backward,
+        norm_forward,
+    )
     from .triton_rational import rational_backward, rational_forward
     from .triton_rational_linear import rational_linear_backward
 except ImportError:  # no triton: the plain path serves every device
@@ -32,6 +39,7 @@ except ImportError:  # no triton: the plain path serves every device
     rational_linear_backward = rational_linear_gradients
     packed_attention_forward, packed_attention_backward = packed_attention_value, packed_attention_gradients
     add_norm_rational_forward, add_norm_rational_backward = add_norm_rational_value, add_norm_rational_gradients
+    norm_forward, norm_backward = norm_value, norm_gradients
 
 PACKAGE = __name__.rpartition(".")[0]
 NAMESPACE = "flashkat" if PACKAGE == "flashkat_hf" else re.sub(r"\W", "_", PACKAGE, flags=re.ASCII)
@@ -138,6 +146,31 @@ def add_norm_rational(
     summands = residual.contiguous(), branch.contiguous()
     tables = numerator.contiguous(), denominator.contiguous()
     return _add_norm_rational(*summands, weight, bias, *tables, eps)[:2]
+
+
+def norm_beside(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A residual stream and its layer norm in `dtype`, in one pass; one backward joins both gradients.
+
+    For eager mode; `torch.compile` fuses what is around a norm itself.
+
+    Args:
+        x: `(..., hidden_size)`, contiguous; float32, bfloat16, float16 or float64.
+        weight: `(hidden_size,)`, of the layer norm.
+        bias: `(hidden_size,)`, of the layer norm.
+        eps: added to the variance.
+        dtype: of the norm.
+
+    Returns:
+        `x` itself, to go on with, and its norm. Float32 arithmetic, float64 for float64.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    if not weight.shape == bias.shape == x.shape[-1:]:
+        raise ValueError(
+            f"weight and bias must have shape {tuple(x.shape[-1:])}, not {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
+    return _NormBeside.apply(x, weight, bias, eps, dtype)  # pyright: ignore[reportReturnType]
 
 
 def packed_attention(qkv: Tensor, num_heads: int, scale: float, qkv_bias: Tensor | None = None) -> Tensor:
@@ -353,6 +386,21 @@ def _add_norm_rational_autograd(ctx, grad_total: Tensor, grad_y: Tensor, *_) -> 
 
 
 _add_norm_rational.register_autograd(_add_norm_rational_autograd, setup_context=_setup_add_norm_rational)
+
+
+class _NormBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, dtype):
+        kernel = x.device.type in TRITON_DEVICES and x.dtype != torch.float64
+        y, mean, rstd = (norm_forward if kernel else norm_value)(x, weight, bias, eps, dtype)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.backward_of = norm_backward if kernel else norm_gradients
+        return x.view_as(x), y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total, grad_y):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *ctx.backward_of(grad_total.contiguous(), grad_y.contiguous(), *ctx.saved_tensors), None, None
 
 
 @torch.library.custom_op(f"{NAMESPACE}::packed_attention", mutates_args=())

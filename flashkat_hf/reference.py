@@ -116,6 +116,39 @@ def rational_linear_gradients(
     return grad_x.to(x.dtype), rational_value(x, numerator, denominator), columns, grad_numerator, grad_denominator
 
 
+def norm_value(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm in `dtype`, and mean and reciprocal standard deviation of each row in the arithmetic's dtype."""
+    arithmetic = torch.promote_types(x.dtype, torch.float32)
+    norm = weight.to(arithmetic), bias.to(arithmetic)
+    y, mean, rstd = torch.native_layer_norm(x.to(arithmetic), weight.shape, *norm, eps)
+    return y.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def norm_gradients(
+    grad_total: Tensor, grad_y: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `sum(grad_total * total) + sum(grad_y * layer_norm(total))`.
+
+    Returns:
+        That of total, in its dtype, and those of weight and bias.
+    """
+    normal = _normal(total, mean, rstd)
+    grad_y = grad_y.to(normal.dtype)
+    grad_weight, grad_bias = (rows.flatten(0, -2).sum(0) for rows in (grad_y * normal, grad_y))
+    grad_normal = grad_y * weight
+    along = (grad_normal * normal).mean(-1, keepdim=True)
+    grad = grad_normal - grad_normal.mean(-1, keepdim=True) - normal * along
+    grad = (grad_total + grad * rstd.unsqueeze(-1)).to(total.dtype)
+    return grad, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+def _normal(total: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Rows of mean 0 and variance 1, in the arithmetic's dtype."""
+    return (total.to(rstd.dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+
+
 def add_norm_rational_value(
     residual: Tensor,
     branch: Tensor,
@@ -132,11 +165,8 @@ def add_norm_rational_value(
         deviation of total's rows in the arithmetic's dtype.
     """
     total = (residual + branch).to(residual.dtype)
-    dtype = torch.promote_types(total.dtype, torch.float32)
-    norm = weight.to(dtype), bias.to(dtype)
-    x, mean, rstd = torch.native_layer_norm(total.to(dtype), weight.shape, *norm, eps)
-    y = rational_value(x, numerator, denominator).to(branch.dtype)
-    return total, y, mean.squeeze(-1), rstd.squeeze(-1)
+    x, mean, rstd = norm_value(total, weight, bias, eps, torch.promote_types(total.dtype, torch.float32))
+    return total, rational_value(x, numerator, denominator).to(branch.dtype), mean, rstd
 
 
 def add_norm_rational_gradients(
@@ -155,18 +185,10 @@ def add_norm_rational_gradients(
     Returns:
         That of both summands, in total's dtype, and those of weight, bias, numerator and denominator.
     """
-    dtype = torch.promote_types(total.dtype, torch.float32)
-    normal = (total.to(dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
-    x = normal * weight + bias
-    grad_x, grad_numerator, grad_denominator = rational_gradients(grad_y, x, numerator, denominator)
-    rows = grad_x.flatten(0, -2), normal.flatten(0, -2)
-    grad_weight, grad_bias = (rows[0] * rows[1]).sum(0), rows[0].sum(0)
-    grad_normal = grad_x * weight
-    along = (grad_normal * normal).mean(-1, keepdim=True)
-    grad = grad_normal - grad_normal.mean(-1, keepdim=True) - normal * along
-    grad = (grad_total + grad * rstd.unsqueeze(-1)).to(total.dtype)
-    tables = grad_numerator, grad_denominator
-    return grad, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *tables
+    x = _normal(total, mean, rstd) * weight + bias
+    grad_x, *grad_tables = rational_gradients(grad_y, x, numerator, denominator)
+    norm = norm_gradients(grad_total, grad_x, total, mean, rstd, weight, bias)
+    return *norm, *grad_tables  # pyright: ignore[reportReturnType]
 
 
 def packed_attention_value(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:

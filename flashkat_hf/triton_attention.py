@@ -1,7 +1,10 @@
-"""Triton kernels of self-attention for short sequences: a program holds all keys and values of one head on chip.
+"""Triton kernels of self-attention for short sequences, from the product that holds queries, keys and values.
 
-No running softmax, no second pass over the output, no atomics. Queries, keys and values are read from the product that
-made them and their gradients are written in its layout: nothing is stacked, and the bias gradient comes along.
+Queries, keys and values are read where that product put them and their gradients are written in its layout: nothing is
+stacked, and the bias gradient comes along. Backward is two kernels that each make the scores again, one for the
+queries' gradient and one for the keys' and values': no atomic additions, and registers for enough programs.
+
+Tokens beyond the last one read the last one again, so no load is masked; their scores are taken out instead.
 """
 
 import torch
@@ -13,7 +16,11 @@ try:  # transformers takes what checkpoint code imports elsewhere for a requirem
 except ImportError:
     raise
 
+from .triton_sums import gather_sums
+from .triton_tiles import attention_block
+
 LOG2_E = tl.constexpr(1.4426950408889634)
+STEP = 32  # keys or queries that a program looks at together
 
 
 @triton.jit(do_not_specialize=("num_tokens", "num_heads", "scale"))
@@ -25,99 +32,160 @@ def packed_attention_forward_kernel(
     num_heads: tl.int32,
     scale: tl.float32,
     HEAD_DIM: tl.constexpr,
-    KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
-    """Y = softmax(scale q k^T) v, a head a program.
+    """Y = softmax(scale q k^T) v for a block of queries of one head.
 
-    Grid (batch * num_heads,); KEYS is a power of two, at least num_tokens. Products in the input's dtype with float32
-    sums, softmax in float32. Memory: one read of qkv, one write of y.
+    Grid (ceil(num_tokens / QUERIES), batch * num_heads). Products in the input's dtype with float32 sums, softmax in
+    float32, over KEYS keys at a time. Memory: one read of qkv, one write of y; blocks of a head share it in the cache.
     """
-    head = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
     batch, head_in_row = head // num_heads, head % num_heads
     width = num_heads * HEAD_DIM
     qkv_ptr += batch * num_tokens * 3 * width + head_in_row * HEAD_DIM
     y_ptr += batch * num_tokens * width + head_in_row * HEAD_DIM
     channel = tl.arange(0, HEAD_DIM)[None, :]
-    key = tl.arange(0, KEYS)
-    keys = key[:, None] * 3 * width + channel
-    is_key = key < num_tokens
-    k = tl.load(qkv_ptr + width + keys, mask=is_key[:, None], other=0.0)
-    v = tl.load(qkv_ptr + 2 * width + keys, mask=is_key[:, None], other=0.0)
-    for first in range(0, num_tokens, QUERIES):
-        query = first + tl.arange(0, QUERIES)
-        is_query = query < num_tokens
-        q = tl.load(qkv_ptr + query[:, None] * 3 * width + channel, mask=is_query[:, None], other=0.0)
-        score = tl.where(is_key[None, :], tl.dot(q, tl.trans(k)) * (scale * LOG2_E), float("-inf"))
-        largest = tl.max(score, 1)
-        p = tl.exp2(score - largest[:, None])
-        total = tl.sum(p, 1)
-        y = tl.dot(p.to(v.dtype), v) / total[:, None]
-        tl.store(y_ptr + query[:, None] * width + channel, y.to(y_ptr.dtype.element_ty), mask=is_query[:, None])
-        tl.store(lse_ptr + head * num_tokens + query, largest + tl.log2(total), mask=is_query)
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    q = tl.load(qkv_ptr + tl.minimum(query, num_tokens - 1)[:, None] * 3 * width + channel)
+    largest = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    y = tl.zeros([QUERIES, HEAD_DIM], tl.float32)
+    for first in tl.range(0, num_tokens, KEYS, num_stages=3):
+        key = first + tl.arange(0, KEYS)
+        keys = tl.minimum(key, num_tokens - 1)[:, None] * 3 * width + channel
+        k = tl.load(qkv_ptr + width + keys)
+        v = tl.load(qkv_ptr + 2 * width + keys)
+        score = tl.dot(q, tl.trans(k)) * (scale * LOG2_E)
+        score = tl.where((key < num_tokens)[None, :], score, float("-inf"))
+        larger = tl.maximum(largest, tl.max(score, 1))
+        shrink = tl.exp2(largest - larger)
+        p = tl.exp2(score - larger[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        y = tl.dot(p.to(v.dtype), v, y * shrink[:, None])
+        largest = larger
+    y = y / total[:, None]
+    is_query = query < num_tokens
+    tl.store(y_ptr + query[:, None] * width + channel, y.to(y_ptr.dtype.element_ty), mask=is_query[:, None])
+    tl.store(lse_ptr + head * num_tokens + query, largest + tl.log2(total), mask=is_query)
 
 
 @triton.jit(do_not_specialize=("num_tokens", "num_heads", "scale"))
-def packed_attention_backward_kernel(
+def packed_attention_queries_kernel(
     grad_y_ptr,  # (batch, num_tokens, num_heads, HEAD_DIM), contiguous, bfloat16 or float16
     qkv_ptr,  # (batch, num_tokens, 3, num_heads, HEAD_DIM), likewise
     y_ptr,  # like grad_y
     lse_ptr,  # (batch, num_heads, num_tokens) float32
     grad_qkv_ptr,  # like qkv
-    column_ptr,  # (batch, 3, num_heads, HEAD_DIM) float32: sums of grad_qkv over tokens
+    along_ptr,  # (batch, num_heads, num_tokens) float32: grad_y y^T
+    column_ptr,  # (batch, num_programs(0), 3, num_heads, HEAD_DIM) float32: sums of grad_qkv over a block's tokens
     num_tokens: tl.int32,
     num_heads: tl.int32,
     scale: tl.float32,
     HEAD_DIM: tl.constexpr,
-    KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
-    """The gradient of qkv in its own layout, and its column sums for each image.
+    """The gradient of a block of queries, and what the other kernel needs of grad_y y^T.
 
-    Grid (batch * num_heads,). Memory: one read of qkv, y and grad_y, one write of grad_qkv.
+    Grid (ceil(num_tokens / QUERIES), batch * num_heads). Memory: one read of qkv, y and grad_y, one write of a third of
+    grad_qkv.
     """
-    head = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
     batch, head_in_row = head // num_heads, head % num_heads
     width = num_heads * HEAD_DIM
-    start = batch * num_tokens * 3 * width + head_in_row * HEAD_DIM
+    start = batch * num_tokens * width + head_in_row * HEAD_DIM
+    grad_y_ptr += start
+    y_ptr += start
+    start += batch * num_tokens * 2 * width
     qkv_ptr += start
     grad_qkv_ptr += start
-    y_ptr += batch * num_tokens * width + head_in_row * HEAD_DIM
-    grad_y_ptr += batch * num_tokens * width + head_in_row * HEAD_DIM
     channel = tl.arange(0, HEAD_DIM)[None, :]
-    key = tl.arange(0, KEYS)
-    keys = key[:, None] * 3 * width + channel
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    is_query = query < num_tokens
+    inside = tl.minimum(query, num_tokens - 1)
+    q = tl.load(qkv_ptr + inside[:, None] * 3 * width + channel)
+    grad_y = tl.load(grad_y_ptr + inside[:, None] * width + channel)
+    y = tl.load(y_ptr + inside[:, None] * width + channel)
+    lse = tl.load(lse_ptr + head * num_tokens + inside)
+    along = tl.sum(grad_y.to(tl.float32) * y.to(tl.float32), 1)
+    tl.store(along_ptr + head * num_tokens + query, along, mask=is_query)
+    grad_q = tl.zeros([QUERIES, HEAD_DIM], tl.float32)
+    for first in tl.range(0, num_tokens, KEYS, num_stages=3):
+        key = first + tl.arange(0, KEYS)
+        keys = tl.minimum(key, num_tokens - 1)[:, None] * 3 * width + channel
+        k = tl.load(qkv_ptr + width + keys)
+        v = tl.load(qkv_ptr + 2 * width + keys)
+        p = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * LOG2_E) - lse[:, None])
+        p = tl.where((key < num_tokens)[None, :], p, 0.0)
+        grad_score = p * (tl.dot(grad_y, tl.trans(v)) - along[:, None])
+        grad_q = tl.dot(grad_score.to(k.dtype), k, grad_q)
+    grad_q = tl.where(is_query[:, None], grad_q * scale, 0.0)
+    rows = query[:, None] * 3 * width + channel
+    tl.store(grad_qkv_ptr + rows, grad_q.to(grad_qkv_ptr.dtype.element_ty), mask=is_query[:, None])
+    column_ptr += (batch * tl.num_programs(0) + tl.program_id(0)) * 3 * width + head_in_row * HEAD_DIM
+    tl.store(column_ptr + tl.arange(0, HEAD_DIM), tl.sum(grad_q, 0))
+
+
+@triton.jit(do_not_specialize=("num_tokens", "num_heads", "scale"))
+def packed_attention_keys_kernel(
+    grad_y_ptr,  # (batch, num_tokens, num_heads, HEAD_DIM), contiguous, bfloat16 or float16
+    qkv_ptr,  # (batch, num_tokens, 3, num_heads, HEAD_DIM), likewise
+    lse_ptr,  # (batch, num_heads, num_tokens) float32
+    along_ptr,  # (batch, num_heads, num_tokens) float32, from `packed_attention_queries_kernel`
+    grad_qkv_ptr,  # like qkv
+    column_ptr,  # (batch, num_programs(0), 3, num_heads, HEAD_DIM) float32: sums of grad_qkv over a block's tokens
+    num_tokens: tl.int32,
+    num_heads: tl.int32,
+    scale: tl.float32,
+    HEAD_DIM: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """The gradients of a block of keys and values; scores stand as (keys, queries).
+
+    Grid (ceil(num_tokens / KEYS), batch * num_heads). Memory: one read of qkv and grad_y, one write of two thirds of
+    grad_qkv.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    batch, head_in_row = head // num_heads, head % num_heads
+    width = num_heads * HEAD_DIM
+    start = batch * num_tokens * width + head_in_row * HEAD_DIM
+    grad_y_ptr += start
+    start += batch * num_tokens * 2 * width
+    qkv_ptr += start
+    grad_qkv_ptr += start
+    lse_ptr += head * num_tokens
+    along_ptr += head * num_tokens
+    channel = tl.arange(0, HEAD_DIM)[None, :]
+    key = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     is_key = (key < num_tokens)[:, None]
-    k = tl.load(qkv_ptr + width + keys, mask=is_key, other=0.0)
-    v = tl.load(qkv_ptr + 2 * width + keys, mask=is_key, other=0.0)
+    keys = tl.minimum(key, num_tokens - 1)[:, None] * 3 * width + channel
+    k = tl.load(qkv_ptr + width + keys)
+    v = tl.load(qkv_ptr + 2 * width + keys)
     grad_k = tl.zeros([KEYS, HEAD_DIM], tl.float32)
     grad_v = tl.zeros([KEYS, HEAD_DIM], tl.float32)
-    q_sum = tl.zeros([HEAD_DIM], tl.float32)
-    for first in range(0, num_tokens, QUERIES):
+    for first in tl.range(0, num_tokens, QUERIES, num_stages=3):
         query = first + tl.arange(0, QUERIES)
-        is_query = query < num_tokens
-        queries = query[:, None] * 3 * width + channel
-        rows = query[:, None] * width + channel
-        q = tl.load(qkv_ptr + queries, mask=is_query[:, None], other=0.0)
-        y = tl.load(y_ptr + rows, mask=is_query[:, None], other=0.0)
-        grad_y = tl.load(grad_y_ptr + rows, mask=is_query[:, None], other=0.0)
-        lse = tl.load(lse_ptr + head * num_tokens + query, mask=is_query, other=float("inf"))
-        along = tl.sum(grad_y.to(tl.float32) * y.to(tl.float32), 1)
-        p = tl.exp2(tl.dot(k, tl.trans(q)) * (scale * LOG2_E) - lse[None, :])  # (keys, queries), as all that follows
-        p = tl.where(is_key, p, 0.0)
+        inside = tl.minimum(query, num_tokens - 1)
+        q = tl.load(qkv_ptr + inside[:, None] * 3 * width + channel)
+        grad_y = tl.load(grad_y_ptr + inside[:, None] * width + channel)
+        # Four copies of each, or the compiler has every thread load what it needs of them: a third of the instructions.
+        copies = inside[:, None] + tl.zeros([1, 4], tl.int32)
+        lse, along = tl.max(tl.load(lse_ptr + copies), 1), tl.max(tl.load(along_ptr + copies), 1)
+        lse = tl.where(query < num_tokens, lse, float("inf"))
+        p = tl.exp2(tl.dot(k, tl.trans(q)) * (scale * LOG2_E) - lse[None, :])
         grad_v = tl.dot(p.to(v.dtype), grad_y, grad_v)
-        grad_score = (p * (tl.dot(v, tl.trans(grad_y)) - along[None, :])).to(k.dtype)
-        grad_k = tl.dot(grad_score, q, grad_k)
-        grad_q = tl.dot(tl.trans(grad_score), k) * scale
-        q_sum += tl.sum(grad_q, 0)
-        tl.store(grad_qkv_ptr + queries, grad_q.to(grad_qkv_ptr.dtype.element_ty), mask=is_query[:, None])
-    grad_k *= scale
-    tl.store(grad_qkv_ptr + width + keys, grad_k.to(grad_qkv_ptr.dtype.element_ty), mask=is_key)
-    tl.store(grad_qkv_ptr + 2 * width + keys, grad_v.to(grad_qkv_ptr.dtype.element_ty), mask=is_key)
-    column_ptr += batch * 3 * width + head_in_row * HEAD_DIM + tl.arange(0, HEAD_DIM)
-    tl.store(column_ptr, q_sum)
-    tl.store(column_ptr + width, tl.sum(grad_k, 0))
-    tl.store(column_ptr + 2 * width, tl.sum(grad_v, 0))
+        grad_score = p * (tl.dot(v, tl.trans(grad_y)) - along[None, :])
+        grad_k = tl.dot(grad_score.to(k.dtype), q, grad_k)
+    grad_k = tl.where(is_key, grad_k * scale, 0.0)
+    grad_v = tl.where(is_key, grad_v, 0.0)
+    rows = key[:, None] * 3 * width + channel
+    tl.store(grad_qkv_ptr + width + rows, grad_k.to(grad_qkv_ptr.dtype.element_ty), mask=is_key)
+    tl.store(grad_qkv_ptr + 2 * width + rows, grad_v.to(grad_qkv_ptr.dtype.element_ty), mask=is_key)
+    column_ptr += (batch * tl.num_programs(0) + tl.program_id(0)) * 3 * width + head_in_row * HEAD_DIM
+    tl.store(column_ptr + width + tl.arange(0, HEAD_DIM), tl.sum(grad_k, 0))
+    tl.store(column_ptr + 2 * width + tl.arange(0, HEAD_DIM), tl.sum(grad_v, 0))
 
 
 def packed_attention_forward(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -130,18 +198,11 @@ def packed_attention_forward(qkv: Tensor, num_heads: int, scale: float) -> tuple
     y = qkv.new_empty(batch, num_tokens, hidden_size)
     lse = qkv.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
     if qkv.numel():
+        sizes = num_tokens, num_heads, scale, hidden_size // num_heads
+        block = attention_block(num_tokens)
         with torch.accelerator.device_index(qkv.device.index):  # pyright: ignore[reportArgumentType]
-            packed_attention_forward_kernel[(batch * num_heads,)](
-                qkv,
-                y,
-                lse,
-                num_tokens,
-                num_heads,
-                scale,
-                hidden_size // num_heads,
-                _keys(num_tokens),
-                QUERIES=64,
-                num_warps=4,
+            packed_attention_forward_kernel[triton.cdiv(num_tokens, block), batch * num_heads](
+                qkv, y, lse, *sizes, QUERIES=block, KEYS=STEP, num_warps=4
             )
     return y, lse
 
@@ -149,21 +210,24 @@ def packed_attention_forward(qkv: Tensor, num_heads: int, scale: float) -> tuple
 def packed_attention_backward(
     grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Launch the backward kernel; arguments are contiguous.
+    """Launch the backward kernels and add up the columns in a fixed order; arguments are contiguous.
 
     Returns:
         The gradient of qkv, like qkv, and its column sums `(3 * hidden_size,)` in float32.
     """
     (batch, num_heads, num_tokens), hidden_size = lse.shape, y.shape[-1]
-    grad_qkv, columns = torch.empty_like(qkv), qkv.new_empty(batch, 3 * hidden_size, dtype=torch.float32)
+    block = attention_block(num_tokens)
+    blocks = triton.cdiv(num_tokens, block)
+    grad_qkv, along = torch.empty_like(qkv), torch.empty_like(lse)
+    columns = qkv.new_empty(1, batch * blocks, 3 * hidden_size, dtype=torch.float32)
     if qkv.numel():
+        sizes = num_tokens, num_heads, scale, hidden_size // num_heads
+        grid = blocks, batch * num_heads
         with torch.accelerator.device_index(qkv.device.index):  # pyright: ignore[reportArgumentType]
-            packed_attention_backward_kernel[(batch * num_heads,)](
-                grad_y, qkv, y, lse, grad_qkv, columns, num_tokens, num_heads, scale,
-                hidden_size // num_heads, _keys(num_tokens), QUERIES=32, num_warps=8,
-            )  # fmt: skip
-    return grad_qkv, columns.sum(0)
-
-
-def _keys(num_tokens: int) -> int:
-    return max(16, triton.next_power_of_2(num_tokens))
+            packed_attention_queries_kernel[grid](
+                grad_y, qkv, y, lse, grad_qkv, along, columns, *sizes, QUERIES=block, KEYS=STEP, num_warps=4
+            )
+            packed_attention_keys_kernel[grid](
+                grad_y, qkv, lse, along, grad_qkv, columns, *sizes, QUERIES=STEP, KEYS=block, num_warps=4
+            )
+    return grad_qkv, gather_sums(None, None, columns)[0].squeeze(0)

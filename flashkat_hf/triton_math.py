@@ -32,8 +32,16 @@ def load_denominator(row_ptr):
 
 
 @triton.jit
+def inverse(q):
+    """1 / q for q >= 1: the fast root's square and one step of Newton's, in half the instructions of a division."""
+    root = tl.rsqrt(q)
+    reciprocal = root * root
+    return reciprocal + reciprocal * (1.0 - q * reciprocal)
+
+
+@triton.jit
 def quotient(x, a, b):
-    """P(x) / Q(x) and 1 / Q(x) by Horner's rule; Q >= 1, so there is no pole.
+    """P(x) / Q(x) by Horner's rule; Q >= 1, so there is no pole.
 
     P(x) = a0 + a1 x + ... + a5 x^5            a: six values, constant term first
     Q(x) = 1 + b1 |x| + ... + b4 |x|^4         b: four values >= 0
@@ -41,54 +49,76 @@ def quotient(x, a, b):
     u = tl.abs(x)
     p = a[0] + x * (a[1] + x * (a[2] + x * (a[3] + x * (a[4] + x * a[5]))))
     q = 1.0 + u * (b[0] + u * (b[1] + u * (b[2] + u * b[3])))
-    root = tl.rsqrt(q)  # its square is 1 / q to two roundings, in half the instructions of a division
-    reciprocal = root * root
-    return p * reciprocal, reciprocal
+    return p * inverse(q)
 
 
 @triton.jit
-def derivative_coefficients(a, b):
-    """Those of P' and of Q' as a polynomial in |x|: (a1, 2 a2, .., 5 a5) and (b1, 2 b2, .., 4 b4)."""
-    return (a[1], 2 * a[2], 3 * a[3], 4 * a[4], 5 * a[5]), (b[0], 2 * b[1], 3 * b[2], 4 * b[3])
+def quotient_and_slope(x, a, b):
+    """F = P / Q, 1 / Q, and Q dF/dx = P'(x) - F s(x) Q'(|x|) with s(0) = +1.
 
-
-@triton.jit
-def slope_times_q(x, f, a_slope, b_slope):
-    """Q d(P/Q)/dx = P'(x) - F s(x) Q'(|x|), with F = P/Q, s(0) = +1 and `derivative_coefficients`."""
+    Horner's rule gives a polynomial and its derivative in one pass, without coefficients of their own.
+    """
     u = tl.abs(x)
-    p_slope = a_slope[0] + x * (a_slope[1] + x * (a_slope[2] + x * (a_slope[3] + x * a_slope[4])))
-    q_slope = f * (b_slope[0] + u * (b_slope[1] + u * (b_slope[2] + u * b_slope[3])))
-    return p_slope - tl.where(x < 0, -q_slope, q_slope)
+    p, p_slope = a[4] + x * a[5], a[5]
+    q, q_slope = b[2] + u * b[3], b[3]
+    p, p_slope = a[3] + x * p, p + x * p_slope
+    p, p_slope = a[2] + x * p, p + x * p_slope
+    q, q_slope = b[1] + u * q, q + u * q_slope
+    p, p_slope = a[1] + x * p, p + x * p_slope
+    q, q_slope = b[0] + u * q, q + u * q_slope
+    p, p_slope = a[0] + x * p, p + x * p_slope
+    q, q_slope = 1.0 + u * q, q + u * q_slope
+    reciprocal = inverse(q)
+    f = p * reciprocal
+    q_slope *= f
+    return f, reciprocal, p_slope - tl.where(x < 0, -q_slope, q_slope)
 
 
 @triton.jit
-def no_sums(like):
-    """Ten zeros of the shape of `like`, for `add_coefficient_terms`: the sums for a_0..a_5 and |b_1|..|b_4|."""
-    zero = tl.zeros_like(like)
+def no_sums(SEGMENTS: tl.constexpr):
+    """Ten zeros for each segment, for `add_coefficient_terms`: the sums for a_0..a_5 and |b_1|..|b_4|."""
+    zero = tl.zeros([SEGMENTS], tl.float32)
     return zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
 
 
 @triton.jit
-def add_coefficient_terms(sums, x, u, f):
-    """`sums` with the terms of a tile (segments, WIDTH) added; u = grad_y / Q(x), f = P(x) / Q(x).
+def add_coefficient_terms(sums, x, u, f, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr):
+    """`sums` with the terms of a tile (SEGMENTS, WIDTH) added; u = grad_y / Q(x), f = P(x) / Q(x).
 
-    a_k adds u x^k, |b_k| subtracts u f |x|^k.
+    a_k adds u x^k, |b_k| subtracts u f |x|^k: a fused multiply-add each, one after the other in a thread, where a
+    reduction's tree would need a product and a sum.
     """
-    v = u * f
-    x2 = x * x
-    x3, x4 = x2 * x, x2 * x2
-    return (
-        sums[0] + tl.sum(u, 1),
-        sums[1] + tl.sum(u * x, 1),
-        sums[2] + tl.sum(u * x2, 1),
-        sums[3] + tl.sum(u * x3, 1),
-        sums[4] + tl.sum(u * x4, 1),
-        sums[5] + tl.sum(u * (x4 * x), 1),
-        sums[6] - tl.sum(v * tl.abs(x), 1),
-        sums[7] - tl.sum(v * x2, 1),
-        sums[8] - tl.sum(v * tl.abs(x3), 1),
-        sums[9] - tl.sum(v * x4, 1),
-    )
+    xs, us = unstack(x, SEGMENTS, WIDTH), unstack(u, SEGMENTS, WIDTH)
+    vs = unstack(u * f, SEGMENTS, WIDTH)
+    for i in tl.static_range(WIDTH):
+        x, u, v = xs[i], us[i], vs[i]
+        x2 = x * x
+        x3, x4 = x2 * x, x2 * x2
+        sums = (
+            sums[0] + u,
+            sums[1] + u * x,
+            sums[2] + u * x2,
+            sums[3] + u * x3,
+            sums[4] + u * x4,
+            sums[5] + u * (x4 * x),
+            sums[6] - v * tl.abs(x),
+            sums[7] - v * x2,
+            sums[8] - v * tl.abs(x3),
+            sums[9] - v * x4,
+        )
+    return sums
+
+
+@triton.jit
+def unstack(x, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr):
+    """The columns of a tile (SEGMENTS, WIDTH), WIDTH a power of two; where a thread holds a row, nothing moves."""
+    if WIDTH == 1:
+        return (x.reshape(SEGMENTS),)
+    elif WIDTH == 2:
+        return tl.split(x)
+    else:
+        even, odd = tl.split(x.reshape(SEGMENTS, WIDTH // 2, 2))
+        return unstack(even, SEGMENTS, WIDTH // 2) + unstack(odd, SEGMENTS, WIDTH // 2)
 
 
 @triton.jit

@@ -1,8 +1,11 @@
 """Triton kernels of residual addition, layer norm and group rational in one pass, forward and backward.
 
-Both see a row of `hidden_size` channels as segments of WIDTH neighbouring channels of one group, padded to a power of
-two of segments. A program takes one row at a time and walks over the tensor, so each thread keeps its channels: their
-weights, coefficients and sums stay in registers.
+The addition and the rational can be left out: then they are the layer norm of a residual stream, whose backward also
+joins the stream's two gradients.
+
+A program takes one row of `hidden_size` channels at a time and walks over the tensor. Each thread keeps a segment of
+PARTS * WIDTH channels of one group, padded to a power of two of segments, so its weights, coefficients and sums stay in
+registers, and a row of up to 384 channels is reduced inside one warp.
 """
 
 import torch
@@ -16,22 +19,40 @@ except ImportError:
 
 from .triton_math import (
     add_coefficient_terms,
-    derivative_coefficients,
     load_denominator,
     load_numerator,
     no_sums,
     quotient,
-    slope_times_q,
+    quotient_and_slope,
     store_sums,
 )
-from .triton_rational import gather_sums, num_multiprocessors
-from .triton_tiles import Tile, norm_tile
+from .triton_rational import num_multiprocessors
+from .triton_sums import gather_sums
+from .triton_tiles import NormTile, norm_tile
 
 NORM_SIZES = ("num_rows", "segments_per_row", "segments_per_group", "numerator_stride", "denominator_stride", "eps")
 
 
+@triton.jit
+def load_parts(ptr, mask, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """A row's segments in float32: PARTS tensors (SEGMENTS, WIDTH)."""
+    parts = ()
+    for part in tl.static_range(PARTS):
+        parts = parts + (tl.load(ptr + part * WIDTH, mask=mask, other=0.0).to(tl.float32),)
+    return parts
+
+
+@triton.jit
+def no_parts(PARTS: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Zeros, to add up parts."""
+    parts = ()
+    for _ in tl.static_range(PARTS):
+        parts = parts + (tl.zeros([SEGMENTS, WIDTH], tl.float32),)
+    return parts
+
+
 @triton.jit(do_not_specialize=NORM_SIZES)
-def add_norm_rational_forward_kernel(
+def norm_forward_kernel(
     residual_ptr,  # (num_rows, hidden_size), contiguous, any float
     branch_ptr,  # (num_rows, hidden_size), contiguous, any float
     weight_ptr,  # (hidden_size,), any float
@@ -39,7 +60,7 @@ def add_norm_rational_forward_kernel(
     numerator_ptr,  # (1 or num_groups, 6), any float; numerator_stride is 0 when one row serves all groups
     denominator_ptr,  # (1 or num_groups, 4), likewise
     total_ptr,  # like residual
-    y_ptr,  # like branch
+    y_ptr,  # (num_rows, hidden_size), any float
     mean_ptr,  # (num_rows,) float32
     rstd_ptr,  # (num_rows,) float32
     num_rows: tl.int64,
@@ -49,40 +70,57 @@ def add_norm_rational_forward_kernel(
     denominator_stride: tl.int32,
     eps: tl.float32,
     SEGMENTS: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    ADD: tl.constexpr,
+    RATIONAL: tl.constexpr,
 ):
     """Total = residual + branch, rounded to its dtype; y = rational(layer norm of total), and the norm's statistics.
 
-    Grid (num_programs,). Memory: two reads and two writes of each element. Arithmetic: float32.
+    Without ADD total is residual, and neither branch nor total is touched; without RATIONAL y is the norm.
+    Grid (num_programs,). Memory: two reads and two writes of each element, one and one without ADD.
     """
     segment = tl.arange(0, SEGMENTS)[:, None]
-    column = segment * WIDTH + tl.arange(0, WIDTH)[None, :]
+    column = segment * (PARTS * WIDTH) + tl.arange(0, WIDTH)[None, :]
     in_row = segment < segments_per_row
-    hidden_size = segments_per_row * WIDTH
-    group = tl.where(in_row, segment // segments_per_group, 0)
-    a = load_numerator(numerator_ptr + group * numerator_stride)
-    b = load_denominator(denominator_ptr + group * denominator_stride)
-    weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, mask=in_row, other=0.0).to(tl.float32)
+    hidden_size = segments_per_row * (PARTS * WIDTH)
+    if RATIONAL:
+        group = tl.where(in_row, segment // segments_per_group, 0)
+        a = load_numerator(numerator_ptr + group * numerator_stride)
+        b = load_denominator(denominator_ptr + group * denominator_stride)
+    weight = load_parts(weight_ptr + column, in_row, PARTS, WIDTH)
+    bias = load_parts(bias_ptr + column, in_row, PARTS, WIDTH)
     for row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
         offset = row * hidden_size + column
-        residual = tl.load(residual_ptr + offset, mask=in_row, other=0.0).to(tl.float32)
-        branch = tl.load(branch_ptr + offset, mask=in_row, other=0.0).to(tl.float32)
-        total = (residual + branch).to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + offset, total, mask=in_row)
-        x = total.to(tl.float32)
-        mean = tl.sum(x) / hidden_size
-        centred = tl.where(in_row, x - mean, 0.0)
-        variance = tl.sum(centred * centred) / hidden_size
-        rstd = 1.0 / tl.sqrt(variance + eps)
-        y, _ = quotient(centred * rstd * weight + bias, a, b)
-        tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=in_row)
+        x = load_parts(residual_ptr + offset, in_row, PARTS, WIDTH)
+        if ADD:
+            branch = load_parts(branch_ptr + offset, in_row, PARTS, WIDTH)
+            totals = ()
+            for part in tl.static_range(PARTS):
+                total = (x[part] + branch[part]).to(total_ptr.dtype.element_ty)
+                tl.store(total_ptr + offset + part * WIDTH, total, mask=in_row)
+                totals = totals + (total.to(tl.float32),)
+            x = totals
+        along = tl.zeros([SEGMENTS, WIDTH], tl.float32)
+        for part in tl.static_range(PARTS):
+            along += x[part]
+        mean = tl.sum(along) / hidden_size
+        along = tl.zeros([SEGMENTS, WIDTH], tl.float32)
+        for part in tl.static_range(PARTS):
+            centred = tl.where(in_row, x[part] - mean, 0.0)
+            along += centred * centred
+        rstd = 1.0 / tl.sqrt(tl.sum(along) / hidden_size + eps)
+        for part in tl.static_range(PARTS):
+            y = (x[part] - mean) * rstd * weight[part] + bias[part]
+            if RATIONAL:
+                y = quotient(y, a, b)
+            tl.store(y_ptr + offset + part * WIDTH, y.to(y_ptr.dtype.element_ty), mask=in_row)
         tl.store(mean_ptr + row, mean)
         tl.store(rstd_ptr + row, rstd)
 
 
 @triton.jit(do_not_specialize=NORM_SIZES)
-def add_norm_rational_backward_kernel(
+def norm_backward_kernel(
     grad_total_ptr,  # (num_rows, hidden_size), contiguous, any float
     grad_y_ptr,  # (num_rows, hidden_size), contiguous, any float
     total_ptr,  # (num_rows, hidden_size), contiguous, any float
@@ -101,51 +139,67 @@ def add_norm_rational_backward_kernel(
     numerator_stride: tl.int32,
     denominator_stride: tl.int32,
     SEGMENTS: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    RATIONAL: tl.constexpr,
 ):
     """The gradient of total, both ways joined, and for each program its sums for the coefficients and the norm.
 
     Grid (num_programs,). Memory: three reads and one write of each element. Arithmetic: float32.
     """
-    segment = tl.arange(0, SEGMENTS)[:, None]
-    column = segment * WIDTH + tl.arange(0, WIDTH)[None, :]
-    in_row = segment < segments_per_row
-    hidden_size = segments_per_row * WIDTH
-    group = tl.where(in_row, segment // segments_per_group, 0)
-    a = load_numerator(numerator_ptr + group * numerator_stride)
-    b = load_denominator(denominator_ptr + group * denominator_stride)
-    a_slope, b_slope = derivative_coefficients(a, b)
-    weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    sums = no_sums(tl.zeros([SEGMENTS], tl.float32))
-    weight_sum = tl.zeros([SEGMENTS, WIDTH], tl.float32)
-    bias_sum = tl.zeros([SEGMENTS, WIDTH], tl.float32)
-    for row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
-        offset = row * hidden_size + column
-        total = tl.load(total_ptr + offset, mask=in_row, other=0.0).to(tl.float32)
-        grad_y = tl.load(grad_y_ptr + offset, mask=in_row, other=0.0).to(tl.float32)
-        grad_total = tl.load(grad_total_ptr + offset, mask=in_row, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row)
-        normal = (total - tl.load(mean_ptr + row)) * rstd
-        x = normal * weight + bias
-        f, reciprocal = quotient(x, a, b)
-        u = grad_y * reciprocal  # 0 outside of the row, and so is all that follows
-        grad_x = u * slope_times_q(x, f, a_slope, b_slope)
-        sums = add_coefficient_terms(sums, x, u, f)
-        weight_sum += grad_x * normal
-        bias_sum += grad_x
-        grad_normal = grad_x * weight
-        along = tl.sum(grad_normal * normal) / hidden_size
-        mean_grad = tl.sum(grad_normal) / hidden_size
-        grad = grad_total + rstd * (grad_normal - mean_grad - normal * along)
-        tl.store(grad_ptr + offset, grad.to(grad_ptr.dtype.element_ty), mask=in_row)
     program, programs = tl.program_id(0), tl.num_programs(0)
+    segment = tl.arange(0, SEGMENTS)[:, None]
+    column = segment * (PARTS * WIDTH) + tl.arange(0, WIDTH)[None, :]
+    in_row = segment < segments_per_row
+    hidden_size = segments_per_row * (PARTS * WIDTH)
+    weight = load_parts(weight_ptr + column, in_row, PARTS, WIDTH)
+    if RATIONAL:
+        group = tl.where(in_row, segment // segments_per_group, 0)
+        a = load_numerator(numerator_ptr + group * numerator_stride)
+        b = load_denominator(denominator_ptr + group * denominator_stride)
+        bias = load_parts(bias_ptr + column, in_row, PARTS, WIDTH)
+        sums = no_sums(SEGMENTS)
+    weight_sum = no_parts(PARTS, SEGMENTS, WIDTH)
+    bias_sum = no_parts(PARTS, SEGMENTS, WIDTH)
+    for row in range(program.to(tl.int64), num_rows, programs):
+        offset = row * hidden_size + column
+        total = load_parts(total_ptr + offset, in_row, PARTS, WIDTH)
+        grad_y = load_parts(grad_y_ptr + offset, in_row, PARTS, WIDTH)
+        grad_total = load_parts(grad_total_ptr + offset, in_row, PARTS, WIDTH)
+        mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
+        normals, grad_normals, weight_sums, bias_sums = (), (), (), ()
+        along = tl.zeros([SEGMENTS, WIDTH], tl.float32)
+        across = tl.zeros([SEGMENTS, WIDTH], tl.float32)
+        for part in tl.static_range(PARTS):
+            normal = (total[part] - mean) * rstd
+            grad_x = grad_y[part]  # 0 outside of the row, and so is all that follows
+            if RATIONAL:
+                x = normal * weight[part] + bias[part]
+                f, reciprocal, slope = quotient_and_slope(x, a, b)
+                u = grad_x * reciprocal
+                grad_x = u * slope
+                sums = add_coefficient_terms(sums, x, u, f, SEGMENTS, WIDTH)
+            grad_normal = grad_x * weight[part]
+            along += grad_normal * normal
+            across += grad_normal
+            weight_sums = weight_sums + (weight_sum[part] + grad_x * normal,)
+            bias_sums = bias_sums + (bias_sum[part] + grad_x,)
+            normals = normals + (normal,)
+            grad_normals = grad_normals + (grad_normal,)
+        weight_sum, bias_sum = weight_sums, bias_sums
+        slope_along = tl.sum(along) / hidden_size
+        mean_grad = tl.sum(across) / hidden_size
+        for part in tl.static_range(PARTS):
+            grad = grad_total[part] + rstd * (grad_normals[part] - mean_grad - normals[part] * slope_along)
+            tl.store(grad_ptr + offset + part * WIDTH, grad.to(grad_ptr.dtype.element_ty), mask=in_row)
     column_ptr += program * hidden_size + column
-    tl.store(column_ptr, weight_sum, mask=in_row)
-    tl.store(column_ptr + programs * hidden_size, bias_sum, mask=in_row)
-    segment = tl.arange(0, SEGMENTS)
-    partial_ptr += program * segments_per_row + segment
-    store_sums(partial_ptr, programs * segments_per_row, sums, segment < segments_per_row)
+    for part in tl.static_range(PARTS):
+        tl.store(column_ptr + part * WIDTH, weight_sum[part], mask=in_row)
+        tl.store(column_ptr + programs * hidden_size + part * WIDTH, bias_sum[part], mask=in_row)
+    if RATIONAL:
+        segment = tl.arange(0, SEGMENTS)
+        partial_ptr += program * segments_per_row + segment
+        store_sums(partial_ptr, programs * segments_per_row, sums, segment < segments_per_row)
 
 
 def add_norm_rational_forward(
@@ -156,16 +210,14 @@ def add_norm_rational_forward(
     Returns:
         total like residual, y like branch, mean and reciprocal standard deviation `(...)` of each row in float32.
     """
-    total, y = torch.empty_like(residual), torch.empty_like(branch)
-    mean, rstd = (residual.new_empty(residual.shape[:-1], dtype=torch.float32) for _ in range(2))
-    tile, layout = _plan(residual, numerator, denominator)
-    if residual.numel():
-        with torch.accelerator.device_index(residual.device.index):  # pyright: ignore[reportArgumentType]
-            add_norm_rational_forward_kernel[(tile.num_programs,)](
-                residual, branch, weight, bias, numerator, denominator, total, y, mean, rstd,
-                *layout, eps, tile.segments, tile.width, num_warps=tile.num_warps,
-            )  # fmt: skip
-    return total, y, mean, rstd
+    return _forward(residual, branch, weight, bias, (numerator, denominator), eps, branch.dtype)
+
+
+def norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward kernel as a layer norm alone; the norm in `dtype`, and each row's statistics."""
+    return _forward(x, None, weight, bias, None, eps, dtype)[1:]
 
 
 def add_norm_rational_backward(
@@ -184,28 +236,98 @@ def add_norm_rational_backward(
     Returns:
         The gradient of both summands, like total, and those of weight, bias, numerator and denominator.
     """
+    grad, (*grad_tables, columns) = _backward(
+        grad_total, grad_y, total, mean, rstd, weight, bias, (numerator, denominator)
+    )
+    # an operator's results share no memory
+    grad_weight, grad_bias = columns[0].to(weight.dtype), columns[1].to(bias.dtype, copy=True)
+    return grad, grad_weight, grad_bias, *grad_tables
+
+
+def norm_backward(
+    grad_total: Tensor, grad_y: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward kernel as a layer norm's, whose input has another gradient, `grad_total`, beside.
+
+    Returns:
+        Both ways' gradient of total, like total, and those of weight and bias.
+    """
+    grad, (columns,) = _backward(grad_total, grad_y, total, mean, rstd, weight, bias, None)
+    return grad, columns[0].to(weight.dtype), columns[1].to(bias.dtype)
+
+
+def _forward(residual, branch, weight, bias, tables, eps, dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = residual if branch is None else torch.empty_like(residual)
+    y = torch.empty_like(residual, dtype=dtype)
+    mean, rstd = (residual.new_empty(residual.shape[:-1], dtype=torch.float32) for _ in range(2))
+    tile, layout = _plan(residual, tables)
+    if residual.numel():
+        with torch.accelerator.device_index(residual.device.index):  # pyright: ignore[reportArgumentType]
+            norm_forward_kernel[(tile.num_programs,)](
+                residual,
+                residual if branch is None else branch,
+                weight,
+                bias,
+                *(tables or (weight, bias)),  # not read without tables
+                total,
+                y,
+                mean,
+                rstd,
+                *layout,
+                eps,
+                tile.segments,
+                tile.parts,
+                tile.width,
+                branch is not None,
+                tables is not None,
+                num_warps=tile.num_warps,
+            )
+    return total, y, mean, rstd
+
+
+def _backward(grad_total, grad_y, total, mean, rstd, weight, bias, tables) -> tuple[Tensor, tuple[Tensor, ...]]:
     grad, hidden_size = torch.empty_like(total), total.shape[-1]
-    tile, layout = _plan(total, numerator, denominator)
-    partial = total.new_empty(10, tile.num_programs, hidden_size // tile.width, dtype=torch.float32)
+    tile, layout = _plan(total, tables)
+    partial = None
+    if tables is not None:
+        segments_per_row = hidden_size // (tile.parts * tile.width)
+        partial = total.new_empty(10, tile.num_programs, segments_per_row, dtype=torch.float32)
     columns = total.new_empty(2, tile.num_programs, hidden_size, dtype=torch.float32)
     if total.numel():
         with torch.accelerator.device_index(total.device.index):  # pyright: ignore[reportArgumentType]
-            add_norm_rational_backward_kernel[(tile.num_programs,)](
-                grad_total, grad_y, total, mean, rstd, weight, bias, numerator, denominator, grad, partial, columns,
-                *layout, tile.segments, tile.width, num_warps=tile.num_warps,
-            )  # fmt: skip
-    grad_weight, grad_bias = (
-        column.sum(0) for column in columns
-    )  # separate tensors: an operator's results share no memory
-    tables = gather_sums(partial, numerator, denominator, hidden_size // tile.width)
-    return grad, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *tables
+            norm_backward_kernel[(tile.num_programs,)](
+                grad_total,
+                grad_y,
+                total,
+                mean,
+                rstd,
+                weight,
+                bias,
+                *(tables or (weight, bias)),  # not read without tables
+                grad,
+                columns if partial is None else partial,
+                columns,
+                *layout,
+                tile.segments,
+                tile.parts,
+                tile.width,
+                tables is not None,
+                num_warps=tile.num_warps,
+            )
+    return grad, gather_sums(tables, partial, columns)
 
 
-def _plan(total: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tile, tuple[int, ...]]:
+def _plan(total: Tensor, tables: tuple[Tensor, Tensor] | None) -> tuple[NormTile, tuple[int, ...]]:
     """Tile, and the kernels' arguments from num_rows to denominator_stride."""
-    hidden_size, num_groups = total.shape[-1], max(numerator.shape[0], denominator.shape[0])
+    hidden_size = total.shape[-1]
+    rows = (1, 1) if tables is None else tuple(table.shape[0] for table in tables)
     num_rows = total.numel() // hidden_size
-    tile = norm_tile(num_rows, hidden_size, hidden_size // num_groups, num_multiprocessors(total.device))
-    segments_per_row = hidden_size // tile.width
-    strides = 0 if numerator.shape[0] == 1 else 6, 0 if denominator.shape[0] == 1 else 4
-    return tile, (num_rows, segments_per_row, segments_per_row // num_groups, *strides)
+    tile = norm_tile(num_rows, hidden_size, hidden_size // max(rows), num_multiprocessors(total.device))
+    segments_per_row = hidden_size // (tile.parts * tile.width)
+    return tile, (
+        num_rows,
+        segments_per_row,
+        segments_per_row // max(rows),
+        0 if rows[0] == 1 else 6,
+        0 if rows[1] == 1 else 4,
+    )

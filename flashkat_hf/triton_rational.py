@@ -16,17 +16,16 @@ try:  # transformers takes what checkpoint code imports elsewhere for a requirem
 except ImportError:
     raise
 
-from .reference import coefficient_gradients
 from .triton_math import (
     add_coefficient_terms,
-    derivative_coefficients,
     load_denominator,
     load_numerator,
     no_sums,
     quotient,
-    slope_times_q,
+    quotient_and_slope,
     store_sums,
 )
+from .triton_sums import gather_sums
 from .triton_tiles import Tile, backward_tile, forward_tile
 
 SIZES = ("num_segments", "segments_per_row", "segments_per_group", "numerator_stride", "denominator_stride")
@@ -58,7 +57,7 @@ def rational_forward_kernel(
     a = load_numerator(numerator_ptr + group * numerator_stride)
     b = load_denominator(denominator_ptr + group * denominator_stride)
     mask = segment < num_segments - first
-    y, _ = quotient(tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32), a, b)
+    y = quotient(tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32), a, b)
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -82,8 +81,8 @@ def rational_backward_kernel(
 
     Grid (num_programs,), with num_programs * SEGMENTS a multiple of segments_per_row: the step between a program's
     tiles is whole rows, so a segment of the tile stays in one group and its coefficients and sums stay in registers.
-    Memory: two reads and one write of each element. Arithmetic: float32, about 50 instructions and one reciprocal an
-    element.
+    The loop's loads run two tiles ahead. Memory: two reads and one write of each element. Arithmetic: float32, about 48
+    instructions an element.
     """
     first = tl.program_id(0).to(tl.int64) * SEGMENTS
     step = tl.num_programs(0).to(tl.int64) * SEGMENTS
@@ -92,17 +91,16 @@ def rational_backward_kernel(
     group = ((first % segments_per_row).to(tl.int32) + segment[:, None]) % segments_per_row // segments_per_group
     a = load_numerator(numerator_ptr + group * numerator_stride)
     b = load_denominator(denominator_ptr + group * denominator_stride)
-    a_slope, b_slope = derivative_coefficients(a, b)  # once, not for each tile
-    sums = no_sums(segment.to(tl.float32))
-    for start in range(first, num_segments, step):
+    sums = no_sums(SEGMENTS)
+    for start in tl.range(first, num_segments, step, num_stages=3):
         mask = (segment < num_segments - start)[:, None]
         x = tl.load(x_ptr + start * WIDTH + offset, mask=mask, other=0.0).to(tl.float32)
         grad_y = tl.load(grad_y_ptr + start * WIDTH + offset, mask=mask, other=0.0).to(tl.float32)
-        f, reciprocal = quotient(x, a, b)
+        f, reciprocal, slope = quotient_and_slope(x, a, b)
         u = grad_y * reciprocal
-        grad_x = u * slope_times_q(x, f, a_slope, b_slope)
+        grad_x = u * slope
         tl.store(grad_x_ptr + start * WIDTH + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
-        sums = add_coefficient_terms(sums, x, u, f)
+        sums = add_coefficient_terms(sums, x, u, f, SEGMENTS, WIDTH)
     store_sums(partial_ptr + first + segment, step, sums, None)
 
 
@@ -129,36 +127,29 @@ def rational_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel and add up its partial sums, in a fixed order; arguments are valid and contiguous."""
     grad_x = torch.empty_like(x)
-    tile, layout, partial = backward_plan(x, numerator, denominator)
+    tile, layout, partial = backward_plan(x, numerator, denominator, programs_per_multiprocessor=12)
     if x.numel():
         with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType]
             rational_backward_kernel[(tile.num_programs,)](
                 grad_y, x, numerator, denominator, grad_x, partial, *layout, num_warps=tile.num_warps
             )
-    return grad_x, *gather_sums(partial, numerator, denominator, x.shape[-1] // tile.width)
+    return (grad_x, *gather_sums((numerator, denominator), partial, None))
 
 
-def backward_plan(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tile, tuple[int, ...], Tensor]:
-    """Tile, the kernel's arguments from num_segments to WIDTH, and room for the sums `(10, num_programs, segments)`.
+def backward_plan(
+    x: Tensor, numerator: Tensor, denominator: Tensor, programs_per_multiprocessor: int
+) -> tuple[Tile, tuple[int, ...], Tensor]:
+    """Tile, the kernel's arguments from num_segments to WIDTH, and room for its sums `(10, rows, segments_per_row)`.
 
-    Without elements there are no programs, and the sums are empty.
+    The programs' tiles in a row make whole rows. Without elements there are no programs, and the sums are empty.
     """
     hidden_size, num_groups = x.shape[-1], max(numerator.shape[0], denominator.shape[0])
-    tile = backward_tile(
-        x.numel(), hidden_size, hidden_size // num_groups, x.element_size(), num_multiprocessors(x.device)
-    )
-    partial = torch.empty(10, tile.num_programs, tile.segments, dtype=torch.float32, device=x.device)
+    programs = programs_per_multiprocessor * num_multiprocessors(x.device)
+    tile = backward_tile(x.numel(), hidden_size, hidden_size // num_groups, x.element_size(), programs)
+    segments_per_row = hidden_size // tile.width
+    rows = tile.num_programs * tile.segments // segments_per_row
+    partial = torch.empty(10, rows, segments_per_row, dtype=torch.float32, device=x.device)
     return tile, _layout(x, numerator, denominator, tile), partial
-
-
-def gather_sums(
-    partial: Tensor, numerator: Tensor, denominator: Tensor, segments_per_row: int
-) -> tuple[Tensor, Tensor]:
-    """The tables' gradients from sums `(10, ...)` over segments that, in order of memory, make whole rows."""
-    num_groups = max(numerator.shape[0], denominator.shape[0])
-    # Neighbouring segments of a group stand together, and the programs' tiles in a row make whole rows of x.
-    sums = partial.view(10, -1, num_groups, segments_per_row // num_groups).sum((1, 3)).T
-    return coefficient_gradients(sums[:, :6], sums[:, 6:], numerator, denominator)
 
 
 def _layout(x: Tensor, numerator: Tensor, denominator: Tensor, tile: Tile) -> tuple[int, ...]:

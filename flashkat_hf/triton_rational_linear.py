@@ -15,15 +15,14 @@ except ImportError:
 
 from .triton_math import (
     add_coefficient_terms,
-    derivative_coefficients,
     load_denominator,
     load_numerator,
     no_sums,
-    quotient,
-    slope_times_q,
+    quotient_and_slope,
     store_sums,
 )
-from .triton_rational import SIZES, backward_plan, gather_sums
+from .triton_rational import SIZES, backward_plan
+from .triton_sums import gather_sums
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -47,7 +46,7 @@ def rational_linear_backward_kernel(
     """grad_x, y, and for each program the sums over the segments that it met, of coefficients and of columns.
 
     Grid (num_programs,), with num_programs * SEGMENTS a multiple of segments_per_row, as in `rational_backward_kernel`.
-    Memory: two reads and two writes of each element. Arithmetic: float32, about 55 instructions an element.
+    Memory: two reads and two writes of each element. Arithmetic: float32, about 50 instructions an element.
     """
     first = tl.program_id(0).to(tl.int64) * SEGMENTS
     step = tl.num_programs(0).to(tl.int64) * SEGMENTS
@@ -56,19 +55,18 @@ def rational_linear_backward_kernel(
     group = ((first % segments_per_row).to(tl.int32) + segment[:, None]) % segments_per_row // segments_per_group
     a = load_numerator(numerator_ptr + group * numerator_stride)
     b = load_denominator(denominator_ptr + group * denominator_stride)
-    a_slope, b_slope = derivative_coefficients(a, b)  # once, not for each tile
-    sums = no_sums(segment.to(tl.float32))
+    sums = no_sums(SEGMENTS)
     columns = tl.zeros([SEGMENTS, WIDTH], tl.float32)
-    for start in range(first, num_segments, step):
+    for start in tl.range(first, num_segments, step, num_stages=3):
         mask = (segment < num_segments - start)[:, None]
         x = tl.load(x_ptr + start * WIDTH + offset, mask=mask, other=0.0).to(tl.float32)
         grad_y = tl.load(grad_y_ptr + start * WIDTH + offset, mask=mask, other=0.0).to(tl.float32)
-        f, reciprocal = quotient(x, a, b)
+        f, reciprocal, slope = quotient_and_slope(x, a, b)
         u = grad_y * reciprocal
-        grad_x = u * slope_times_q(x, f, a_slope, b_slope)
+        grad_x = u * slope
         tl.store(y_ptr + start * WIDTH + offset, f.to(y_ptr.dtype.element_ty), mask=mask)
         tl.store(grad_x_ptr + start * WIDTH + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
-        sums = add_coefficient_terms(sums, x, u, f)
+        sums = add_coefficient_terms(sums, x, u, f, SEGMENTS, WIDTH)
         columns += grad_x
     store_sums(partial_ptr + first + segment, step, sums, None)
     tl.store(column_ptr + first * WIDTH + offset, columns)
@@ -83,13 +81,12 @@ def rational_linear_backward(
         grad_x and y like x, the column sums of grad_x `(hidden_size,)` in float32, and both tables' gradients.
     """
     grad_x, y = torch.empty_like(x), torch.empty_like(x)
-    tile, layout, partial = backward_plan(x, numerator, denominator)
-    columns = torch.empty(tile.num_programs, tile.segments, tile.width, dtype=torch.float32, device=x.device)
+    tile, layout, partial = backward_plan(x, numerator, denominator, programs_per_multiprocessor=4)
+    columns = torch.empty(1, partial.shape[1], x.shape[-1], dtype=torch.float32, device=x.device)
     if x.numel():
         with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType]
             rational_linear_backward_kernel[(tile.num_programs,)](
                 grad_y, x, numerator, denominator, grad_x, y, partial, columns, *layout, num_warps=tile.num_warps
             )
-    # A program's tile and the next program's are neighbours, and all of them together are whole rows.
-    columns = columns.view(-1, x.shape[-1]).sum(0)
-    return grad_x, y, columns, *gather_sums(partial, numerator, denominator, x.shape[-1] // tile.width)
+    *tables, columns = gather_sums((numerator, denominator), partial, columns)
+    return grad_x, y, columns.squeeze(0), *tables

@@ -27,28 +27,51 @@ def forward_tile(num_elements: int, group_size: int, element_bytes: int) -> Tile
     return Tile(segments, width, num_warps=2, num_programs=_cdiv(num_elements, segments * width))
 
 
-def backward_tile(
-    num_elements: int, hidden_size: int, group_size: int, element_bytes: int, num_multiprocessors: int
-) -> Tile:
-    """Few programs that walk over the tensor in steps of whole rows, so that each thread stays in one group.
+def backward_tile(num_elements: int, hidden_size: int, group_size: int, element_bytes: int, programs: int) -> Tile:
+    """About so many programs, which walk over the tensor in steps of whole rows, so each thread stays in one group.
 
-    Its coefficients and their partial sums then live in registers, which leave room for six programs on an H100's
-    multiprocessor: twelve are two full waves. The step, `num_programs * segments`, must be a
+    Its coefficients and their partial sums then live in registers. The step, `num_programs * segments`, must be a
     multiple of the segments in a row.
     """
     segments, width = 128, segment_width(group_size, element_bytes)
     segments_per_row = hidden_size // width
     whole_rows = segments_per_row // math.gcd(segments_per_row, segments)
-    wanted = min(12 * num_multiprocessors, _cdiv(num_elements, segments * width))
+    wanted = min(programs, _cdiv(num_elements, segments * width))
     return Tile(segments, width, num_warps=4, num_programs=_cdiv(wanted, whole_rows) * whole_rows)
 
 
-def norm_tile(num_rows: int, hidden_size: int, group_size: int, num_multiprocessors: int) -> Tile:
-    """A row at a time, one segment a thread, for kernels that reduce along a row; programs walk over the rows."""
-    width = segment_width(group_size, 2)
-    segments = 1 << (hidden_size // width - 1).bit_length()
+class NormTile(NamedTuple):
+    segments: int  # a power of two, at least those of a row
+    parts: int  # loads that a thread needs for its segment
+    width: int  # channels of a load: a power of two
+    num_warps: int
+    num_programs: int
+
+
+def norm_tile(num_rows: int, hidden_size: int, group_size: int, num_multiprocessors: int) -> NormTile:
+    """A row at a time, for kernels that reduce along a row; a thread's segment lies in one group.
+
+    The segment has at most 12 channels, whose sums fit in registers; of those sizes the one that leaves the fewest
+    threads idle, then the longest one. A row of 192, 384 or 768 channels takes 32, 32 or 64 threads, all of them busy.
+    Programs walk over the rows, as many as a multiprocessor's registers hold.
+    """
+    sizes = [size for size in range(1, 13) if group_size % size == 0]
+    size = min(sizes, key=lambda size: (_threads(hidden_size, size) * size, -size))
+    width, segments = size & -size, 1 << (hidden_size // size - 1).bit_length()
     num_warps = min(max(segments // 32, 1), 16)
-    return Tile(segments, width, num_warps, num_programs=min(num_rows, 16 * num_multiprocessors // num_warps))
+    warps = min(2048 // (16 + 28 * size // 3), 32)
+    return NormTile(
+        segments, size // width, width, num_warps, num_programs=min(num_rows, warps * num_multiprocessors // num_warps)
+    )
+
+
+def attention_block(num_tokens: int) -> int:
+    """Queries, or keys, of a program of the attention kernels: what four warps hold in registers."""
+    return 64 if num_tokens <= 64 else 128
+
+
+def _threads(hidden_size: int, size: int) -> int:
+    return max(1 << (hidden_size // size - 1).bit_length(), 32)
 
 
 def _cdiv(a: int, b: int) -> int:

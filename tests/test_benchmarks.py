@@ -36,11 +36,11 @@ def result(provider: str, images_per_s: float, **other) -> dict:
             "matrix products",
         ),
         ("sm90_xmma_wgrad_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "matrix products"),
-        ("packed_attention_backward_kernel", "attention"),
+        ("packed_attention_keys_kernel", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", "attention"),
         ("void cudnn::fusion::convert_dq_to_16bits<true>(void const*, void*)", "attention"),
         ("rational_linear_backward_kernel", "rational"),
-        ("add_norm_rational_forward_kernel", "rational"),
+        ("gather_sums_kernel", "rational"),
         ("rational_bwd_kernel_0", "rational"),
         ("triton_per_fused__to_copy_add_native_layer_norm_view_9", "norm"),
         ("void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernelTemplate<float>(long)", "norm"),
@@ -95,10 +95,11 @@ def test_work_of_a_kernel():
         "rational_forward_kernel": (size(x, x), 0),
         "rational_backward_kernel": (size(x, x, x), 0),
         "rational_linear_backward_kernel": (size(x, x, x, x), 0),
-        "add_norm_rational_forward_kernel": (size(*[hidden] * 4, row, row), 0),
-        "add_norm_rational_backward_kernel": (size(*[hidden] * 4, row, row), 0),
+        "norm_forward_kernel": (size(*[hidden] * 4, row, row), 0),
+        "norm_backward_kernel": (size(*[hidden] * 4, row, row), 0),
         "packed_attention_forward_kernel": (size(qkv, hidden, lse), 2 * product),
-        "packed_attention_backward_kernel": (size(qkv, hidden, hidden, lse, qkv), 5 * product),
+        "packed_attention_queries_kernel": (size(qkv, *[hidden] * 3, lse, lse), 3 * product),
+        "packed_attention_keys_kernel": (size(qkv, *[hidden] * 3, lse, lse), 4 * product),
     }
     for kernel, needed in expected.items():
         assert profile_step.work(kernel, "small", 2) == needed, kernel

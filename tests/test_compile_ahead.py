@@ -7,13 +7,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashkat_hf import triton_attention, triton_norm_rational, triton_rational, triton_rational_linear
+from flashkat_hf import triton_attention, triton_norm_rational, triton_rational, triton_rational_linear, triton_sums
 from flashkat_hf.triton_tiles import backward_tile, forward_tile, norm_tile
 
 POINTER_TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 FLOAT32 = {
     *("numerator_ptr", "denominator_ptr", "weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "lse_ptr"),
-    *("partial_ptr", "column_ptr"),
+    *("partial_ptr", "column_ptr", "column_sum_ptr", "along_ptr"),
 }
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -48,14 +48,16 @@ def test_compiles(group_size, capability, dtype):
     forward = compile_for(
         triton_rational.rational_forward_kernel, forward_tile(2**20, group_size, num_bytes), dtype, target
     )
-    tile = backward_tile(2**20, hidden_size, group_size, num_bytes, num_multiprocessors=132)
+    tile = backward_tile(2**20, hidden_size, group_size, num_bytes, programs=528)
     backward = compile_for(triton_rational.rational_backward_kernel, tile, dtype, target)
     between_linears = compile_for(triton_rational_linear.rational_linear_backward_kernel, tile, dtype, target)
     for compiled in (forward, backward, between_linears):
         ptx = compiled.asm["ptx"]
         assert not re.search(r"\b(atom|red)\.", ptx)  # no atomic additions: two runs agree bit for bit
         assert ".local" not in ptx  # no spills
-        assert bool(re.search(r"ld\.global\S*\.v4\.b32", ptx)) == (group_size == 384)  # 16 bytes at a time
+        assert bool(re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\..*, 0x10", ptx)) == (
+            group_size == 384
+        )  # 16 bytes
         assert "shfl" not in ptx  # sums stay inside a thread until the end
 
 
@@ -64,22 +66,36 @@ def test_compiles(group_size, capability, dtype):
 @pytest.mark.parametrize("hidden_size", [192, 384, 768])
 def test_norm_compiles(hidden_size, capability, dtype):
     tile = norm_tile(2**12, hidden_size, hidden_size // 8, num_multiprocessors=132)
-    for direction in ("forward", "backward"):
-        kernel = getattr(triton_norm_rational, f"add_norm_rational_{direction}_kernel")
-        ptx = compile_for(kernel, tile, dtype, GPUTarget("cuda", capability, 32)).asm["ptx"]
-        assert not re.search(r"\b(atom|red)\.", ptx)
-        assert ".local" not in ptx
-        assert re.search(r"ld\.global\S*\.v4\.b32", ptx)
+    sizes = {"SEGMENTS": tile.segments, "PARTS": tile.parts, "WIDTH": tile.width}
+    for kernel in (triton_norm_rational.norm_forward_kernel, triton_norm_rational.norm_backward_kernel):
+        for rational in (False, True):
+            flags = {name: rational for name in ("ADD", "RATIONAL") if name in kernel.arg_names}
+            compiled = compile_with(
+                kernel, {**sizes, **flags}, tile.num_warps, dtype, GPUTarget("cuda", capability, 32)
+            )
+            ptx = compiled.asm["ptx"]
+            assert not re.search(r"\b(atom|red)\.", ptx)
+            assert ".local" not in ptx
+            assert ("bar.sync" in ptx) == (hidden_size == 768)  # smaller rows are reduced inside a warp
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_sums_compile(capability):
+    constants = {"COEFFICIENTS": 10, "ROWS": 64, "SEGMENTS": 256, "COLUMN_ROWS": 512, "COLUMNS": 32}
+    kernel = triton_sums.gather_sums_kernel
+    ptx = compile_with(kernel, constants, 16, "float32", GPUTarget("cuda", capability, 32)).asm["ptx"]
+    assert not re.search(r"\b(atom|red)\.", ptx)
+    assert ".local" not in ptx
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_attention_compiles(direction, capability, dtype):
-    kernel = getattr(triton_attention, f"packed_attention_{direction}_kernel")
-    queries, num_warps = (64, 4) if direction == "forward" else (32, 8)
-    constants = {"HEAD_DIM": 64, "KEYS": 256, "QUERIES": queries}
-    ptx = compile_with(kernel, constants, num_warps, dtype, GPUTarget("cuda", capability, 32)).asm["ptx"]
+@pytest.mark.parametrize("part", ["forward", "queries", "keys"])
+def test_attention_compiles(part, capability, dtype):
+    kernel = getattr(triton_attention, f"packed_attention_{part}_kernel")
+    queries, keys = (32, 128) if part == "keys" else (128, 32)
+    constants = {"HEAD_DIM": 64, "KEYS": keys, "QUERIES": queries}
+    ptx = compile_with(kernel, constants, 4, dtype, GPUTarget("cuda", capability, 32)).asm["ptx"]
     assert not re.search(r"\b(atom|red)\.", ptx)
     assert re.search(r"wgmma\.mma|mma\.sync", ptx)  # on the matrix units
 
@@ -87,6 +103,6 @@ def test_attention_compiles(direction, capability, dtype):
 def test_compiles_for_rocm():
     target = GPUTarget("hip", "gfx942", 64)
     compiled = compile_for(
-        triton_rational.rational_backward_kernel, backward_tile(2**20, 3072, 384, 2, 304), "bfloat16", target
+        triton_rational.rational_backward_kernel, backward_tile(2**20, 3072, 384, 2, programs=1216), "bfloat16", target
     )
     assert "amdgcn" in compiled.asm

@@ -51,6 +51,29 @@ def test_value_and_gradients(shape, rows, dtype, device):
     check(*random_arguments(shape, dtype, device, rows))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_norm_alone(shape, dtype, device):
+    """Beside a residual stream of `dtype`, in float16."""
+    x, _, weight, bias, *_, grad_total, grad_y = random_arguments(shape, dtype, device)
+    y, mean, rstd = triton_norm_rational.norm_forward(x, weight, bias, EPS, torch.float16)
+    results = y, *triton_norm_rational.norm_backward(grad_total, grad_y, x, mean, rstd, weight, bias)
+
+    def by_autograd(arithmetic):
+        leaves = [tensor.to(arithmetic).requires_grad_() for tensor in (x, weight, bias)]
+        normal = torch.nn.functional.layer_norm(leaves[0], weight.shape, *leaves[1:], EPS)
+        grads = grad_total.to(arithmetic), grad_y.to(arithmetic)
+        return normal.detach(), *torch.autograd.grad((leaves[0] * 1, normal), leaves, grads)
+
+    baseline, exact = by_autograd(torch.float32), by_autograd(torch.float64)
+    for actual, once, true in zip(results[:2], baseline[:2], exact[:2], strict=True):
+        assert_no_worse(actual, once.to(actual.dtype), true)
+    for actual, true in zip(results[2:], exact[2:], strict=True):
+        assert actual.shape == true.shape
+        if x.numel():
+            assert relative_error(actual, true) <= 2e-5  # asked of float32 sums
+
+
 @pytest.mark.parametrize("num_multiprocessors", [1, 3])
 def test_any_number_of_programs(num_multiprocessors, device, monkeypatch):
     monkeypatch.setattr(triton_norm_rational, "num_multiprocessors", lambda device: num_multiprocessors)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flashkat_hf.triton_tiles import backward_tile, forward_tile
+from flashkat_hf.triton_tiles import backward_tile, forward_tile, norm_tile
 
 
 @pytest.mark.parametrize("element_bytes", [2, 4])
@@ -12,7 +12,7 @@ def test_tiles(num_rows, group_size, element_bytes):
     hidden_size = 8 * group_size
     num_elements = num_rows * hidden_size
     forward = forward_tile(num_elements, group_size, element_bytes)
-    backward = backward_tile(num_elements, hidden_size, group_size, element_bytes, num_multiprocessors=132)
+    backward = backward_tile(num_elements, hidden_size, group_size, element_bytes, programs=528)
     for tile in (forward, backward):
         assert group_size % tile.width == 0  # a segment lies in one group
         assert tile.width * element_bytes <= 16
@@ -20,3 +20,16 @@ def test_tiles(num_rows, group_size, element_bytes):
         assert tile.segments & (tile.segments - 1) == 0
     assert forward.num_programs * forward.segments * forward.width >= num_elements
     assert backward.num_programs * backward.segments * backward.width % hidden_size == 0  # steps of whole rows
+    norm = norm_tile(num_rows, hidden_size, group_size, num_multiprocessors=132)
+    assert group_size % (norm.parts * norm.width) == 0  # a thread's segment lies in one group
+    assert norm.segments * norm.parts * norm.width >= hidden_size  # a row fits
+    assert norm.segments & (norm.segments - 1) == norm.width & (norm.width - 1) == 0
+    assert 1 <= norm.num_programs <= num_rows
+
+
+@pytest.mark.parametrize("hidden_size", [192, 384, 768])
+def test_published_sizes_leave_no_thread_idle(hidden_size):
+    for group_size in (hidden_size // 8, hidden_size):  # with the rational, and without
+        tile = norm_tile(201728, hidden_size, group_size, num_multiprocessors=132)
+        assert tile.segments * tile.parts * tile.width == hidden_size
+        assert tile.segments == 32 * tile.num_warps
