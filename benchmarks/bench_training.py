@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy
 import torch
+from bench_data import Settings as Photographs
+from bench_data import make_folder
 from PIL import Image
 from transformers import AutoModelForImageClassification, HfArgumentParser
 
@@ -36,7 +37,7 @@ FSDP2 = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "FlashKATLayer",
 }
 RATES = ("images_per_second", "step_images_per_second", "data_images_per_second")
-CLASSES = 10
+CLASSES = 2  # of bench_data's folder
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,13 @@ class Arguments:
     output: Path = field(metadata={"help": "JSON lines are written here"})
     size: str = field(default="small", metadata={"help": "micro, tiny, small or base"})
     batch_size: int = field(default=512, metadata={"help": "for each GPU"})
-    images: int = field(default=16384, metadata={"help": "JPEG files to train on"})
+    images: int = field(default=2048, metadata={"help": "JPEG files to train on"})
+    copies: int = field(default=8, metadata={"help": "names that each file has in the folder"})
     steps: int = field(default=30, metadata={"help": "of an epoch with synthetic data"})
     epochs: int = field(default=3, metadata={"help": "of each run; the first is not counted"})
     processes: int | None = field(default=None, metadata={"help": "of the second part; default: GPUs, 2 at most"})
     workers: int | None = field(default=None, metadata={"help": "processes that read images; default: the trainer's"})
+    commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
     case: str | None = field(default=None, metadata={"help": "used by the script itself"})
     data: str | None = field(default=None, metadata={"help": "likewise"})
     folder: str | None = field(default=None, metadata={"help": "likewise"})
@@ -74,25 +77,6 @@ class Synthetic:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
         for _ in range(start, self.steps):
             yield {name: tensor.clone() for name, tensor in self.batch.items()}  # mixing works in place
-
-
-def make_jpegs(folder: Path, images: int) -> None:
-    """Photograph-like files of 500 by 375 pixels, about 50 kB each: noise of all scales, coarse more than fine."""
-    draw = numpy.random.default_rng(0)
-    for split, count in (("train", images), ("val", CLASSES)):
-        for label in range(CLASSES):
-            (folder / split / f"class{label}").mkdir(parents=True)
-        for index in range(count):
-            image = numpy.zeros((375, 500, 3))
-            for scale in (5, 20, 75, 375):
-                coarse = draw.normal(0, 60 / scale**0.4, (scale, scale * 4 // 3, 3)) + 32
-                picture = Image.fromarray(coarse.clip(0, 255).astype("uint8")).resize(
-                    (500, 375), Image.Resampling.BICUBIC
-                )
-                image += numpy.asarray(picture)
-            Image.fromarray(image.clip(0, 255).astype("uint8")).save(
-                folder / split / f"class{index % CLASSES}" / f"{index}.jpg", quality=90
-            )
 
 
 def work(arguments: Arguments) -> None:
@@ -139,6 +123,7 @@ def measure(case: str, processes: int, data: str, arguments: Arguments, extra: d
         "batch_size": arguments.batch_size,
         **rates,
         **about,
+        **({"commit": arguments.commit} if arguments.commit else {}),
     }
 
 
@@ -149,7 +134,8 @@ def main(arguments: Arguments) -> None:
     processes = arguments.processes or max(1, min(2, torch.cuda.device_count()))
     results = []
     with tempfile.TemporaryDirectory() as folder, arguments.output.open("w") as lines:
-        make_jpegs(Path(folder), arguments.images)
+        photographs = Photographs(arguments.output, arguments.images, arguments.copies, batch_size=arguments.batch_size)
+        make_folder(Path(folder), photographs)
         cases = [("synthetic", 1, {}), ("jpeg", 1, {})]
         if processes > 1:
             cases += [("synthetic ddp", processes, {}), ("synthetic fsdp2", processes, FSDP2)]
