@@ -108,10 +108,35 @@ def picture(link: str, text: str) -> Callable[[list[dict]], str]:
     return lambda results: f"![{text}]({link})"
 
 
-THROUGHPUT = "Training throughput of each model size beside timm's ViT and the original code"
+THROUGHPUT = "Training throughput of each model size beside timm's ViT"
 SCALING = "Training throughput against the batch size and against the image size"
 PERFORMANCE = "docs/performance.md"
+
+
 # document, the marker's name, the results file, what is written there
+def training_table(results: list[dict]) -> str:
+    """A row for each case of the trainer, beside synthetic data on one GPU."""
+    one = results[0]["images_per_second"]
+    rows = [
+        "| pretraining recipe | GPUs | images/s | step side | data side | of one GPU, synthetic |",
+        "|---" * 6 + "|",
+    ]
+    for result in results:
+        data = f"{result['data_images_per_second']:,.0f}" if result["case"] == "jpeg" else ""
+        rows.append(
+            f"| {result['case']} | {result['processes']} | {result['images_per_second']:,.0f} | "
+            f"{result['step_images_per_second']:,.0f} | {data} | {result['images_per_second'] / one:.2f} |"
+        )
+    about = results[0]
+    rows += [
+        "",
+        f"{about['size']}, {about['batch_size']} images a GPU, {about['precision']}, compiled; {about['device']}, "
+        f"torch {about['versions']['torch']}, accelerate {about['versions']['accelerate']}, commit {about['commit'][:7]}; "
+        "`benchmarks/bench_training.py`.",
+    ]
+    return "\n".join(rows)
+
+
 TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     ("README.md", "digits", "digits", digits_table),
     ("README.md", "digits_224", "digits_224", digits_table),
@@ -121,6 +146,7 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     ("README.md", "latency", "latency", latency_table),
     ("README.md", "rational", "rational", rational_table),
     ("docs/calibration.md", "conversion", "conversion", conversion_table),
+    ("docs/training.md", "training", "training", training_table),
     (PERFORMANCE, "model", "model", model_table),
     (PERFORMANCE, "inference", "inference", model_table),
     (PERFORMANCE, "latency", "latency", latency_table),
