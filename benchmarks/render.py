@@ -131,8 +131,8 @@ def training_table(results: list[dict]) -> str:
     rows += [
         "",
         f"{about['size']}, {about['batch_size']} images a GPU, {about['precision']}, compiled; {about['device']}, "
-        f"torch {about['versions']['torch']}, accelerate {about['versions']['accelerate']}, commit {about['commit'][:7]}; "
-        "`benchmarks/bench_training.py`.",
+        f"torch {about['versions']['torch']}, accelerate {about['versions']['accelerate']}, "
+        f"commit {about['commit'][:7]}; `benchmarks/bench_training.py`.",
     ]
     return "\n".join(rows)
 
