@@ -72,18 +72,23 @@ class Meter:
         return {name: round(rate, 1) for name, rate in rates.items()}
 
 
-def loading_rate(batches: Iterator[dict[str, torch.Tensor]], seconds: float = PROBE_SECONDS) -> float | None:
-    """Images per second that come while nothing else happens, from the second batch on; None for fewer batches."""
-    images, start, last = 0, None, 0.0
-    for batch in batches:
-        now = time.perf_counter()
-        if start is None:
-            start = now  # the first one waits for the processes to start
+def loading_rate(
+    batches: Iterator[dict[str, torch.Tensor]], workers: int, seconds: float = PROBE_SECONDS
+) -> float | None:
+    """Images per second that come while nothing else happens, once each worker has given a batch.
+
+    Each gives at least one more, since they are made side by side; None where there are not so many.
+    """
+    images, number, start, last = 0, 0, 0.0, 0.0
+    for number, batch in enumerate(batches, start=1):
+        last = time.perf_counter()
+        if number <= workers:
+            start = last  # they are still starting
             continue
-        images, last = images + len(batch["labels"]), now
-        if now - start > seconds:
+        images += len(batch["labels"])
+        if number >= 2 * workers and last - start > seconds:
             break
-    return images / max(last - start, 1e-9) if images and start is not None else None
+    return images / max(last - start, 1e-9) if number >= 2 * workers else None
 
 
 def device_name(device: torch.device) -> str:

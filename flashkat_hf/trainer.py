@@ -116,7 +116,7 @@ class Trainer:
         self.loading_rate = None
         if self.workers:
             position = self.progress.epoch, self.progress.update * self.accumulate
-            self.loading_rate = loading_rate(self.batches.epoch(*position))
+            self.loading_rate = loading_rate(self.batches.epoch(*position), self.workers)
         self.pending: list[tuple[int, float, Tensor]] = []
         interval = 0.1 if sys.stderr.isatty() else 10.0
         bar = partial(extra("tqdm").tqdm, unit="step", dynamic_ncols=True, mininterval=interval, disable=not self.main)

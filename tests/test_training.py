@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -22,6 +23,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from flashkat_hf import trainer as loop
 from flashkat_hf.images import open_image
 from flashkat_hf.loading import TrainBatches
+from flashkat_hf.measurement import loading_rate
 from flashkat_hf.run_folder import CONTENTS
 from flashkat_hf.trainer import Trainer
 from flashkat_hf.training import train
@@ -658,3 +660,13 @@ def test_the_digits_leave_samples(run):
     samples = sorted((output / "samples").iterdir())
     assert [path.name[:2] for path in samples] == [f"{digit}_" for digit in range(10)]
     assert open_image(samples[3]).size == (8, 8)
+
+
+def test_the_data_side_is_measured_once_all_workers_give(monkeypatch):
+    """Two workers: the first comes after 5 s, and then they give 4 images every other second."""
+    times = iter([5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
+    monkeypatch.setattr("flashkat_hf.measurement.time", SimpleNamespace(perf_counter=lambda: next(times)))
+    batches = [{"labels": torch.zeros(4)}] * 6
+    assert loading_rate(iter(batches), workers=2, seconds=2.5) == 4.0  # batches 3 to 5, from second 6 to 9
+    times = iter([5.0, 6.0, 7.0])
+    assert loading_rate(iter(batches[:3]), workers=2) is None
