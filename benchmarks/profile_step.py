@@ -40,7 +40,8 @@ from flashkat_hf.configuration_flashkat import SIZES
 IMAGE_SIZE, TOKENS, SHOWN = 224, 197, 110
 
 # The first pattern that a kernel's name holds says its class. What torch.compile generates (triton_poi, _red, _per) is
-# named after all that it fuses, so only a layer norm in it counts; the rational with its norm counts as rational.
+# named after all that it fuses, so only a layer norm in it counts. Our norm kernels count as norm, act1 in
+# them too.
 CLASSES = (
     ("rational", r"rational|gather_sums"),
     ("norm", r"^triton_(poi|red|per)_.*layer_norm"),

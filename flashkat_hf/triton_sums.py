@@ -82,7 +82,7 @@ def gather_sums(
 
     Args:
         tables: numerator and denominator, contiguous; None: there are none, nor `partial`.
-        partial: `(10, ...)`, sums over segments that, in order of memory, make whole rows; float32.
+        partial: `(10, rows, segments_per_row)`, float32: the ten sums of each segment.
         columns: `(sets, rows, hidden_size)`, sums of columns, float32; None: there are none.
 
     Returns:
