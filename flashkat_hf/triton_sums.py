@@ -41,13 +41,13 @@ def gather_sums_kernel(
     program = tl.program_id(0)
     if program < COEFFICIENTS:
         segment = tl.arange(0, SEGMENTS)
-        rows_ptr = partial_ptr + program.to(tl.int64) * num_rows * segments_per_row + segment[None, :]
-        total = tl.zeros([ROWS, SEGMENTS], tl.float32)
+        segment_ptr = partial_ptr + program.to(tl.int64) * num_rows * segments_per_row + segment[:, None]
+        total = tl.zeros([SEGMENTS, ROWS], tl.float32)
         for first in range(0, num_rows, ROWS):
-            row = first + tl.arange(0, ROWS)[:, None]
-            mask = (row < num_rows) & (segment < segments_per_row)[None, :]
-            total += tl.load(rows_ptr + row.to(tl.int64) * segments_per_row, mask=mask, other=0.0)
-        sums = tl.sum(total, 0)
+            row = first + tl.arange(0, ROWS)[None, :]
+            mask = (row < num_rows) & (segment < segments_per_row)[:, None]
+            total += tl.load(segment_ptr + row.to(tl.int64) * segments_per_row, mask=mask, other=0.0)
+        sums = tl.sum(total, 1)  # along memory: pairwise in the interpreter, too
         rows = tl.where(program < 6, rows_a, rows_b)
         table_row = segment // (segments_per_row // rows)  # neighbouring segments of a group stand together
         for group in range(rows):
