@@ -3,6 +3,13 @@
     python benchmarks/bench_digits.py --output benchmarks/results/digits.jsonl               # micro, on a CPU
     python benchmarks/bench_digits.py --size tiny --output benchmarks/results/digits_224.jsonl   # 224 pixels, on a GPU
 
+Runs are processes' own matter, so seeds can go side by side, each into a file, as on a GPU that one does not fill:
+
+    for seed in 0 1 2; do
+        python benchmarks/bench_digits.py --size tiny --seeds $seed --output runs/$seed.jsonl \
+            --settings epochs=30 workers=4 compile=no &
+    done; wait; cat runs/?.jsonl > benchmarks/results/digits_224.jsonl
+
 Both are trained by `flashkat_hf.training.train` with the recipe `finetune-digits`; the ViT is timm's, with the same
 patches, width, depth, heads and MLP. A line for each run, and at the end mean and spread over the seeds.
 """
@@ -33,9 +40,18 @@ RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 class Arguments:
     output: Path = field(metadata={"help": "JSON lines are written here"})
     size: Literal["micro", "tiny"] = field(default="micro", metadata={"help": "tiny: at 224 pixels, for a GPU"})
-    seeds: int = field(default=3, metadata={"help": "runs of each model"})
-    epochs: int = field(default=50, metadata={"help": "of each run"})
-    learning_rate: float | None = field(default=None, metadata={"help": "of both models; default: the size's"})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of the runs of each model"})
+    models: list[str] = field(default_factory=lambda: ["flashkat", "vit"], metadata={"help": "flashkat, vit"})
+    settings: list[str] = field(
+        default_factory=list, metadata={"help": "of the recipe for both models, as epochs=30 learning_rate=1e-3"}
+    )
+    commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
+
+    def __post_init__(self):
+        if unknown := set(self.models) - {"flashkat", "vit"}:
+            raise SystemExit(f"--models: {', '.join(sorted(unknown))} unknown; known are flashkat, vit")
+        if wrong := [setting for setting in self.settings if "=" not in setting]:
+            raise SystemExit(f"--settings: {', '.join(wrong)} must be NAME=VALUE")
 
 
 class ViT(VisionTransformer):
@@ -72,9 +88,8 @@ def build_vit(settings: Settings, class_names: list[str]):
 
 def measure(model: str, seed: int, arguments: Arguments) -> dict:
     """One run's summary, less what is no result."""
-    flags = ["--size", arguments.size, "--epochs", str(arguments.epochs), "--seed", str(seed)]
-    if arguments.learning_rate:
-        flags += ["--learning_rate", str(arguments.learning_rate)]
+    flags = ["--size", arguments.size, "--seed", str(seed)]
+    flags += [part for setting in arguments.settings for part in f"--{setting}".split("=", 1)]
     with tempfile.TemporaryDirectory() as folder:
         settings = parse([*flags, "--output", f"{folder}/run"], "finetune-digits", RECIPES, "")
         summary = train(settings, build=build_vit if model == "vit" else None)
@@ -94,22 +109,21 @@ def measure(model: str, seed: int, arguments: Arguments) -> dict:
         "seconds",
     )
     about = {name: summary[name] for name in (*kept, "images_per_second", "device", "versions", "commit")}
+    about |= {"commit": arguments.commit} if arguments.commit else {}
     model_about = {"model": model, "size": arguments.size, "learning_rate": settings.learning_rate}
     return {**model_about, "last_top1": last, **about}
 
 
 def main(arguments: Arguments) -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, list[dict]] = {"flashkat": [], "vit": []}
+    results: dict[str, list[dict]] = {model: [] for model in arguments.models}
     with arguments.output.open("w") as lines:
-        for seed in range(arguments.seeds):
+        for seed in arguments.seeds:
             for model, found in results.items():
                 found.append(measure(model, seed, arguments))
                 lines.write(json.dumps(found[-1]) + "\n")
                 lines.flush()
-    print(
-        f"\n{arguments.size}, {arguments.epochs} epochs, {arguments.seeds} seeds: held-out top-1 after the last epoch"
-    )
+    print(f"\n{arguments.size}, {len(arguments.seeds)} seeds: held-out top-1 after the last epoch")
     for model, found in results.items():
         last, best = ([100 * result[name] for result in found] for name in ("last_top1", "top1"))
         spread = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""

@@ -98,8 +98,8 @@ def digits_table(results: list[dict]) -> str:
         "",
         f"{about['size']} size, {about['image_size']} pixels, from scratch by the same recipe (`finetune-digits`, "
         f"{about['epochs']} epochs), {len({result['seed'] for result in results})} seeds, {about['device']}, torch "
-        f"{about['versions']['torch']}, timm {about['versions']['timm']}, commit {about['commit'][:7]}; "
-        "`benchmarks/bench_digits.py`.",
+        f"{about['versions']['torch']}, timm {about['versions']['timm']}, commit "
+        f"{' and '.join(dict.fromkeys(result['commit'][:7] for result in results))}; `benchmarks/bench_digits.py`.",
     ]
     return "\n".join(rows)
 

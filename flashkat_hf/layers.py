@@ -9,14 +9,14 @@ from .ops import TRITON_DEVICES, norm_beside, rational, rational_linear
 
 def fusible(x: Tensor, *modules: nn.Module) -> bool:
     """Whether one kernel may stand for several modules: on a GPU, if none was replaced (LoRA) or is listened to."""
-    return x.device.type in TRITON_DEVICES and not any(
-        type(module) not in (nn.Linear, nn.LayerNorm, GroupRational)
-        or module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        for module in modules
-    )
+    plain = nn.Linear, nn.LayerNorm, GroupRational
+    return x.device.type in TRITON_DEVICES and all(type(module) in plain and not hooked(module) for module in modules)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether someone listens to what goes into a module or comes out."""
+    forward, backward = module._forward_hooks, module._backward_hooks
+    return bool(forward or backward or module._forward_pre_hooks or module._backward_pre_hooks)
 
 
 def pre_norm(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,14 +105,22 @@ class GRKANMlp(nn.Module):
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, activated: bool = False) -> Tensor:
-        """The MLP of x; `activated` says that x has already passed act1."""
+    def forward(self, x: Tensor, activated: bool = False, record_bias: bool = True) -> Tensor:
+        """The MLP of x; `activated` says that x has already passed act1.
+
+        Without `record_bias`, which only a `fused` MLP allows, fc2's bias gets no gradient here.
+        """
         dtype = working_dtype(x)
         x = x.to(dtype)  # layer norm gives float32 under autocast, and fc1 would round after act1 anyway
         x = self.dropout(x if activated else self.act1(x))
-        if not fusible(x, self.fc1, self.act2, self.fc2) or (self.training and self.dropout.p):
+        if not self.fused(x):
             return self.fc2(self.dropout(self.act2(self.fc1(x))))
         bias = self.fc1.bias
         x = nn.functional.linear(x, self.fc1.weight, bias.detach())
-        weight, out_bias = self.fc2.weight.to(dtype), self.fc2.bias.to(dtype)
-        return rational_linear(x, self.act2.numerator, self.act2.denominator, weight, out_bias, bias)
+        out_bias = self.fc2.bias if record_bias else self.fc2.bias.detach()
+        tables = self.act2.numerator, self.act2.denominator
+        return rational_linear(x, *tables, self.fc2.weight.to(dtype), out_bias.to(dtype), bias)
+
+    def fused(self, x: Tensor) -> bool:
+        """Whether act2 and the gradients around it are one kernel."""
+        return fusible(x, self.fc1, self.act2, self.fc2) and not (self.training and self.dropout.p)

@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .coefficients import second_moment
 from .configuration_flashkat import FlashKATConfig
-from .layers import GRKANMlp, GroupRational, fusible, pre_norm, working_dtype
+from .layers import GRKANMlp, GroupRational, fusible, hooked, pre_norm, working_dtype
 from .mimetic import mimetic_weights
 from .ops import HEAD_DIMS, MAX_TOKENS, add_norm_rational, packed_attention
 
@@ -121,12 +121,18 @@ class FlashKATAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, record_bias: bool = True, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tokens' mixture, and its weights where the implementation gives them.
+
+        Without `record_bias` the bias of `proj` gets no gradient here.
+        """
         if self._packs(hidden_states):
             bias = self.qkv.bias
             packed = nn.functional.linear(hidden_states, self.qkv.weight, None if bias is None else bias.detach())
             output = packed_attention(packed, self.config.num_attention_heads, self.scaling, bias)
-            return self.dropout(self.proj(output)), None
+            return self._project(output, record_bias), None
         packed = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         query, key, value = packed.unbind()  # compiled, unpacking would select each, and pad each gradient with zeros
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -142,7 +148,12 @@ class FlashKATAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.dropout(self.proj(output.flatten(-2))), weights
+        return self._project(output.flatten(-2), record_bias), weights
+
+    def _project(self, output: Tensor, record_bias: bool) -> Tensor:
+        if record_bias:
+            return self.dropout(self.proj(output))
+        return nn.functional.linear(output, self.proj.weight, self.proj.bias.detach())
 
     def _packs(self, hidden_states: Tensor) -> bool:
         """Whether the kernel for short sequences serves: it wins in training, in half precision, on a GPU."""
@@ -197,16 +208,30 @@ class FlashKATLayer(GradientCheckpointingLayer):
         self.drop_path = FlashKATDropPath(drop_path_rate)
 
     def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
-        hidden_states, x = pre_norm(self.norm1, hidden_states)
-        attended = self.drop_path(self.attention(x, **kwargs)[0])
         norm, act = self.norm2, self.mlp.act1
-        if fused := fusible(hidden_states, norm, act):
-            tables = act.numerator, act.denominator
-            hidden_states, x = add_norm_rational(hidden_states, attended, norm.weight, norm.bias, *tables, norm.eps)
+        hidden_states, x = pre_norm(self.norm1, hidden_states)
+        fused = fusible(hidden_states, norm, act)
+        # norm2's backward has the gradients of both branches, and can sum them for the last biases of both.
+        sums = fused and self._adds_whole_branches(hidden_states)
+        unrecorded = {"record_bias": False} if sums else {}
+        attended = self.drop_path(self.attention(x, **unrecorded, **kwargs)[0])
+        if fused:
+            parameters = norm.weight, norm.bias, act.numerator, act.denominator
+            biases = (self.attention.proj.bias, self.mlp.fc2.bias) if sums else ()
+            hidden_states, x = add_norm_rational(hidden_states, attended, *parameters, norm.eps, *biases)
         else:
             hidden_states = hidden_states + attended
             x = norm(hidden_states)
-        return hidden_states + self.drop_path(self.mlp(x, activated=fused))
+        return hidden_states + self.drop_path(self.mlp(x, activated=fused, **unrecorded))
+
+    def _adds_whole_branches(self, hidden_states: Tensor) -> bool:
+        """Whether the outputs of both branches' last linear maps are added as they are, and nobody listens."""
+        attention, mlp, drop_path = self.attention, self.mlp, self.drop_path
+        replaced = type(attention) is not FlashKATAttention or type(mlp) is not GRKANMlp
+        if replaced or hooked(attention) or hooked(mlp) or hooked(drop_path):
+            return False
+        dropping = self.training and (drop_path.rate or attention.dropout.p)
+        return not dropping and mlp.fused(hidden_states) and fusible(hidden_states, attention.proj)
 
 
 class FlashKATPreTrainedModel(PreTrainedModel):

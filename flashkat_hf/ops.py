@@ -6,6 +6,7 @@ it, registers under its own package's name, since PyTorch would put it in the pl
 """
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ def rational_linear(
     if x_bias.shape != x.shape[-1:]:
         raise ValueError(f"x_bias must have shape {tuple(x.shape[-1:])}, not {tuple(x_bias.shape)}")
     if _decompose(x):
-        return linear(rational_decomposed(x + (x_bias - x_bias.detach()), numerator, denominator), weight, bias)
+        return linear(rational_decomposed(x + _unrecorded(x_bias, x.dtype), numerator, denominator), weight, bias)
     tables = numerator.contiguous(), denominator.contiguous()
     return _RationalLinear.apply(x.contiguous(), *tables, weight, bias, x_bias)  # pyright: ignore[reportReturnType]
 
@@ -113,6 +114,8 @@ def add_norm_rational(
     numerator: Tensor,
     denominator: Tensor,
     eps: float,
+    branch_bias: Tensor | None = None,
+    later_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`total = residual + branch` and `rational(layer_norm(total))` in one pass over memory, and one backward.
 
@@ -124,6 +127,9 @@ def add_norm_rational(
         numerator: as in `rational`.
         denominator: as in `rational`.
         eps: added to the variance.
+        branch_bias: `(hidden_size,)`, any dtype; branch already contains it, by an addition that did not record its
+            gradient, which is made here.
+        later_bias: likewise contained in what is added to `total`, which goes nowhere else. Both or none of the two.
 
     Returns:
         `total` in residual's dtype and the activation in branch's. Float32 arithmetic; the norm sees the rounded total.
@@ -134,18 +140,23 @@ def add_norm_rational(
     _check(residual, numerator, denominator)
     if branch.shape != residual.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)} but branch {tuple(branch.shape)}")
-    if not weight.shape == bias.shape == residual.shape[-1:]:
-        raise ValueError(
-            f"weight and bias must have shape {tuple(residual.shape[-1:])}, "
-            f"not {tuple(weight.shape)} and {tuple(bias.shape)}"
-        )
+    biases = () if branch_bias is None or later_bias is None else (branch_bias, later_bias)
+    if (branch_bias is None) != (later_bias is None):
+        raise ValueError("branch_bias and later_bias go together")
+    if {vector.shape for vector in (weight, bias, *biases)} != {residual.shape[-1:]}:
+        shapes = ", ".join(str(tuple(vector.shape)) for vector in (weight, bias, *biases))
+        raise ValueError(f"weight and biases must have shape {tuple(residual.shape[-1:])}, not {shapes}")
     if _decompose(residual):
+        for vector in biases[:1]:
+            branch = branch + _unrecorded(vector, branch.dtype)
         total = (residual + branch).to(residual.dtype)
         normal = layer_norm(total.to(weight.dtype), weight.shape, weight, bias, eps)
+        for vector in biases[1:]:
+            total = total + _unrecorded(vector, total.dtype)
         return total, rational_decomposed(normal, numerator, denominator).to(branch.dtype)
     summands = residual.contiguous(), branch.contiguous()
     tables = numerator.contiguous(), denominator.contiguous()
-    return _add_norm_rational(*summands, weight, bias, *tables, eps)[:2]
+    return _add_norm_rational(*summands, weight, bias, *tables, eps, *(biases or (None, None)))[:2]
 
 
 def norm_beside(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -206,6 +217,20 @@ def _decompose(x: Tensor) -> bool:
     return torch.compiler.is_exporting() or (torch.compiler.is_compiling() and x.device.type == "cpu")
 
 
+def _open_operator(name: str) -> Any:
+    """Registers an operator that `torch.compile` looks into, to launch its kernel with less work for the host."""
+    return torch.library.triton_op(f"{NAMESPACE}::{name}", mutates_args=())
+
+
+def _unrecorded(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """0, with the gradient of a bias whose addition did not record it."""
+    return (bias - bias.detach()).to(dtype)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.device.type in TRITON_DEVICES and x.dtype != torch.float64
+
+
 def _check(x: Tensor, numerator: Tensor, denominator: Tensor) -> None:
     for name, tensor in (("x", x), ("numerator", numerator), ("denominator", denominator)):
         if not tensor.is_floating_point() or tensor.element_size() < 2:
@@ -229,27 +254,17 @@ def _check(x: Tensor, numerator: Tensor, denominator: Tensor) -> None:
         raise ValueError(f"hidden_size ({x.shape[-1]}) must be a multiple of num_groups ({num_groups})")
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rational", mutates_args=())
+@_open_operator("rational")
 def _rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
-    return rational_value(x, numerator, denominator)
+    forward = rational_forward if _has_kernel(x) else rational_value
+    return forward(x, numerator, denominator)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::rational_backward", mutates_args=())
 def _rational_backward(
     grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return rational_gradients(grad_y, x, numerator, denominator)
-
-
-@_rational.register_kernel(TRITON_DEVICES)
-def _(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
-    forward = rational_value if x.dtype == torch.float64 else rational_forward
-    return forward(x, numerator, denominator)
-
-
-@_rational_backward.register_kernel(TRITON_DEVICES)
-def _(grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    backward = rational_gradients if x.dtype == torch.float64 else rational_backward
+    backward = rational_backward if _has_kernel(x) else rational_gradients
     return backward(grad_y, x, numerator, denominator)
 
 
@@ -279,14 +294,7 @@ _rational.register_autograd(_backward, setup_context=_setup_context)
 def _rational_linear_backward(
     grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return rational_linear_gradients(grad_y, x, numerator, denominator)
-
-
-@_rational_linear_backward.register_kernel(TRITON_DEVICES)
-def _(
-    grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backward = rational_linear_gradients if x.dtype == torch.float64 else rational_linear_backward
+    backward = rational_linear_backward if _has_kernel(x) else rational_linear_gradients
     return backward(grad_y, x, numerator, denominator)
 
 
@@ -316,7 +324,7 @@ class _RationalLinear(torch.autograd.Function):
         return grad_x, *grad_tables, grad_weight, grad_bias, columns.to(x_bias.dtype)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::add_norm_rational", mutates_args=())
+@_open_operator("add_norm_rational")
 def _add_norm_rational(
     residual: Tensor,
     branch: Tensor,
@@ -325,14 +333,11 @@ def _add_norm_rational(
     numerator: Tensor,
     denominator: Tensor,
     eps: float,
+    branch_bias: Tensor | None,
+    later_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return add_norm_rational_value(residual, branch, weight, bias, numerator, denominator, eps)
-
-
-@_add_norm_rational.register_kernel(TRITON_DEVICES)
-def _(residual: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    forward = add_norm_rational_value if residual.dtype == torch.float64 else add_norm_rational_forward
-    return forward(residual, *rest)
+    forward = add_norm_rational_forward if _has_kernel(residual) else add_norm_rational_value
+    return forward(residual, branch, weight, bias, numerator, denominator, eps)
 
 
 @_add_norm_rational.register_fake
@@ -353,36 +358,38 @@ def _add_norm_rational_backward(
     bias: Tensor,
     numerator: Tensor,
     denominator: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return add_norm_rational_gradients(grad_total, grad_y, total, mean, rstd, weight, bias, numerator, denominator)
-
-
-@_add_norm_rational_backward.register_kernel(TRITON_DEVICES)
-def _(grad_total: Tensor, grad_y: Tensor, total: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backward = add_norm_rational_gradients if total.dtype == torch.float64 else add_norm_rational_backward
-    return backward(grad_total, grad_y, total, *rest)
+    totals: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    backward = add_norm_rational_backward if _has_kernel(total) else add_norm_rational_gradients
+    return backward(grad_total, grad_y, total, mean, rstd, weight, bias, numerator, denominator, totals)
 
 
 @_add_norm_rational_backward.register_fake
 def _(
-    grad_total: Tensor, grad_y: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, *parameters
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad = torch.empty_like(total)
-    weight, bias, numerator, denominator = (torch.empty_like(parameter) for parameter in parameters)
-    return grad, weight, bias, numerator, denominator
+    grad_total: Tensor, grad_y: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
+    numerator: Tensor, denominator: Tensor, totals: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    columns = mean.new_empty(4 if totals else 2, total.shape[-1])
+    return torch.empty_like(total), columns, torch.empty_like(numerator), torch.empty_like(denominator)
 
 
 def _setup_add_norm_rational(ctx, inputs, output) -> None:
-    _, branch, *parameters, _ = inputs
+    _, branch, *parameters, _, branch_bias, later_bias = inputs
     total, _, mean, rstd = output
     ctx.save_for_backward(total, mean, rstd, *parameters)
     ctx.branch_dtype = branch.dtype
+    ctx.vector_dtypes = [vector.dtype for vector in (*parameters[:2], branch_bias, later_bias) if vector is not None]
     ctx.mark_non_differentiable(mean, rstd)
 
 
 def _add_norm_rational_autograd(ctx, grad_total: Tensor, grad_y: Tensor, *_) -> tuple:
-    grad, *grads = _add_norm_rational_backward(grad_total.contiguous(), grad_y.contiguous(), *ctx.saved_tensors)
-    return grad, grad.to(ctx.branch_dtype), *grads, None
+    dtypes = ctx.vector_dtypes
+    grad, columns, *grad_tables = _add_norm_rational_backward(
+        grad_total.contiguous(), grad_y.contiguous(), *ctx.saved_tensors, len(dtypes) == 4
+    )
+    vectors = [column.to(dtype) for column, dtype in zip(columns, dtypes, strict=True)]
+    grad_weight, grad_bias, *grad_biases = vectors
+    return grad, grad.to(ctx.branch_dtype), grad_weight, grad_bias, *grad_tables, None, *(grad_biases or (None, None))
 
 
 _add_norm_rational.register_autograd(_add_norm_rational_autograd, setup_context=_setup_add_norm_rational)
@@ -391,7 +398,7 @@ _add_norm_rational.register_autograd(_add_norm_rational_autograd, setup_context=
 class _NormBeside(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, dtype):
-        kernel = x.device.type in TRITON_DEVICES and x.dtype != torch.float64
+        kernel = _has_kernel(x)
         y, mean, rstd = (norm_forward if kernel else norm_value)(x, weight, bias, eps, dtype)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         ctx.backward_of = norm_backward if kernel else norm_gradients
@@ -405,24 +412,16 @@ class _NormBeside(torch.autograd.Function):
 
 @torch.library.custom_op(f"{NAMESPACE}::packed_attention", mutates_args=())
 def _packed_attention(qkv: Tensor, qkv_bias: Tensor | None, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    return packed_attention_value(qkv, num_heads, scale)
+    forward = packed_attention_forward if _has_kernel(qkv) else packed_attention_value
+    return forward(qkv, num_heads, scale)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::packed_attention_backward", mutates_args=())
 def _packed_attention_backward(
     grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return packed_attention_gradients(grad_y, qkv, y, lse, scale)
-
-
-@_packed_attention.register_kernel(TRITON_DEVICES)
-def _(qkv: Tensor, qkv_bias: Tensor | None, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    return packed_attention_forward(qkv, num_heads, scale)
-
-
-@_packed_attention_backward.register_kernel(TRITON_DEVICES)
-def _(grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return packed_attention_backward(grad_y, qkv, y, lse, scale)
+    backward = packed_attention_backward if _has_kernel(qkv) else packed_attention_gradients
+    return backward(grad_y, qkv, y, lse, scale)
 
 
 @_packed_attention.register_fake

@@ -179,16 +179,22 @@ def add_norm_rational_gradients(
     bias: Tensor,
     numerator: Tensor,
     denominator: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    totals: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `sum(grad_total * total) + sum(grad_y * y)`.
 
     Returns:
-        That of both summands, in total's dtype, and those of weight, bias, numerator and denominator.
+        That of both summands, in total's dtype; `(2, hidden_size)` in the arithmetic's dtype, those of weight and bias,
+        and with `totals` `(4, hidden_size)`, the column sums of that gradient and of `grad_total` behind them; and
+        those of numerator and denominator.
     """
     x = _normal(total, mean, rstd) * weight + bias
-    grad_x, *grad_tables = rational_gradients(grad_y, x, numerator, denominator)
-    norm = norm_gradients(grad_total, grad_x, total, mean, rstd, weight, bias)
-    return *norm, *grad_tables  # pyright: ignore[reportReturnType]
+    grad_x, grad_numerator, grad_denominator = rational_gradients(grad_y, x, numerator, denominator)
+    grad, *columns = norm_gradients(grad_total, grad_x, total, mean, rstd, weight, bias)
+    if totals:
+        columns += [rows.flatten(0, -2).sum(0, dtype=mean.dtype) for rows in (grad, grad_total)]
+    columns = torch.stack([column.to(mean.dtype) for column in columns])
+    return grad, columns, grad_numerator, grad_denominator
 
 
 def packed_attention_value(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from .triton_sums import gather_sums
 from .triton_tiles import attention_block
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+BACKWARD_BLOCK = 64  # queries, or keys, of a program in backward
 STEP = 32  # keys or queries that a program looks at together
 
 
@@ -216,7 +217,7 @@ def packed_attention_backward(
         The gradient of qkv, like qkv, and its column sums `(3 * hidden_size,)` in float32.
     """
     (batch, num_heads, num_tokens), hidden_size = lse.shape, y.shape[-1]
-    block = attention_block(num_tokens)
+    block = BACKWARD_BLOCK
     blocks = triton.cdiv(num_tokens, block)
     grad_qkv, along = torch.empty_like(qkv), torch.empty_like(lse)
     columns = qkv.new_empty(1, batch * blocks, 3 * hidden_size, dtype=torch.float32)

@@ -26,7 +26,7 @@ from .triton_math import (
     quotient_and_slope,
     store_sums,
 )
-from .triton_rational import num_multiprocessors
+from .triton_rational import num_multiprocessors, traceable
 from .triton_sums import gather_sums
 from .triton_tiles import NormTile, norm_tile
 
@@ -132,7 +132,7 @@ def norm_backward_kernel(
     denominator_ptr,  # (1 or num_groups, 4), likewise
     grad_ptr,  # like total: the gradient of both summands
     partial_ptr,  # (10, num_programs, segments_per_row) float32: the sums for a_0..a_5 and |b_1|..|b_4|
-    column_ptr,  # (2, num_programs, hidden_size) float32: the sums for weight and bias
+    column_ptr,  # (2, num_programs, hidden_size) float32: the sums for weight, bias; with TOTALS 4 of them
     num_rows: tl.int64,
     segments_per_row: tl.int32,
     segments_per_group: tl.int32,
@@ -142,9 +142,12 @@ def norm_backward_kernel(
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     RATIONAL: tl.constexpr,
+    TOTALS: tl.constexpr,
 ):
     """The gradient of total, both ways joined, and for each program its sums for the coefficients and the norm.
 
+    With TOTALS also the sums of both ways' gradient and of grad_total: those of biases that the branch and whatever is
+    added to total contain.
     Grid (num_programs,). Memory: three reads and one write of each element. Arithmetic: float32.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -161,6 +164,8 @@ def norm_backward_kernel(
         sums = no_sums(SEGMENTS)
     weight_sum = no_parts(PARTS, SEGMENTS, WIDTH)
     bias_sum = no_parts(PARTS, SEGMENTS, WIDTH)
+    grad_sum = no_parts(PARTS, SEGMENTS, WIDTH)
+    grad_total_sum = no_parts(PARTS, SEGMENTS, WIDTH)
     for row in range(program.to(tl.int64), num_rows, programs):
         offset = row * hidden_size + column
         total = load_parts(total_ptr + offset, in_row, PARTS, WIDTH)
@@ -189,13 +194,23 @@ def norm_backward_kernel(
         weight_sum, bias_sum = weight_sums, bias_sums
         slope_along = tl.sum(along) / hidden_size
         mean_grad = tl.sum(across) / hidden_size
+        grad_sums, grad_total_sums = (), ()
         for part in tl.static_range(PARTS):
             grad = grad_total[part] + rstd * (grad_normals[part] - mean_grad - normals[part] * slope_along)
             tl.store(grad_ptr + offset + part * WIDTH, grad.to(grad_ptr.dtype.element_ty), mask=in_row)
+            if TOTALS:
+                grad_sums = grad_sums + (grad_sum[part] + grad,)
+                grad_total_sums = grad_total_sums + (grad_total_sum[part] + grad_total[part],)
+        if TOTALS:
+            grad_sum, grad_total_sum = grad_sums, grad_total_sums
     column_ptr += program * hidden_size + column
     for part in tl.static_range(PARTS):
         tl.store(column_ptr + part * WIDTH, weight_sum[part], mask=in_row)
         tl.store(column_ptr + programs * hidden_size + part * WIDTH, bias_sum[part], mask=in_row)
+        if TOTALS:
+            totals_ptr = column_ptr + 2 * programs * hidden_size + part * WIDTH
+            tl.store(totals_ptr, grad_sum[part], mask=in_row)
+            tl.store(totals_ptr + programs * hidden_size, grad_total_sum[part], mask=in_row)
     if RATIONAL:
         segment = tl.arange(0, SEGMENTS)
         partial_ptr += program * segments_per_row + segment
@@ -210,14 +225,15 @@ def add_norm_rational_forward(
     Returns:
         total like residual, y like branch, mean and reciprocal standard deviation `(...)` of each row in float32.
     """
-    return _forward(residual, branch, weight, bias, (numerator, denominator), eps, branch.dtype)
+    kernel = traceable(norm_forward_kernel)
+    return _forward(kernel, residual, branch, weight, bias, (numerator, denominator), eps, branch.dtype)
 
 
 def norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward kernel as a layer norm alone; the norm in `dtype`, and each row's statistics."""
-    return _forward(x, None, weight, bias, None, eps, dtype)[1:]
+    return _forward(norm_forward_kernel, x, None, weight, bias, None, eps, dtype)[1:]
 
 
 def add_norm_rational_backward(
@@ -230,18 +246,20 @@ def add_norm_rational_backward(
     bias: Tensor,
     numerator: Tensor,
     denominator: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    totals: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the backward kernel and add up its sums in a fixed order; arguments are valid and contiguous.
 
     Returns:
-        The gradient of both summands, like total, and those of weight, bias, numerator and denominator.
+        The gradient of both summands, like total; `(2, hidden_size)` float32, those of weight and bias, and with
+        `totals` `(4, hidden_size)`, the column sums of that gradient and of `grad_total` behind them; and those of
+        numerator and denominator.
     """
+    tables = numerator, denominator
     grad, (*grad_tables, columns) = _backward(
-        grad_total, grad_y, total, mean, rstd, weight, bias, (numerator, denominator)
+        grad_total, grad_y, total, mean, rstd, weight, bias, tables, totals=totals
     )
-    # an operator's results share no memory
-    grad_weight, grad_bias = columns[0].to(weight.dtype), columns[1].to(bias.dtype, copy=True)
-    return grad, grad_weight, grad_bias, *grad_tables
+    return grad, columns, *grad_tables
 
 
 def norm_backward(
@@ -252,18 +270,18 @@ def norm_backward(
     Returns:
         Both ways' gradient of total, like total, and those of weight and bias.
     """
-    grad, (columns,) = _backward(grad_total, grad_y, total, mean, rstd, weight, bias, None)
+    grad, (columns,) = _backward(grad_total, grad_y, total, mean, rstd, weight, bias, None, totals=False)
     return grad, columns[0].to(weight.dtype), columns[1].to(bias.dtype)
 
 
-def _forward(residual, branch, weight, bias, tables, eps, dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(kernel, residual, branch, weight, bias, tables, eps, dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = residual if branch is None else torch.empty_like(residual)
     y = torch.empty_like(residual, dtype=dtype)
     mean, rstd = (residual.new_empty(residual.shape[:-1], dtype=torch.float32) for _ in range(2))
     tile, layout = _plan(residual, tables)
     if residual.numel():
         with torch.accelerator.device_index(residual.device.index):  # pyright: ignore[reportArgumentType]
-            norm_forward_kernel[(tile.num_programs,)](
+            kernel[(tile.num_programs,)](
                 residual,
                 residual if branch is None else branch,
                 weight,
@@ -285,14 +303,15 @@ def _forward(residual, branch, weight, bias, tables, eps, dtype) -> tuple[Tensor
     return total, y, mean, rstd
 
 
-def _backward(grad_total, grad_y, total, mean, rstd, weight, bias, tables) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _backward(grad_total, grad_y, total, mean, rstd, weight, bias, tables, totals) -> tuple[Tensor, tuple[Tensor, ...]]:
     grad, hidden_size = torch.empty_like(total), total.shape[-1]
-    tile, layout = _plan(total, tables)
+    column_sums = 4 if totals else 2
+    tile, layout = _plan(total, tables, column_sums)
     partial = None
     if tables is not None:
         segments_per_row = hidden_size // (tile.parts * tile.width)
         partial = total.new_empty(10, tile.num_programs, segments_per_row, dtype=torch.float32)
-    columns = total.new_empty(2, tile.num_programs, hidden_size, dtype=torch.float32)
+    columns = total.new_empty(column_sums, tile.num_programs, hidden_size, dtype=torch.float32)
     if total.numel():
         with torch.accelerator.device_index(total.device.index):  # pyright: ignore[reportArgumentType]
             norm_backward_kernel[(tile.num_programs,)](
@@ -312,17 +331,21 @@ def _backward(grad_total, grad_y, total, mean, rstd, weight, bias, tables) -> tu
                 tile.parts,
                 tile.width,
                 tables is not None,
+                totals,
                 num_warps=tile.num_warps,
             )
     return grad, gather_sums(tables, partial, columns)
 
 
-def _plan(total: Tensor, tables: tuple[Tensor, Tensor] | None) -> tuple[NormTile, tuple[int, ...]]:
+def _plan(
+    total: Tensor, tables: tuple[Tensor, Tensor] | None, column_sums: int = 2
+) -> tuple[NormTile, tuple[int, ...]]:
     """Tile, and the kernels' arguments from num_rows to denominator_stride."""
     hidden_size = total.shape[-1]
     rows = (1, 1) if tables is None else tuple(table.shape[0] for table in tables)
     num_rows = total.numel() // hidden_size
-    tile = norm_tile(num_rows, hidden_size, hidden_size // max(rows), num_multiprocessors(total.device))
+    multiprocessors = num_multiprocessors(total.device)
+    tile = norm_tile(num_rows, hidden_size, hidden_size // max(rows), multiprocessors, column_sums)
     segments_per_row = hidden_size // (tile.parts * tile.width)
     return tile, (
         num_rows,

@@ -6,6 +6,7 @@ another batch size or hidden size runs the same kernel.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +112,7 @@ def rational_forward(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tenso
     tile = forward_tile(x.numel(), x.shape[-1] // num_groups, x.element_size())
     if x.numel():
         with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType] - None is a no-op
-            rational_forward_kernel[(tile.num_programs,)](
+            traceable(rational_forward_kernel)[(tile.num_programs,)](
                 x,
                 numerator,
                 denominator,
@@ -164,6 +165,11 @@ def _layout(x: Tensor, numerator: Tensor, denominator: Tensor, tile: Tile) -> tu
         tile.segments,
         tile.width,
     )
+
+
+def traceable(kernel: Any) -> Any:
+    """A kernel in an operator that `torch.compile` looks into, to launch the kernel itself; not the interpreter's."""
+    return torch.library.wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
 
 
 @lru_cache

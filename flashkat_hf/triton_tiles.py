@@ -48,25 +48,27 @@ class NormTile(NamedTuple):
     num_programs: int
 
 
-def norm_tile(num_rows: int, hidden_size: int, group_size: int, num_multiprocessors: int) -> NormTile:
+def norm_tile(
+    num_rows: int, hidden_size: int, group_size: int, num_multiprocessors: int, column_sums: int = 2
+) -> NormTile:
     """A row at a time, for kernels that reduce along a row; a thread's segment lies in one group.
 
     The segment has at most 12 channels, whose sums fit in registers; of those sizes the one that leaves the fewest
     threads idle, then the longest one. A row of 192, 384 or 768 channels takes 32, 32 or 64 threads, all of them busy.
-    Programs walk over the rows, as many as a multiprocessor's registers hold.
+    Programs walk over the rows, as many as a multiprocessor's registers hold with so many sums of each column.
     """
     sizes = [size for size in range(1, 13) if group_size % size == 0]
     size = min(sizes, key=lambda size: (_threads(hidden_size, size) * size, -size))
     width, segments = size & -size, 1 << (hidden_size // size - 1).bit_length()
     num_warps = min(max(segments // 32, 1), 16)
-    warps = min(2048 // (16 + 28 * size // 3), 32)
+    warps = min(2048 // (16 + 22 * size // 3 + column_sums * size), 32)
     return NormTile(
         segments, size // width, width, num_warps, num_programs=min(num_rows, warps * num_multiprocessors // num_warps)
     )
 
 
 def attention_block(num_tokens: int) -> int:
-    """Queries, or keys, of a program of the attention kernels: what four warps hold in registers."""
+    """Queries of a program of the attention's forward kernel: what four warps hold in registers."""
     return 64 if num_tokens <= 64 else 128
 
 

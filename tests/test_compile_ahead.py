@@ -69,7 +69,7 @@ def test_norm_compiles(hidden_size, capability, dtype):
     sizes = {"SEGMENTS": tile.segments, "PARTS": tile.parts, "WIDTH": tile.width}
     for kernel in (triton_norm_rational.norm_forward_kernel, triton_norm_rational.norm_backward_kernel):
         for rational in (False, True):
-            flags = {name: rational for name in ("ADD", "RATIONAL") if name in kernel.arg_names}
+            flags = {name: rational for name in ("ADD", "RATIONAL", "TOTALS") if name in kernel.arg_names}
             compiled = compile_with(
                 kernel, {**sizes, **flags}, tile.num_warps, dtype, GPUTarget("cuda", capability, 32)
             )

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, FlashKATModel
+from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, FlashKATModel, layers
 from flashkat_hf.modeling_flashkat import FlashKATPatchProjection
 
 ATTENTION = ["eager", "sdpa"]
@@ -40,6 +40,33 @@ def test_stored_logits_hidden_states_and_gradients(kind, attention, device):
     assert gradients.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
         assert relative_error(parameter.grad, gradients[name]) <= GRADIENT_TOLERANCE, name
+
+
+@pytest.mark.parametrize("listened", ["", "attention", "attention.proj", "mlp", "mlp.fc2", "drop_path"])
+def test_fused_layers(listened, device, monkeypatch):
+    """As kernels would be called; whoever listens to a module gets all that went through it."""
+    monkeypatch.setattr(layers, "TRITON_DEVICES", (device,))
+    model, gradients, stored = micro_model("flashkat", device)
+    if listened:
+        for layer in model.flashkat.layers:
+            layer.get_submodule(listened).register_forward_hook(lambda *args: None)
+    model(stored["input"], labels=stored["labels"]).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert relative_error(parameter.grad, gradients[name]) <= GRADIENT_TOLERANCE, name
+
+
+@pytest.mark.parametrize("rates", [{"drop_path_rate": 0.5}, {"hidden_dropout_prob": 0.3}], ids=str)
+def test_fused_layers_drop_as_plain_ones(rates, device, monkeypatch):
+    model, _, stored = micro_model(device=device, **rates)
+    results = []
+    for devices in ((), (device,)):
+        monkeypatch.setattr(layers, "TRITON_DEVICES", devices)
+        torch.manual_seed(0)
+        model.zero_grad()
+        model.train()(stored["input"], labels=stored["labels"]).loss.backward()
+        results.append([parameter.grad.clone() for parameter in model.parameters()])
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_flex_attention_forward():

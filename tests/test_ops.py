@@ -190,6 +190,18 @@ def fused_add_norm_rational(*inputs):
     return add_norm_rational(*inputs, 1e-6)
 
 
+def plain_add_with_biases(residual, branch, weight, bias, numerator, denominator, branch_bias, later_bias):
+    total, y = plain_add_norm_rational(residual, branch + branch_bias, weight, bias, numerator, denominator)
+    return total + later_bias, y
+
+
+def fused_add_with_biases(residual, branch, *parameters):
+    *parameters, branch_bias, later_bias = parameters
+    branch = branch + branch_bias.detach()
+    total, y = add_norm_rational(residual, branch, *parameters, 1e-6, branch_bias, later_bias)
+    return total + later_bias.detach(), y
+
+
 def plain_norm_beside(x, weight, bias):
     return x * 1, torch.nn.functional.layer_norm(x, weight.shape, weight, bias, 1e-6)
 
@@ -208,6 +220,11 @@ FUSED = {
         fused_add_norm_rational,
         plain_add_norm_rational,
         ((3, 5, 24), (3, 5, 24), (24,), (24,), (1, 6), (8, 4)),
+    ),
+    "add_norm_rational with biases": (
+        fused_add_with_biases,
+        plain_add_with_biases,
+        ((3, 5, 24), (3, 5, 24), (24,), (24,), (1, 6), (8, 4), (24,), (24,)),
     ),
     "norm_beside": (fused_norm_beside, plain_norm_beside, ((3, 5, 24), (24,), (24,))),
 }
@@ -272,16 +289,18 @@ def test_fused_opcheck(device):
     weight, bias = torch.randn(2, 24, device=device)
     parameters = weight, bias, numerator, denominator
     leaves = [tensor.clone().requires_grad_() for tensor in (x, grad_y, *parameters)]
-    torch.library.opcheck(torch.ops.flashkat.add_norm_rational, (*leaves, 1e-6))
+    for biases in ((None, None), torch.randn(2, 24, device=device).requires_grad_().unbind()):
+        torch.library.opcheck(torch.ops.flashkat.add_norm_rational, (*leaves, 1e-6, *biases))
     qkv = torch.randn(2, 7, 3 * 32, device=device).half().requires_grad_()
     torch.library.opcheck(
         torch.ops.flashkat.packed_attention, (qkv, torch.randn(96, device=device, requires_grad=True), 2, 0.25)
     )
     backward = ("test_schema", "test_faketensor")
     with torch.no_grad():
-        total, _, mean, rstd = torch.ops.flashkat.add_norm_rational(x, grad_y, *parameters, 1e-6)
-        arguments = (x, grad_y, total, mean, rstd, *parameters)
-        torch.library.opcheck(torch.ops.flashkat.add_norm_rational_backward, arguments, test_utils=backward)
+        total, _, mean, rstd = torch.ops.flashkat.add_norm_rational(x, grad_y, *parameters, 1e-6, None, None)
+        for totals in (False, True):
+            arguments = (x, grad_y, total, mean, rstd, *parameters, totals)
+            torch.library.opcheck(torch.ops.flashkat.add_norm_rational_backward, arguments, test_utils=backward)
         arguments = (grad_y, x, numerator, denominator)
         torch.library.opcheck(torch.ops.flashkat.rational_linear_backward, arguments, test_utils=backward)
         y, lse = torch.ops.flashkat.packed_attention(qkv.detach(), None, 2, 0.25)
@@ -325,7 +344,17 @@ def test_compiled_for_a_gpu_keeps_the_kernel(where):
         (
             add_norm_rational,
             [(2, 16), (2, 16), (8,), (16,), (1, 6), (8, 4), 1e-6],
-            r"weight and bias must have shape \(16,\), not \(8,\) and \(16,\)",
+            r"weight and biases must have shape \(16,\), not \(8,\), \(16,\)",
+        ),
+        (
+            add_norm_rational,
+            [(2, 16), (2, 16), (16,), (16,), (1, 6), (8, 4), 1e-6, (16,), (8,)],
+            r"weight and biases must have shape \(16,\), not \(16,\), \(16,\), \(16,\), \(8,\)",
+        ),
+        (
+            add_norm_rational,
+            [(2, 16), (2, 16), (16,), (16,), (1, 6), (8, 4), 1e-6, (16,)],
+            "branch_bias and later_bias go together",
         ),
         (packed_attention, [(2, 5, 100), 2, 1.0], r"qkv must be .*not \(2, 5, 100\)"),
         (packed_attention, [(2, 5, 96), 2, 1.0], r"half precision and of at most 256 tokens, not 5 torch.float32"),

@@ -30,9 +30,12 @@ def plain(total, parameters, grad_total, grad_y, dtype):
 
 
 def check(residual, branch, *parameters_and_gradients):
+    """Value and gradients; returns the arguments of the backward pass."""
     *parameters, grad_total, grad_y = parameters_and_gradients
     total, y, mean, rstd = triton_norm_rational.add_norm_rational_forward(residual, branch, *parameters, EPS)
-    grads = triton_norm_rational.add_norm_rational_backward(grad_total, grad_y, total, mean, rstd, *parameters)
+    arguments = grad_total, grad_y, total, mean, rstd, *parameters
+    grad, columns, *grad_tables = triton_norm_rational.add_norm_rational_backward(*arguments, totals=False)
+    grads = grad, *columns, *grad_tables
     assert_no_worse(total, residual + branch, residual.double() + branch.double())
     baseline = plain(total, parameters, grad_total, grad_y, torch.float32)
     exact = plain(total, parameters, grad_total, grad_y, torch.float64)
@@ -42,6 +45,7 @@ def check(residual, branch, *parameters_and_gradients):
         assert actual.shape == true.shape
         if total.numel():
             assert relative_error(actual, true) <= 2e-5  # asked of float32 sums
+    return arguments
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -49,6 +53,18 @@ def check(residual, branch, *parameters_and_gradients):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradients(shape, rows, dtype, device):
     check(*random_arguments(shape, dtype, device, rows))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_totals(shape, device):
+    """The sums of both gradients' columns; the other results as without them, to the order of the sums."""
+    arguments = check(*random_arguments(shape, torch.float32, device))
+    plain = triton_norm_rational.add_norm_rational_backward(*arguments, totals=False)
+    grad, columns, *grad_tables = triton_norm_rational.add_norm_rational_backward(*arguments, totals=True)
+    assert torch.equal(grad, plain[0])
+    true = [rows.double().flatten(0, -2).sum(0) if rows.ndim > 1 else rows.double() for rows in (grad, arguments[0])]
+    for actual, expected in zip((*columns, *grad_tables), (*plain[1], *true, *plain[2:]), strict=True):
+        torch.testing.assert_close(actual.double(), expected.double(), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
