@@ -20,7 +20,7 @@ from .coefficients import second_moment
 from .configuration_flashkat import FlashKATConfig
 from .layers import GRKANMlp, GroupRational, fusible, hooked, pre_norm, working_dtype
 from .mimetic import mimetic_weights
-from .ops import HEAD_DIMS, MAX_TOKENS, add_norm_rational, packed_attention
+from .ops import HEAD_DIMS, MAX_BATCH, MAX_TOKENS, add_norm_rational, packed_attention
 
 # The default: as "sdpa", but by the kernel for short sequences where it wins (FlashKATAttention).
 AttentionInterface.register("packed", sdpa_attention_forward)
@@ -161,6 +161,7 @@ class FlashKATAttention(nn.Module):
             self.config._attn_implementation == "packed"
             and fusible(hidden_states, self.qkv)
             and working_dtype(hidden_states) in (torch.bfloat16, torch.float16)
+            and hidden_states.shape[0] <= MAX_BATCH
             and hidden_states.shape[1] <= MAX_TOKENS
             and self.head_dim in HEAD_DIMS
             and torch.is_grad_enabled()

@@ -45,6 +45,7 @@ except ImportError:  # no triton: the plain path serves every device
 PACKAGE = __name__.rpartition(".")[0]
 NAMESPACE = "flashkat" if PACKAGE == "flashkat_hf" else re.sub(r"\W", "_", PACKAGE, flags=re.ASCII)
 TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm's name too
+MAX_BATCH = 65_535  # CUDA's limit of a grid's third axis
 MAX_TOKENS = 256  # beyond, PyTorch's own attention was the faster one (577 and 1025 tokens, an H100)
 HEAD_DIMS = (16, 32, 64)
 
@@ -203,6 +204,8 @@ def packed_attention(qkv: Tensor, num_heads: int, scale: float, qkv_bias: Tensor
     """
     if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads) or qkv.shape[2] // (3 * num_heads) not in HEAD_DIMS:
         raise ValueError(f"qkv must be (batch, tokens, 3 * {num_heads} heads of {HEAD_DIMS}), not {tuple(qkv.shape)}")
+    if qkv.shape[0] > MAX_BATCH:
+        raise ValueError(f"qkv has {qkv.shape[0]} samples; the attention kernels take {MAX_BATCH} at most")
     if qkv.shape[1] > MAX_TOKENS or qkv.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"qkv must be half precision and of at most {MAX_TOKENS} tokens, not {qkv.shape[1]} {qkv.dtype}"

@@ -17,18 +17,20 @@ except ImportError:
     raise
 
 from .triton_sums import gather_sums
-from .triton_tiles import attention_block
+from .triton_tiles import ATTENTION_BLOCK, attention_blocks
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-BACKWARD_BLOCK = 64  # queries, or keys, of a program in backward
+BLOCK = tl.constexpr(ATTENTION_BLOCK)
 STEP = 32  # keys or queries that a program looks at together
+SIZES = ("first_block", "num_tokens", "num_heads", "scale")
 
 
-@triton.jit(do_not_specialize=("num_tokens", "num_heads", "scale"))
+@triton.jit(do_not_specialize=SIZES)
 def packed_attention_forward_kernel(
     qkv_ptr,  # (batch, num_tokens, 3, num_heads, HEAD_DIM), contiguous, bfloat16 or float16
     y_ptr,  # (batch, num_tokens, num_heads, HEAD_DIM), likewise
     lse_ptr,  # (batch, num_heads, num_tokens) float32: log2 of the sum of exponentials
+    first_block: tl.int32,
     num_tokens: tl.int32,
     num_heads: tl.int32,
     scale: tl.float32,
@@ -38,16 +40,16 @@ def packed_attention_forward_kernel(
 ):
     """Y = softmax(scale q k^T) v for a block of queries of one head.
 
-    Grid (ceil(num_tokens / QUERIES), batch * num_heads). Products in the input's dtype with float32 sums, softmax in
+    Grid (blocks from first_block on, num_heads, batch). Products in the input's dtype with float32 sums, softmax in
     float32, over KEYS keys at a time. Memory: one read of qkv, one write of y; blocks of a head share it in the cache.
     """
-    head = tl.program_id(1).to(tl.int64)
-    batch, head_in_row = head // num_heads, head % num_heads
+    head_in_row, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head = batch * num_heads + head_in_row
     width = num_heads * HEAD_DIM
     qkv_ptr += batch * num_tokens * 3 * width + head_in_row * HEAD_DIM
     y_ptr += batch * num_tokens * width + head_in_row * HEAD_DIM
     channel = tl.arange(0, HEAD_DIM)[None, :]
-    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    query = (first_block + tl.program_id(0)) * BLOCK + tl.arange(0, QUERIES)
     q = tl.load(qkv_ptr + tl.minimum(query, num_tokens - 1)[:, None] * 3 * width + channel)
     largest = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
@@ -71,7 +73,7 @@ def packed_attention_forward_kernel(
     tl.store(lse_ptr + head * num_tokens + query, largest + tl.log2(total), mask=is_query)
 
 
-@triton.jit(do_not_specialize=("num_tokens", "num_heads", "scale"))
+@triton.jit(do_not_specialize=SIZES)
 def packed_attention_queries_kernel(
     grad_y_ptr,  # (batch, num_tokens, num_heads, HEAD_DIM), contiguous, bfloat16 or float16
     qkv_ptr,  # (batch, num_tokens, 3, num_heads, HEAD_DIM), likewise
@@ -79,7 +81,8 @@ def packed_attention_queries_kernel(
     lse_ptr,  # (batch, num_heads, num_tokens) float32
     grad_qkv_ptr,  # like qkv
     along_ptr,  # (batch, num_heads, num_tokens) float32: grad_y y^T
-    column_ptr,  # (batch, num_programs(0), 3, num_heads, HEAD_DIM) float32: sums of grad_qkv over a block's tokens
+    column_ptr,  # (all blocks, batch, 3, num_heads, HEAD_DIM) float32: sums of grad_qkv over a block's tokens
+    first_block: tl.int32,
     num_tokens: tl.int32,
     num_heads: tl.int32,
     scale: tl.float32,
@@ -89,11 +92,11 @@ def packed_attention_queries_kernel(
 ):
     """The gradient of a block of queries, and what the other kernel needs of grad_y y^T.
 
-    Grid (ceil(num_tokens / QUERIES), batch * num_heads). Memory: one read of qkv, y and grad_y, one write of a third of
+    Grid (blocks from first_block on, num_heads, batch). Memory: one read of qkv, y and grad_y, one write of a third of
     grad_qkv.
     """
-    head = tl.program_id(1).to(tl.int64)
-    batch, head_in_row = head // num_heads, head % num_heads
+    head_in_row, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head = batch * num_heads + head_in_row
     width = num_heads * HEAD_DIM
     start = batch * num_tokens * width + head_in_row * HEAD_DIM
     grad_y_ptr += start
@@ -102,7 +105,7 @@ def packed_attention_queries_kernel(
     qkv_ptr += start
     grad_qkv_ptr += start
     channel = tl.arange(0, HEAD_DIM)[None, :]
-    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    query = (first_block + tl.program_id(0)) * BLOCK + tl.arange(0, QUERIES)
     is_query = query < num_tokens
     inside = tl.minimum(query, num_tokens - 1)
     q = tl.load(qkv_ptr + inside[:, None] * 3 * width + channel)
@@ -124,18 +127,20 @@ def packed_attention_queries_kernel(
     grad_q = tl.where(is_query[:, None], grad_q * scale, 0.0)
     rows = query[:, None] * 3 * width + channel
     tl.store(grad_qkv_ptr + rows, grad_q.to(grad_qkv_ptr.dtype.element_ty), mask=is_query[:, None])
-    column_ptr += (batch * tl.num_programs(0) + tl.program_id(0)) * 3 * width + head_in_row * HEAD_DIM
+    block = first_block + tl.program_id(0)
+    column_ptr += (block * tl.num_programs(2) + batch) * 3 * width + head_in_row * HEAD_DIM
     tl.store(column_ptr + tl.arange(0, HEAD_DIM), tl.sum(grad_q, 0))
 
 
-@triton.jit(do_not_specialize=("num_tokens", "num_heads", "scale"))
+@triton.jit(do_not_specialize=SIZES)
 def packed_attention_keys_kernel(
     grad_y_ptr,  # (batch, num_tokens, num_heads, HEAD_DIM), contiguous, bfloat16 or float16
     qkv_ptr,  # (batch, num_tokens, 3, num_heads, HEAD_DIM), likewise
     lse_ptr,  # (batch, num_heads, num_tokens) float32
     along_ptr,  # (batch, num_heads, num_tokens) float32, from `packed_attention_queries_kernel`
     grad_qkv_ptr,  # like qkv
-    column_ptr,  # (batch, num_programs(0), 3, num_heads, HEAD_DIM) float32: sums of grad_qkv over a block's tokens
+    column_ptr,  # (all blocks, batch, 3, num_heads, HEAD_DIM) float32: sums of grad_qkv over a block's tokens
+    first_block: tl.int32,
     num_tokens: tl.int32,
     num_heads: tl.int32,
     scale: tl.float32,
@@ -145,11 +150,11 @@ def packed_attention_keys_kernel(
 ):
     """The gradients of a block of keys and values; scores stand as (keys, queries).
 
-    Grid (ceil(num_tokens / KEYS), batch * num_heads). Memory: one read of qkv and grad_y, one write of two thirds of
+    Grid (blocks from first_block on, num_heads, batch). Memory: one read of qkv and grad_y, one write of two thirds of
     grad_qkv.
     """
-    head = tl.program_id(1).to(tl.int64)
-    batch, head_in_row = head // num_heads, head % num_heads
+    head_in_row, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head = batch * num_heads + head_in_row
     width = num_heads * HEAD_DIM
     start = batch * num_tokens * width + head_in_row * HEAD_DIM
     grad_y_ptr += start
@@ -159,7 +164,7 @@ def packed_attention_keys_kernel(
     lse_ptr += head * num_tokens
     along_ptr += head * num_tokens
     channel = tl.arange(0, HEAD_DIM)[None, :]
-    key = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    key = (first_block + tl.program_id(0)) * BLOCK + tl.arange(0, KEYS)
     is_key = (key < num_tokens)[:, None]
     keys = tl.minimum(key, num_tokens - 1)[:, None] * 3 * width + channel
     k = tl.load(qkv_ptr + width + keys)
@@ -184,7 +189,8 @@ def packed_attention_keys_kernel(
     rows = key[:, None] * 3 * width + channel
     tl.store(grad_qkv_ptr + width + rows, grad_k.to(grad_qkv_ptr.dtype.element_ty), mask=is_key)
     tl.store(grad_qkv_ptr + 2 * width + rows, grad_v.to(grad_qkv_ptr.dtype.element_ty), mask=is_key)
-    column_ptr += (batch * tl.num_programs(0) + tl.program_id(0)) * 3 * width + head_in_row * HEAD_DIM
+    block = first_block + tl.program_id(0)
+    column_ptr += (block * tl.num_programs(2) + batch) * 3 * width + head_in_row * HEAD_DIM
     tl.store(column_ptr + width + tl.arange(0, HEAD_DIM), tl.sum(grad_k, 0))
     tl.store(column_ptr + 2 * width + tl.arange(0, HEAD_DIM), tl.sum(grad_v, 0))
 
@@ -200,11 +206,11 @@ def packed_attention_forward(qkv: Tensor, num_heads: int, scale: float) -> tuple
     lse = qkv.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
     if qkv.numel():
         sizes = num_tokens, num_heads, scale, hidden_size // num_heads
-        block = attention_block(num_tokens)
         with torch.accelerator.device_index(qkv.device.index):  # pyright: ignore[reportArgumentType]
-            packed_attention_forward_kernel[triton.cdiv(num_tokens, block), batch * num_heads](
-                qkv, y, lse, *sizes, QUERIES=block, KEYS=STEP, num_warps=4
-            )
+            for first, size, count, num_warps in attention_blocks(num_tokens):
+                packed_attention_forward_kernel[count, num_heads, batch](
+                    qkv, y, lse, first, *sizes, QUERIES=size, KEYS=STEP, num_warps=num_warps
+                )
     return y, lse
 
 
@@ -217,18 +223,21 @@ def packed_attention_backward(
         The gradient of qkv, like qkv, and its column sums `(3 * hidden_size,)` in float32.
     """
     (batch, num_heads, num_tokens), hidden_size = lse.shape, y.shape[-1]
-    block = BACKWARD_BLOCK
-    blocks = triton.cdiv(num_tokens, block)
     grad_qkv, along = torch.empty_like(qkv), torch.empty_like(lse)
-    columns = qkv.new_empty(1, batch * blocks, 3 * hidden_size, dtype=torch.float32)
+    blocks = -(-num_tokens // ATTENTION_BLOCK)
+    columns = qkv.new_empty(1, blocks * batch, 3 * hidden_size, dtype=torch.float32)
     if qkv.numel():
         sizes = num_tokens, num_heads, scale, hidden_size // num_heads
-        grid = blocks, batch * num_heads
+        launches = attention_blocks(num_tokens)
         with torch.accelerator.device_index(qkv.device.index):  # pyright: ignore[reportArgumentType]
-            packed_attention_queries_kernel[grid](
-                grad_y, qkv, y, lse, grad_qkv, along, columns, *sizes, QUERIES=block, KEYS=STEP, num_warps=4
-            )
-            packed_attention_keys_kernel[grid](
-                grad_y, qkv, lse, along, grad_qkv, columns, *sizes, QUERIES=STEP, KEYS=block, num_warps=4
-            )
+            for first, size, count, num_warps in launches:
+                packed_attention_queries_kernel[count, num_heads, batch](
+                    grad_y, qkv, y, lse, grad_qkv, along, columns, first, *sizes,
+                    QUERIES=size, KEYS=STEP, num_warps=num_warps,
+                )  # fmt: skip
+            for first, size, count, num_warps in launches:
+                packed_attention_keys_kernel[count, num_heads, batch](
+                    grad_y, qkv, lse, along, grad_qkv, columns, first, *sizes,
+                    QUERIES=STEP, KEYS=size, num_warps=num_warps,
+                )  # fmt: skip
     return grad_qkv, gather_sums(None, None, columns)[0].squeeze(0)

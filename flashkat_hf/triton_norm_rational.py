@@ -305,13 +305,12 @@ def _forward(kernel, residual, branch, weight, bias, tables, eps, dtype) -> tupl
 
 def _backward(grad_total, grad_y, total, mean, rstd, weight, bias, tables, totals) -> tuple[Tensor, tuple[Tensor, ...]]:
     grad, hidden_size = torch.empty_like(total), total.shape[-1]
-    column_sums = 4 if totals else 2
-    tile, layout = _plan(total, tables, column_sums)
+    tile, layout = _plan(total, tables, totals)
     partial = None
     if tables is not None:
         segments_per_row = hidden_size // (tile.parts * tile.width)
         partial = total.new_empty(10, tile.num_programs, segments_per_row, dtype=torch.float32)
-    columns = total.new_empty(column_sums, tile.num_programs, hidden_size, dtype=torch.float32)
+    columns = total.new_empty(4 if totals else 2, tile.num_programs, hidden_size, dtype=torch.float32)
     if total.numel():
         with torch.accelerator.device_index(total.device.index):  # pyright: ignore[reportArgumentType]
             norm_backward_kernel[(tile.num_programs,)](
@@ -338,14 +337,14 @@ def _backward(grad_total, grad_y, total, mean, rstd, weight, bias, tables, total
 
 
 def _plan(
-    total: Tensor, tables: tuple[Tensor, Tensor] | None, column_sums: int = 2
+    total: Tensor, tables: tuple[Tensor, Tensor] | None, totals: bool = False
 ) -> tuple[NormTile, tuple[int, ...]]:
     """Tile, and the kernels' arguments from num_rows to denominator_stride."""
     hidden_size = total.shape[-1]
     rows = (1, 1) if tables is None else tuple(table.shape[0] for table in tables)
     num_rows = total.numel() // hidden_size
     multiprocessors = num_multiprocessors(total.device)
-    tile = norm_tile(num_rows, hidden_size, hidden_size // max(rows), multiprocessors, column_sums)
+    tile = norm_tile(num_rows, hidden_size, hidden_size // max(rows), multiprocessors, totals)
     segments_per_row = hidden_size // (tile.parts * tile.width)
     return tile, (
         num_rows,

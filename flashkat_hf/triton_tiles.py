@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 MAX_WIDTH_BYTES = 16
+ATTENTION_BLOCK = 64  # queries, or keys, of a program: 16 for each of four warps
 
 
 class Tile(NamedTuple):
@@ -49,27 +50,40 @@ class NormTile(NamedTuple):
 
 
 def norm_tile(
-    num_rows: int, hidden_size: int, group_size: int, num_multiprocessors: int, column_sums: int = 2
+    num_rows: int, hidden_size: int, group_size: int, num_multiprocessors: int, totals: bool = False
 ) -> NormTile:
     """A row at a time, for kernels that reduce along a row; a thread's segment lies in one group.
 
     The segment has at most 12 channels, whose sums fit in registers; of those sizes the one that leaves the fewest
     threads idle, then the longest one. A row of 192, 384 or 768 channels takes 32, 32 or 64 threads, all of them busy.
-    Programs walk over the rows, as many as a multiprocessor's registers hold with so many sums of each column.
+    Programs walk over the rows, as many as a multiprocessor's registers hold: backward needs 72 and 128 in a thread for
+    segments of 6 and 12 channels, and 96 and 168 with `totals`. One program more would run when all others have ended.
     """
     sizes = [size for size in range(1, 13) if group_size % size == 0]
     size = min(sizes, key=lambda size: (_threads(hidden_size, size) * size, -size))
     width, segments = size & -size, 1 << (hidden_size // size - 1).bit_length()
     num_warps = min(max(segments // 32, 1), 16)
-    warps = min(2048 // (16 + 22 * size // 3 + column_sums * size), 32)
+    registers = 16 + 28 * size // 3 + totals * (8 + 8 * size // 3)
+    warps = min(2048 // registers, 32)
     return NormTile(
         segments, size // width, width, num_warps, num_programs=min(num_rows, warps * num_multiprocessors // num_warps)
     )
 
 
-def attention_block(num_tokens: int) -> int:
-    """Queries of a program of the attention's forward kernel: what four warps hold in registers."""
-    return 64 if num_tokens <= 64 else 128
+def attention_blocks(num_tokens: int) -> list[tuple[int, int, int, int]]:
+    """The launches of an attention kernel: first block, tokens of a program, programs along the tokens, warps.
+
+    The 197 tokens of a 224 pixel image are three blocks of 64, and 5 tokens that single warps take in a second launch:
+    in a fourth block they cost a quarter of the time.
+    """
+    whole, rest = divmod(num_tokens, ATTENTION_BLOCK)
+    if rest > ATTENTION_BLOCK // 2:
+        whole, rest = whole + 1, 0
+    launches = [(0, ATTENTION_BLOCK, whole, ATTENTION_BLOCK // 16)] if whole else []
+    if rest:
+        size = max(1 << (rest - 1).bit_length(), 16)
+        launches.append((whole, size, 1, size // 16))
+    return launches
 
 
 def _threads(hidden_size: int, size: int) -> int:

@@ -8,7 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flashkat_hf import triton_attention, triton_norm_rational, triton_rational, triton_rational_linear, triton_sums
-from flashkat_hf.triton_tiles import backward_tile, forward_tile, norm_tile
+from flashkat_hf.triton_tiles import attention_blocks, backward_tile, forward_tile, norm_tile
 
 POINTER_TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 FLOAT32 = {
@@ -93,11 +93,12 @@ def test_sums_compile(capability):
 @pytest.mark.parametrize("part", ["forward", "queries", "keys"])
 def test_attention_compiles(part, capability, dtype):
     kernel = getattr(triton_attention, f"packed_attention_{part}_kernel")
-    queries, keys = (32, 128) if part == "keys" else (128, 32)
-    constants = {"HEAD_DIM": 64, "KEYS": keys, "QUERIES": queries}
-    ptx = compile_with(kernel, constants, 4, dtype, GPUTarget("cuda", capability, 32)).asm["ptx"]
-    assert not re.search(r"\b(atom|red)\.", ptx)
-    assert re.search(r"wgmma\.mma|mma\.sync", ptx)  # on the matrix units
+    for _, size, _, num_warps in attention_blocks(197):
+        queries, keys = (32, size) if part == "keys" else (size, 32)
+        constants = {"HEAD_DIM": 64, "KEYS": keys, "QUERIES": queries}
+        ptx = compile_with(kernel, constants, num_warps, dtype, GPUTarget("cuda", capability, 32)).asm["ptx"]
+        assert not re.search(r"\b(atom|red)\.", ptx)
+        assert re.search(r"wgmma\.mma|mma\.sync", ptx)  # on the matrix units
 
 
 def test_compiles_for_rocm():

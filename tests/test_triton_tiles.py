@@ -2,7 +2,7 @@
 
 import pytest
 
-from flashkat_hf.triton_tiles import backward_tile, forward_tile, norm_tile
+from flashkat_hf.triton_tiles import ATTENTION_BLOCK, attention_blocks, backward_tile, forward_tile, norm_tile
 
 
 @pytest.mark.parametrize("element_bytes", [2, 4])
@@ -25,6 +25,22 @@ def test_tiles(num_rows, group_size, element_bytes):
     assert norm.segments * norm.parts * norm.width >= hidden_size  # a row fits
     assert norm.segments & (norm.segments - 1) == norm.width & (norm.width - 1) == 0
     assert 1 <= norm.num_programs <= num_rows
+
+
+@pytest.mark.parametrize("num_tokens", range(1, 257))
+def test_attention_blocks(num_tokens):
+    """Every token once, in at most two launches, with 16 rows of a tile for each warp."""
+    taken, wasted = [], 0
+    launches = attention_blocks(num_tokens)
+    for first, size, count, num_warps in launches:
+        assert first * ATTENTION_BLOCK == len(taken)
+        assert size == 16 * num_warps
+        end = first * ATTENTION_BLOCK + size * count
+        taken += range(first * ATTENTION_BLOCK, min(end, num_tokens))
+        wasted = end - num_tokens
+    assert taken == list(range(num_tokens))
+    assert wasted < 32
+    assert len(launches) <= 2
 
 
 @pytest.mark.parametrize("hidden_size", [192, 384, 768])
