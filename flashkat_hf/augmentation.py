@@ -5,21 +5,23 @@ or small moves for digits and other signs. `docs/data.md` says how `pipeline` di
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .batch_augmentation import BatchAugmentation, WorkerPart
+from .batch_augmentation import BatchAugmentation, WorkerPart, in_batches
+from .batch_decoding import decodes
 from .images import extra
 
 Transform = Callable[[Any], Any]
 CHOICES = {
     "crop": ("random", "moves"),
     "interpolation": ("random", "bilinear", "bicubic"),
-    "on_device": ("nothing", "augmentation", "decoding"),
+    "on_device": ("auto", "nothing", "augmentation", "decoding"),
 }
 
 
@@ -39,6 +41,7 @@ class Augmentation:
         erasing: probability that a box of 0.02 to 1/3 of the area becomes noise.
         on_device: what `batch_transform` does for whole batches: "nothing": worker processes do everything, with PIL.
             "augmentation": RandAugment, normalisation and erasing. "decoding": that, and decoding and cropping JPEGs.
+            "auto": what `resolved` finds best for a device; "nothing" elsewhere.
     """
 
     crop: str = "random"
@@ -49,7 +52,7 @@ class Augmentation:
     rand_augment: str | None = "rand-m9-mstd0.5"
     color_jitter: float = 0.0
     erasing: float = 0.25
-    on_device: str = "nothing"
+    on_device: str = "auto"
 
     def __post_init__(self):
         for name, known in CHOICES.items():
@@ -67,8 +70,17 @@ class Augmentation:
             raise ValueError(f"color_jitter ({self.color_jitter}) must not be negative")
         if self.rand_augment:
             _check_rand_augment(self.rand_augment)
-        if self.on_device != "nothing" and (self.crop == "moves" or self.color_jitter):
+        if self.on_device in ("augmentation", "decoding") and (self.crop == "moves" or self.color_jitter):
             raise ValueError(f"on_device {self.on_device!r} knows neither the crop 'moves' nor color_jitter")
+
+    def resolved(self, device: torch.device, in_memory: bool) -> "Augmentation":
+        """The same with "auto" decided: as much as possible on a GPU, unless the images are few and small in memory."""
+        if self.on_device != "auto":
+            return self
+        unknown = self.crop == "moves" or self.color_jitter or not in_batches(self.rand_augment)
+        if device.type != "cuda" or in_memory or unknown:
+            return replace(self, on_device="nothing")
+        return replace(self, on_device="decoding" if decodes(device) else "augmentation")
 
 
 SIGNS = Augmentation(crop="moves", flip=0.0, rand_augment=None, erasing=0.0)  # for digits: never mirrored
@@ -97,7 +109,7 @@ def training_transform(processor, augmentation: Augmentation) -> Transform:
     size = (processor.crop_size["height"], processor.crop_size["width"])
     if augmentation.crop == "moves":
         return _moves(processor, augmentation, size)
-    if augmentation.on_device == "nothing":
+    if augmentation.on_device in ("auto", "nothing"):
         return _timm_transform(processor, augmentation, size)
     parts = _timm_transform(processor, augmentation, size, separate=True)
     return WorkerPart(parts, size, decode=augmentation.on_device == "decoding")
@@ -150,7 +162,7 @@ def batch_transform(processor, augmentation: Augmentation) -> nn.Module | None:
     Otherwise call the module, moved to the device, with each batch as `TrainBatches` gives it, on the CPU; it returns
     `{"pixel_values", "labels"}` on the device.
     """
-    if augmentation.on_device == "nothing":
+    if augmentation.on_device in ("auto", "nothing"):
         return None
     size = (processor.crop_size["height"], processor.crop_size["width"])
     return BatchAugmentation(processor.image_mean, processor.image_std, size)

@@ -7,8 +7,7 @@ operations and their ranges are timm's; pixels differ from PIL's by rounding, an
 """
 
 import random
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .batch_decoding import decoded_crops
 from .images import Encoded, Sample, extra, header, unreadable
 
 OPERATIONS = (  # timm's functions, in the order of their numbers in a plan
@@ -26,6 +26,7 @@ OPERATIONS = (  # timm's functions, in the order of their numbers in a plan
 )  # fmt: skip
 GEOMETRIC = OPERATIONS[:5]
 NONE, BICUBIC = -1, 3  # no operation; PIL's number of the filter
+NOISE, STRIDE = 2**22, 7919  # normal numbers for erased boxes; from one seed's place in them to the next
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
@@ -69,6 +70,14 @@ def _note(number: int, draws: Draws, *arguments: float, resample: Any, fillcolor
     return draws
 
 
+def in_batches(rand_augment: str | None) -> bool:
+    """Whether batches can do all operations of timm's RandAugment of this configuration string."""
+    if not rand_augment:
+        return True
+    made = extra("timm.data.auto_augment").rand_augment_transform(rand_augment, {})
+    return all(operation.aug_fn.__name__ in OPERATIONS for operation in made.ops)
+
+
 def drawing(rand_augment) -> Any:
     """Timm's RandAugment, changed to note its operations in `Draws`.
 
@@ -102,8 +111,8 @@ class WorkerPart:
         """Pixels of the crop, `(3, height, width)` uint8, and the plan of the rest.
 
         For decoding on the device: the bytes of a JPEG file, `(length,)` uint8, and its crop: top, left, height, width,
-        PIL's filter, whether it is mirrored, length. An image that the device cannot decode is given as pixels, with
-        height 0.
+        whether the filter is bicubic, whether it is mirrored, length. An image that the device cannot decode is given
+        as pixels, with height 0.
         """
         encoded = _read(sample) if self.decode else sample.image
         try:
@@ -122,7 +131,8 @@ class WorkerPart:
         pixels = self._cropped(image, box, image.width / width, image.height / height, filter_)
         if not self.decode:
             return {"pixel_values": pixels, "plan": self._plan()}
-        return {"pixel_values": pixels.flatten(), "plan": self._plan(), "crop": torch.zeros(7, dtype=torch.int64)}
+        crop = torch.tensor([*[0] * 6, pixels.numel()])
+        return {"pixel_values": pixels.flatten(), "plan": self._plan(), "crop": crop}
 
     def _cropped(self, image: Image.Image, box: tuple[int, int, int, int], x: float, y: float, filter_) -> Tensor:
         """Crop and flip of an image that is smaller than its header says by the factors x and y."""
@@ -138,7 +148,7 @@ class WorkerPart:
 
     def _undecoded(self, encoded: bytes, box: tuple[int, int, int, int], filter_) -> dict[str, Tensor]:
         mirrored = any(torch.rand(1) < part.p for part in self.flip)  # torchvision's draw
-        bicubic = BICUBIC if filter_.value == "bicubic" else 0
+        bicubic = filter_.value == "bicubic"
         data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
         return {"pixel_values": data, "plan": self._plan(), "crop": torch.tensor([*box, bicubic, mirrored, len(data)])}
 
@@ -174,18 +184,22 @@ class BatchAugmentation(nn.Module):
     """Carries out the plans of a batch on the device that it is on.
 
     Takes what `TrainBatches` gives with a `WorkerPart`, on the CPU, and returns `{"pixel_values": (batch, 3, height,
-    width) float32, normalised, "labels": (batch,) int64}`.
+    width) float32, normalised, "labels": (batch,) int64}`. Draws nothing, and never waits for the device.
     """
 
     mean: Tensor
     std: Tensor
+    outside: Tensor
+    noise: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], size: tuple[int, int]):
         super().__init__()
         self.size = size
         self.fill = [min(255, round(255 * value)) for value in mean]  # timm's
+        self.register_buffer("outside", torch.tensor(self.fill, dtype=torch.float32)[:, None, None])
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None])
         self.register_buffer("std", 255 * torch.tensor(std)[:, None, None])
+        self.register_buffer("noise", torch.randn(NOISE, generator=torch.Generator().manual_seed(0)), persistent=False)
 
     @torch.no_grad()
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -202,33 +216,26 @@ class BatchAugmentation(nn.Module):
         return {"pixel_values": pixels, "labels": batch["labels"].to(device, non_blocking=True)}
 
     def _decoded(self, encoded: Tensor, crops: Tensor) -> Tensor:
-        """Crops of the JPEG files, `(batch, 3, height, width)` uint8."""
-        functions, files = extra("torchvision.transforms.v2.functional"), extra("torchvision.io")
-        modes = functions.InterpolationMode
-        numbers = [number for number, crop in enumerate(crops.tolist()) if crop[2]]
-        given = [encoded[number, : int(crops[number, 6])].clone() for number in numbers]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torchvision 0.29 says that torchcodec will take its place
-            decoded = files.decode_jpeg(given, mode=files.ImageReadMode.RGB, device=self.mean.device) if given else []
-        pixels = 3 * self.size[0] * self.size[1]
-        images = encoded[:, :pixels].unflatten(1, (3, *self.size)) if encoded.shape[1] >= pixels else None
-        result = torch.empty(len(encoded), 3, *self.size, dtype=torch.uint8, device=self.mean.device)
-        for number, image in zip(numbers, decoded, strict=True):
-            top, left, rows, columns, bicubic, mirrored, _ = crops[number].tolist()
-            mode = modes.BICUBIC if bicubic == BICUBIC else modes.BILINEAR
-            crop = functions.resized_crop(image, top, left, rows, columns, list(self.size), mode, antialias=True)
-            result[number] = crop.flip(-1) if mirrored else crop
-        for number in sorted(set(range(len(encoded))) - set(numbers)):
-            assert images is not None
-            result[number] = images[number].to(self.mean.device)
+        """Crops of the JPEG files, and what workers have decoded, `(batch, 3, height, width)` uint8."""
+        parts, device = encoded.split(crops[:, 6].tolist()), self.mean.device
+        given = crops[:, 2] > 0
+        files = [part for part, is_file in zip(parts, given.tolist(), strict=True) if is_file]
+        images = decoded_crops(files, crops[given, :6], self.size, device) if files else None
+        if images is not None and given.all():
+            return images
+        result = torch.empty(len(parts), 3, *self.size, dtype=torch.uint8, device=device)
+        if images is not None:
+            result[given.nonzero()[:, 0].to(device)] = images
+        for number in (~given).nonzero()[:, 0].tolist():
+            result[number] = parts[number].unflatten(0, (3, *self.size)).to(device, non_blocking=True)
         return result
 
     def _layer(self, images: Tensor, operations: Tensor) -> Tensor:
         """One operation for each image; `(batch, 3)`: number, argument, filter."""
         images, numbers = images.clone(), operations[:, 0]
         for number in numbers.unique().int().tolist():
-            if number != NONE and number >= len(GEOMETRIC):
-                self._replace(images, numbers == number, operations, partial(_color_operation, OPERATIONS[number]))
+            if number >= len(GEOMETRIC):
+                self._replace(images, numbers == number, operations, partial(_colored, COLOR[OPERATIONS[number]]))
         moved = (numbers != NONE) & (numbers < len(GEOMETRIC))
         for bicubic in (False, True):
             which = moved & ((operations[:, 2] == BICUBIC) == bicubic)
@@ -239,7 +246,8 @@ class BatchAugmentation(nn.Module):
         index = which.nonzero()[:, 0]
         if len(index):
             there = index.to(images.device, non_blocking=True)
-            images[there] = function(images[there], operations[index, 1].to(images.device, non_blocking=True))
+            arguments = operations[index, 1].to(images.device, non_blocking=True)
+            images[there] = function(images[there], arguments)
 
     def _moved(self, numbers: Tensor, bicubic: bool, images: Tensor, amounts: Tensor) -> Tensor:
         """Shears, translations and rotations: all are affine maps of the output's pixels to the input's."""
@@ -260,34 +268,75 @@ class BatchAugmentation(nn.Module):
         mode = "bicubic" if bicubic else "bilinear"
         sampled = functional.grid_sample(images.float(), grid, mode, "border", align_corners=False)
         inside = ((x >= 0) & (x < width) & (y >= 0) & (y < height))[:, None]
-        fill = sampled.new_tensor(self.fill)[:, None, None]
-        return torch.where(inside, sampled.clamp(0, 255), fill).to(torch.uint8)  # PIL rounds down
+        return torch.where(inside, sampled.clamp(0, 255), self.outside).to(torch.uint8)  # PIL rounds down
 
     def _erase(self, pixels: Tensor, boxes: Tensor) -> None:
-        generator = torch.Generator(pixels.device)
-        for number, (top, left, rows, columns, seed) in enumerate(boxes.int().tolist()):
-            if rows:
-                shape = (3, rows, columns)
-                generator.manual_seed(seed)
-                noise = torch.randn(shape, generator=generator, device=pixels.device)
-                pixels[number, :, top : top + rows, left : left + columns] = noise
+        """Noise in the boxes, from a place in the buffer that an image's own seed gives."""
+        index = boxes[:, 2].nonzero()[:, 0]
+        if not len(index):
+            return
+        boxes, index = boxes[index].to(pixels.device, non_blocking=True), index.to(pixels.device, non_blocking=True)
+        top, left, rows, columns, seed = boxes.long()[:, :, None, None, None].unbind(1)
+        _, channels, height, width = pixels.shape
+        y, x = torch.arange(height, device=pixels.device)[:, None], torch.arange(width, device=pixels.device)
+        inside = (y >= top) & (y < top + rows) & (x >= left) & (x < left + columns)
+        count = torch.arange(channels * height * width, device=pixels.device).view(channels, height, width)
+        noise = self.noise[(seed * STRIDE + count) % len(self.noise)]
+        pixels[index] = torch.where(inside, noise, pixels[index])
 
 
-def _color_operation(name: str, images: Tensor, arguments: Tensor) -> Tensor:
-    """PIL's operation of that name on `(count, 3, height, width)` uint8, each image with its argument."""
-    argument = arguments[:, None, None, None]
-    if name in ("auto_contrast", "equalize", "invert"):
-        functions = extra("torchvision.transforms.v2.functional")
-        return getattr(functions, name.replace("_", ""))(images)
-    if name == "solarize":
-        return torch.where(images < argument, images, 255 - images)
-    if name == "solarize_add":
-        return torch.where(images < 128, (images + argument).clamp(max=255), images).to(torch.uint8)
-    if name == "posterize":
-        return images & (256 - 2 ** (8 - argument.clamp(max=8))).to(torch.uint8)
+def _colored(operation: Callable[[Tensor, Tensor], Tensor], images: Tensor, arguments: Tensor) -> Tensor:
+    return operation(images, arguments[:, None, None, None])
+
+
+def _through(tables: Tensor, images: Tensor) -> Tensor:
+    """Each level `(count, 3, height, width)` uint8 replaced by what a table `(count, 1 or 3, 256)` has for it."""
+    tables = tables.clamp(0, 255).to(torch.uint8).expand(-1, 3, -1)  # PIL rounds down
+    return tables.gather(2, images.flatten(2).long()).view_as(images)
+
+
+def _levels(images: Tensor) -> Tensor:
+    """The table that changes nothing, in float64, as PIL calculates."""
+    return torch.arange(256, dtype=torch.float64, device=images.device)
+
+
+def _auto_contrast(images: Tensor, _: Tensor) -> Tensor:
+    low, high = (extreme.double()[..., None] for extreme in images.flatten(2).aminmax(dim=2))
+    scale = 255 / (high - low)
+    levels = _levels(images)
+    return _through(torch.where(high > low, levels * scale - low * scale, levels), images)
+
+
+def _equalize(images: Tensor, _: Tensor) -> Tensor:
+    flat = images.flatten(2).long()
+    counts = flat.new_zeros(*flat.shape[:2], 256).scatter_add_(2, flat, flat.new_ones(1).expand_as(flat))
+    last = counts.gather(2, flat.amax(2, keepdim=True))
+    step = (flat.shape[2] - last) // 255
+    tables = (step // 2 + counts.cumsum(2) - counts) // step.clamp(min=1)
+    return _through(torch.where(step > 0, tables, _levels(images).long()), images)
+
+
+def _invert(images: Tensor, _: Tensor) -> Tensor:
+    return 255 - images
+
+
+def _solarize(images: Tensor, arguments: Tensor) -> Tensor:
+    return torch.where(images < arguments, images, 255 - images)
+
+
+def _solarize_add(images: Tensor, arguments: Tensor) -> Tensor:
+    return torch.where(images < 128, (images + arguments).clamp(max=255), images).to(torch.uint8)
+
+
+def _posterize(images: Tensor, arguments: Tensor) -> Tensor:
+    return images & (256 - 2 ** (8 - arguments.clamp(max=8))).to(torch.uint8)
+
+
+def _away_from(faded: Callable[[Tensor], Tensor], images: Tensor, arguments: Tensor) -> Tensor:
+    """PIL's enhancements: away from a faded version, which is the result at factor 0."""
     pixels = images.float()
-    faded = FADED[name](pixels)
-    return (faded + argument * (pixels - faded)).clamp(0, 255).to(torch.uint8)  # PIL rounds down
+    start = faded(pixels)
+    return (start + arguments * (pixels - start)).clamp(0, 255).to(torch.uint8)  # PIL rounds down
 
 
 def _gray(pixels: Tensor) -> Tensor:
@@ -308,4 +357,15 @@ def _smooth(pixels: Tensor) -> Tensor:
     return smoothed
 
 
-FADED = {"contrast": _mean_gray, "color": _gray, "brightness": torch.zeros_like, "sharpness": _smooth}  # at factor 0
+COLOR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "auto_contrast": _auto_contrast,
+    "equalize": _equalize,
+    "invert": _invert,
+    "solarize": _solarize,
+    "solarize_add": _solarize_add,
+    "posterize": _posterize,
+    "contrast": partial(_away_from, _mean_gray),
+    "color": partial(_away_from, _gray),
+    "brightness": partial(_away_from, torch.zeros_like),
+    "sharpness": partial(_away_from, _smooth),
+}

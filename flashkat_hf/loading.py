@@ -16,7 +16,6 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 from transformers.utils import logging
 
@@ -307,8 +306,8 @@ def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     corrupt = {name: message for item in items for name, message in item.pop("corrupt").items()}
     items = [item for item in items if item]
     if items and items[0]["pixel_values"].ndim == 1:  # encoded files, of unequal lengths
-        padded = pad_sequence([item.pop("pixel_values") for item in items], batch_first=True)
-        return {**default_collate(items), "pixel_values": padded, "corrupt": corrupt}
+        files = torch.cat([item.pop("pixel_values") for item in items])
+        return {**default_collate(items), "pixel_values": files, "corrupt": corrupt}
     return {**(default_collate(items) if items else {}), "corrupt": corrupt}
 
 

@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
+from .ahead import made_ahead
 from .augmentation import batch_transform, evaluation_transform, training_transform
 from .evaluation import evaluate
 from .images import ImageData, extra
@@ -145,13 +147,14 @@ class Trainer:
         self.model.train()
         self.meter = Meter(self.device, self.loading_rate)
         batches = self.batches.epoch(progress.epoch, progress.update * self.accumulate)
-        while progress.update < self.updates_per_epoch and progress.step < self.num_steps:
-            self._update(batches)
-            self.bar.update()
-            progress.seconds = self.seconds_before + time.monotonic() - self.started
-            if progress.step % settings.log_steps == 0:
-                self._read_losses()
-            self._save_if_due()
+        with closing(made_ahead(batches, self.on_device, self.device)) as batches:
+            while progress.update < self.updates_per_epoch and progress.step < self.num_steps:
+                self._update(batches)
+                self.bar.update()
+                progress.seconds = self.seconds_before + time.monotonic() - self.started
+                if progress.step % settings.log_steps == 0:
+                    self._read_losses()
+                self._save_if_due()
         self._read_losses()
 
     def _update(self, batches: Iterator[dict[str, Tensor]]) -> None:
@@ -165,7 +168,6 @@ class Trainer:
             with meter.waiting():
                 batch = next(batches)
             with meter.stepping(), accelerator.accumulate(self.model):
-                batch = self.on_device(batch)
                 images, targets = self.mixing(batch["pixel_values"], batch["labels"])
                 with accelerator.autocast():
                     loss = self.forward(pixel_values=images, labels=targets).loss

@@ -58,6 +58,8 @@ def train(
         raise ValueError(
             f"--batch_size: {settings.batch_size} is more than the {data.train.num_images} training images"
         )
+    in_memory = settings.data in (None, "digits")
+    settings.augmentation = settings.augmentation.resolved(accelerator.device, in_memory)
     compiled = accelerator.device.type == "cuda" if settings.compile is None else settings.compile
     about = settings.to_dict() | {
         "precision": accelerator.mixed_precision,

@@ -1,5 +1,6 @@
 """Augmentation in batches: the same draws as timm's, the same pixels up to rounding, whole batches at once."""
 
+import copy
 import io
 import re
 
@@ -8,12 +9,15 @@ import pytest
 import timm.data.auto_augment as auto_augment
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional
 
-from flashkat_hf import make_image_processor
+from flashkat_hf import augmentation as augmentation_module
+from flashkat_hf import batch_decoding, make_image_processor
 from flashkat_hf.augmentation import Augmentation, batch_transform, posterize, training_transform
 from flashkat_hf.batch_augmentation import OPERATIONS, BatchAugmentation, Draws, drawing
+from flashkat_hf.batch_decoding import decodes
 from flashkat_hf.images import DataError, Examples, Sample
-from flashkat_hf.loading import EvalBatches, TrainBatches, seeded
+from flashkat_hf.loading import EvalBatches, TrainBatches, _collate, seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # Python 3.12, where threads run
 PROCESSOR = make_image_processor(32)
@@ -79,7 +83,7 @@ def both(
     batched = Augmentation(**{**vars(plain), "on_device": on_device})
     with seeded(seed):
         item = training_transform(PROCESSOR, batched)(sample)
-    batch = {name: tensor[None] for name, tensor in item.items()} | {"labels": torch.tensor([0])}
+    batch = _collate([{**item, "labels": 0, "corrupt": {}}])
     return levels(expected), levels(batch_transform(PROCESSOR, batched)(batch)["pixel_values"][0])
 
 
@@ -150,6 +154,42 @@ def test_decoding_with_the_batch_gives_the_same(mode):
         assert (cropped - decoded).abs().max() <= 3  # torchvision's resizing rounds otherwise than PIL's
 
 
+@pytest.mark.parametrize("bicubic", [False, True])
+@pytest.mark.parametrize("canvas", [2**28, 20_000])
+def test_crops_of_a_batch_are_torchvisions(canvas, bicubic, device, monkeypatch):
+    """Larger and smaller than the result, of images of all sizes, mirrored or not; few on a canvas at once, or all."""
+    monkeypatch.setattr(batch_decoding, "CANVAS_BYTES", canvas)
+    modes = functional.InterpolationMode
+    generator = numpy.random.default_rng(0)
+    files, windows, expected = [], [], []
+    for seed in range(70):  # more than are decoded at once
+        width, height = generator.integers(20, 120, 2).tolist()
+        rows, columns = generator.integers(4, [height + 1, width + 1]).tolist()
+        top, left = generator.integers(0, [height - rows + 1, width - columns + 1]).tolist()
+        encoded = torch.frombuffer(bytearray(file(picture(seed, (width, height)), quality=95)), dtype=torch.uint8)
+        whole = batch_decoding._decode([encoded], torch.device(device))[0]
+        mode = modes.BICUBIC if bicubic else modes.BILINEAR
+        crop = functional.resized_crop(whole.float(), top, left, rows, columns, [32, 24], mode, antialias=True)
+        files.append(encoded)
+        windows.append([top, left, rows, columns, bicubic, seed % 2])
+        expected.append((crop.flip(-1) if seed % 2 else crop).round().clamp(0, 255))
+    made = batch_decoding.decoded_crops(files, torch.tensor(windows), (32, 24), torch.device(device))
+    error = (made - torch.stack(expected)).abs()
+    assert error.max() <= 1  # rounding at a half
+    assert (error > 0).float().mean() < (0.05 if device == "cuda" else 0.001)  # half precision there
+
+
+def test_decoding_on_a_gpu_agrees_with_that_on_a_cpu(device):
+    """The recipe on 40 files; on a GPU nvJPEG decodes, within a level or two of libjpeg."""
+    split = Examples([file(picture(seed, (90, 70)), quality=95) for seed in range(40)], [0, 1] * 20)
+    transform = training_transform(PROCESSOR, Augmentation(rand_augment=None, on_device="decoding"))
+    [batch] = TrainBatches(split, transform, batch_size=40, seed=0).epoch(0)
+    plain = MODULE(batch)["pixel_values"]
+    made = copy.deepcopy(MODULE).to(device)(batch)["pixel_values"]
+    assert made.device.type == device
+    assert (made.cpu() - plain).abs().mul(MODULE.std).max() <= 4
+
+
 @pytest.mark.parametrize("kind", ["png", "turned", "cmyk", "pixels"])
 def test_what_the_device_cannot_decode_comes_as_pixels(kind):
     image, exif = picture(3, (50, 40)), Image.Exif()
@@ -165,7 +205,7 @@ def test_what_the_device_cannot_decode_comes_as_pixels(kind):
         augmentation = Augmentation(on_device=on_device)
         with seeded(1):
             item = training_transform(PROCESSOR, augmentation)(Sample(encoded, 0, ""))
-        batch = {name: tensor[None] for name, tensor in item.items()} | {"labels": torch.tensor([0])}
+        batch = _collate([{**item, "labels": 0, "corrupt": {}}])
         made.append(batch_transform(PROCESSOR, augmentation)(batch)["pixel_values"])
     assert torch.equal(*made)
 
@@ -210,4 +250,26 @@ def test_operations_that_batches_do_not_know():
     for other in ({"crop": "moves"}, {"color_jitter": 0.4}):
         with pytest.raises(ValueError, match="on_device 'decoding' knows neither the crop 'moves' nor color_jitter"):
             Augmentation(on_device="decoding", **other)
-    assert batch_transform(PROCESSOR, Augmentation()) is None
+    assert batch_transform(PROCESSOR, Augmentation(on_device="nothing")) is None
+
+
+def test_auto_is_decided_by_device_recipe_and_source(monkeypatch):
+    monkeypatch.setattr(augmentation_module, "decodes", lambda device: device.index == 0)
+    cpu, gpu, other = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
+    found = [Augmentation().resolved(device, False).on_device for device in (cpu, gpu, other)]
+    assert found == ["nothing", "decoding", "augmentation"]
+    assert Augmentation().resolved(gpu, in_memory=True).on_device == "nothing"
+    for unknown in ({"crop": "moves"}, {"color_jitter": 0.4}, {"rand_augment": "rand-m9-t3a"}):
+        assert Augmentation(**unknown).resolved(gpu, False).on_device == "nothing"
+    assert Augmentation(on_device="augmentation").resolved(cpu, False).on_device == "augmentation"
+    assert batch_transform(PROCESSOR, Augmentation()) is None  # not decided
+
+
+def test_decodes(device, monkeypatch):
+    assert decodes(torch.device(device))
+
+    def without_nvjpeg(files, device):
+        raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support")
+
+    monkeypatch.setattr(batch_decoding, "_decode", without_nvjpeg)
+    assert not decodes(torch.device(device))

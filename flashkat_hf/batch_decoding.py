@@ -1,0 +1,107 @@
+"""JPEG files to crops of one size, a batch at once: decoded (on a GPU by nvJPEG), and resized as matrix products."""
+
+import io
+import warnings
+from collections.abc import Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .images import extra
+
+FILES = 64  # decoded at once
+CANVAS_BYTES = 2**28  # of the crops' uint8 pixels that are resized at once
+
+
+def decoded_crops(files: list[Tensor], crops: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
+    """Parts of images, resized with antialiasing as torchvision and PIL do it, up to rounding.
+
+    Args:
+        files: the bytes of whole JPEG files, each `(length,)` uint8 on the CPU.
+        crops: `(len(files), 6)` int64 on the CPU: top, left, height and width of the part, whether the filter is
+            bicubic (else bilinear), whether the result is mirrored.
+        size: height and width of the result.
+        device: decodes and resizes.
+
+    Returns:
+        `(len(files), 3, height, width)` uint8.
+    """
+    made = []
+    for part, windows in zip(_chunks(files, FILES), crops.split(FILES), strict=True):
+        start = 0
+        images = _decode(part, device)
+        for stop in _stops(windows):
+            made.append(_resized(images[start:stop], windows[start:stop], size, device))
+            start = stop
+    return torch.cat(made)
+
+
+def decodes(device: torch.device) -> bool:
+    """Whether torchvision decodes JPEG files there."""
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(stream, "JPEG")
+    try:
+        _decode([torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)], device)
+    except (RuntimeError, ValueError):  # built without nvJPEG, or for another kind of GPU
+        return False
+    return True
+
+
+def _chunks(files: list[Tensor], length: int) -> Iterator[list[Tensor]]:
+    for start in range(0, len(files), length):
+        yield files[start : start + length]
+
+
+def _decode(files: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Each `(3, height, width)` uint8 on the device."""
+    functions = extra("torchvision.io")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision 0.29 says that torchcodec will take its place
+        return functions.decode_jpeg(files, mode=functions.ImageReadMode.RGB, device=device)
+
+
+def _stops(windows: Tensor) -> Iterator[int]:
+    """Ends of groups in a row whose windows fit a canvas; a window that does not is a group of its own."""
+    count, rows, columns = 0, 0, 0
+    for number, (_, _, height, width, *_) in enumerate(windows.tolist()):
+        rows, columns, count = max(rows, height), max(columns, width), count + 1
+        if count > 1 and 3 * count * rows * columns > CANVAS_BYTES:
+            yield number
+            count, rows, columns = 1, height, width
+    yield len(windows)
+
+
+def _resized(images: list[Tensor], windows: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
+    count, rows, columns = len(images), *windows[:, 2:4].amax(0).tolist()
+    canvas = torch.empty(count, rows, 3, columns, dtype=torch.uint8, device=device)
+    for room, image, (top, left, height, width, *_) in zip(canvas, images, windows.tolist(), strict=True):
+        room[:height, :, :width].copy_(image[:, top : top + height, left : left + width].movedim(0, 1))
+    windows = windows.to(device, non_blocking=True)
+    height, width, bicubic, mirrored = windows[:, 2], windows[:, 3], windows[:, 4] > 0, windows[:, 5] > 0
+    across = resizing_weights(width, columns, size[1], bicubic)
+    across = torch.where(mirrored[:, None, None], across.flip(1), across)
+    along = resizing_weights(height, rows, size[0], bicubic)
+    # Half precision holds the pixels, and the error is far below a level.
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    resized = canvas.view(count, rows * 3, columns).to(dtype) @ across.to(dtype).mT
+    resized = along.to(dtype) @ resized.view(count, rows, 3 * size[1])
+    return resized.view(count, size[0], 3, size[1]).movedim(2, 1).round().clamp(0, 255).to(torch.uint8)
+
+
+def resizing_weights(lengths: Tensor, longest: int, size: int, bicubic: Tensor) -> Tensor:
+    """What each of `size` results along an axis takes of `lengths` pixels, `(count, size, longest)` float32.
+
+    A triangle, or Keys' cubic with -0.5, as wide as the pixels are dense; what lies outside of the image is left out.
+    """
+    lengths, bicubic = lengths[:, None, None], bicubic[:, None, None]
+    density = lengths / size
+    pixel = torch.arange(longest, device=lengths.device)
+    center = (torch.arange(size, device=lengths.device)[:, None] + 0.5) * density
+    distance = ((pixel + 0.5 - center) / density.clamp(min=1)).abs()
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    cubic = torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
+    weights = torch.where(bicubic, cubic, (1 - distance).clamp(min=0))
+    weights = torch.where(pixel < lengths, weights, 0)
+    return weights / weights.sum(-1, keepdim=True)
