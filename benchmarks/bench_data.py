@@ -1,8 +1,8 @@
 """Images per second of the data side alone, in each of the ways that training batches can be made.
 
 JPEG files like photographs are made in a temporary folder, linked several times so that an epoch is long, and read as
-an image folder. Each way makes the recipe's batches, up to normalised tensors on the device; the first are not timed. A
-result is one JSON line.
+an image folder. Each way makes the recipe's batches, up to normalised tensors on the device, ahead in a thread as in
+training; the first are not timed. A result is one JSON line.
 
     python benchmarks/bench_data.py --output benchmarks/results/data.jsonl
 """
@@ -14,9 +14,11 @@ import subprocess
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy
 import PIL
@@ -27,6 +29,7 @@ from PIL import Image
 from transformers import HfArgumentParser
 
 from flashkat_hf import make_image_processor
+from flashkat_hf.ahead import made_ahead
 from flashkat_hf.augmentation import Augmentation, batch_transform, training_transform
 from flashkat_hf.data import open_data
 from flashkat_hf.loading import TrainBatches
@@ -92,8 +95,8 @@ def cores() -> int:
 def measure(root: Path, way: str, workers: int, device: torch.device, settings: Settings) -> dict[str, float]:
     """Images per second over at least `seconds`; the device's work is waited for at the end."""
     processor, augmentation = make_image_processor(settings.image_size), Augmentation(on_device=way)
-    finish = batch_transform(processor, augmentation)
-    finish = finish.to(device) if finish is not None else None
+    rest = batch_transform(processor, augmentation)
+    finish = rest.to(device) if rest is not None else partial(move, device)
     batches = TrainBatches(
         open_data(root, skip_corrupt=True).train,  # their headers need no check
         training_transform(processor, augmentation),
@@ -103,30 +106,36 @@ def measure(root: Path, way: str, workers: int, device: torch.device, settings: 
         pin_memory=device.type == "cuda",
     )
     endless = (batch for epoch in range(10**6) for batch in batches.epoch(epoch))
-    count, start = -settings.warmup, time.perf_counter()
-    device_seconds = 0.0
-    for batch in endless:
-        before = time.perf_counter()
-        made = finish(batch) if finish is not None else {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-        count += 1
-        device_seconds += time.perf_counter() - before
-        if count == 0:
-            wait(device)
-            start, device_seconds = time.perf_counter(), 0.0
-        if count > 0 and time.perf_counter() - start >= settings.seconds:
-            break
-    wait(device)
-    seconds = time.perf_counter() - start
-    pixels = made["pixel_values"]
+    count, start, host_seconds = -settings.warmup, time.perf_counter(), []
+
+    def make(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        before = time.thread_time()
+        finished = finish(batch)
+        host_seconds.append(time.thread_time() - before)
+        return finished
+
+    with closing(made_ahead(endless, make, device)) as ahead:
+        for made in ahead:
+            pixels = made["pixel_values"]
+            count += 1
+            if count == 0:
+                wait(device)
+                start = time.perf_counter()
+            if count > 0 and time.perf_counter() - start >= settings.seconds:
+                break
+        wait(device)
+        seconds = time.perf_counter() - start
     if pixels.shape[1:] != (3, settings.image_size, settings.image_size) or not pixels.isfinite().all():
         raise SystemExit(f"{way}: wrong batches")
     return {
         "images_per_s": round(count * settings.batch_size / seconds, 1),
-        "main_process_share": round(
-            device_seconds / seconds, 3
-        ),  # of the time that training's own process works for it
+        "host_ms": round(median(host_seconds) * 1e3, 2),  # of training's own process, for a batch
         "batches": count,
     }
+
+
+def move(device: torch.device, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def wait(device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ DEPTH = 2  # batches that are ready at most
 Batch = dict[str, Tensor]
 
 
-def made_ahead(batches: Iterator[Batch], make: Callable[[Batch], Batch], device: torch.device) -> Iterator[Batch]:
+def made_ahead(
+    batches: Iterator[Batch], make: Callable[[Batch], Batch], device: torch.device
+) -> Generator[Batch, None, None]:
     """What `make` makes of each batch, in order; on a GPU while the caller is busy with the ones before.
 
     `make` must draw nothing from global generators. Its error, or that of the batches, comes where the batch would have
