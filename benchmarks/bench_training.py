@@ -137,13 +137,27 @@ def measure(case: str, processes: int, data: str, arguments: Arguments, extra: d
     }
 
 
+def chosen_cases(arguments: Arguments, processes: int) -> list[str]:
+    """The cases asked for, or all that this machine can run.
+
+    Raises:
+        SystemExit: one was asked for that it cannot run.
+    """
+    alone, many = CASES[:2], CASES[2:] if torch.cuda.is_available() else CASES[2:3]  # accelerate's FSDP2 is for GPUs
+    possible = [*alone, *(many if processes > 1 else ())]
+    if impossible := [case for case in arguments.cases or () if case not in possible]:
+        raise SystemExit(
+            f"--cases: {impossible[0]} cannot run here; with --processes {processes}: {'; '.join(possible)}"
+        )
+    return arguments.cases or possible
+
+
 def main(arguments: Arguments) -> None:
     if arguments.case:
         work(arguments)
         return
     processes = arguments.processes or max(1, min(2, torch.cuda.device_count()))
-    possible = CASES if torch.cuda.is_available() else CASES[:-1]  # accelerate offers FSDP2 for GPUs only
-    cases = arguments.cases or (possible if processes > 1 else CASES[:2])
+    cases = chosen_cases(arguments, processes)
     results = []
     with tempfile.TemporaryDirectory() as folder, arguments.output.open("a" if arguments.append else "w") as lines:
         copies = arguments.copies if "jpeg" in cases else 1

@@ -1,7 +1,7 @@
 """JPEG files to crops of one size, a batch at once: decoded (on a GPU by nvJPEG), and resized as matrix products."""
 
+import functools
 import io
-import warnings
 from collections.abc import Iterator
 
 import torch
@@ -54,11 +54,27 @@ def _chunks(files: list[Tensor], length: int) -> Iterator[list[Tensor]]:
 
 
 def _decode(files: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Each `(3, height, width)` uint8 on the device."""
+    """Each `(3, height, width)` uint8 on the device, for its current stream.
+
+    nvJPEG writes at once, even if the current stream has still to read what was in that memory before. So the memory is
+    that of a stream on which nothing else runs, and comes back to it when the current stream is done with the images.
+    """
     functions = extra("torchvision.io")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision 0.29 says that torchcodec will take its place
-        return functions.decode_jpeg(files, mode=functions.ImageReadMode.RGB, device=device)
+    decode = functools.partial(functions.decode_jpeg, files, functions.ImageReadMode.RGB, device)
+    if device.type != "cuda":
+        return decode()
+    current, own = torch.cuda.current_stream(device), _decoding_stream(device)
+    with torch.cuda.stream(own):
+        images = decode()
+    current.wait_stream(own)
+    for image in images:
+        image.record_stream(current)
+    return images
+
+
+@functools.cache
+def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _stops(windows: Tensor) -> Iterator[int]:

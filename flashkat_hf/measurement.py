@@ -19,7 +19,7 @@ PROBE_SECONDS = 2.0
 class Meter:
     """Images per second of a stretch of training: end to end, of the data side and of the step side.
 
-    The step side is what the device is busy for, by its own clock on a GPU, from a batch's way there to the update.
+    The step side is what the device is busy for, by its own clock on a GPU, from a batch that is made to the update.
     The data side is what the reading of batches takes; worker processes read while the device works, so that they are
     measured alone, before training (`loading_rate`).
 

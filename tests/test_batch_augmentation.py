@@ -190,6 +190,27 @@ def test_decoding_on_a_gpu_agrees_with_that_on_a_cpu(device):
     assert (made.cpu() - plain).abs().mul(MODULE.std).max() <= 4
 
 
+@pytest.mark.gpu
+def test_decoding_waits_for_nothing_and_spoils_nothing(monkeypatch):
+    """Images that were freed while the GPU has still to read them are read as they were, though others are decoded."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # torchvision does not expect it
+    device, factor = torch.device("cuda"), torch.zeros(8192, 8192, device="cuda")
+    bright, dark = ([file(Image.new("RGB", (500, 375), color))] * 64 for color in ("white", "black"))
+    bright, dark = ([torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in files] for files in (bright, dark))
+    batch_decoding._decode(dark, device)  # what is made at the first time
+    for _ in range(5):
+        images = batch_decoding._decode(bright, device)
+        for _ in range(20):
+            factor @ factor
+        read = torch.cuda.Event()
+        sums = torch.stack([image.long().sum() for image in images])
+        read.record()
+        del images
+        batch_decoding._decode(dark, device)
+        assert not read.query()  # else the next line shows nothing
+        assert sums.tolist() == [255 * 3 * 500 * 375] * 64
+
+
 @pytest.mark.parametrize("kind", ["png", "turned", "cmyk", "pixels"])
 def test_what_the_device_cannot_decode_comes_as_pixels(kind):
     image, exif = picture(3, (50, 40)), Image.Exif()

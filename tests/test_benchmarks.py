@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import bench_model  # noqa: E402
+import bench_training  # noqa: E402
 import peers  # noqa: E402
 import plot  # noqa: E402
 import profile_step  # noqa: E402
@@ -314,3 +315,42 @@ def test_original_code_is_loaded_by_itself(tmp_path):
     path, gain = list(sys.path), torch.nn.init.calculate_gain
     assert peers.load(tmp_path, peers.KAT).KAT == "of the clone"
     assert (sys.path, torch.nn.init.calculate_gain) == (path, gain)
+
+
+def training_arguments(tmp_path, **options) -> bench_training.Arguments:
+    return bench_training.Arguments(tmp_path / "r.jsonl", **options)
+
+
+def test_cases_that_are_unknown_or_cannot_run(tmp_path, monkeypatch):
+    """Said before any file is made."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--cases: png unknown; known are synthetic; jpeg; synthetic ddp"):
+        training_arguments(tmp_path, cases=["jpeg", "png"])
+    for case, processes in (("synthetic ddp", 1), ("synthetic fsdp2", 2)):
+        with pytest.raises(SystemExit, match=f"--cases: {case} cannot run here; with --processes {processes}: synth"):
+            bench_training.main(training_arguments(tmp_path, cases=[case], processes=processes))
+    assert not (tmp_path / "r.jsonl").exists()
+    assert bench_training.chosen_cases(training_arguments(tmp_path), 1) == ["synthetic", "jpeg"]
+    assert bench_training.chosen_cases(training_arguments(tmp_path), 2) == ["synthetic", "jpeg", "synthetic ddp"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert bench_training.chosen_cases(training_arguments(tmp_path), 2) == list(bench_training.CASES)
+
+
+def test_cases_run_alone_and_are_added(tmp_path, monkeypatch):
+    """Many files are made for the case that reads them only, and enough for 30 steps."""
+    made = []
+    monkeypatch.setattr(bench_training, "make_folder", lambda root, settings: made.append(settings))
+    rates = dict.fromkeys(bench_training.RATES, 1.0)
+    monkeypatch.setattr(
+        bench_training,
+        "measure",
+        lambda case, processes, *_: {"case": case, "processes": processes, "device": "GPU", **rates},
+    )
+    for case, processes in (("synthetic ddp", 2), ("jpeg", 2)):
+        bench_training.main(training_arguments(tmp_path, cases=[case], processes=processes, append=True))
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [(line["case"], line["processes"]) for line in lines] == [("synthetic ddp", 2), ("jpeg", 1)]
+    assert made[0].images * made[0].copies == 2 * 512
+    assert made[1].images * made[1].copies >= 30 * 512
+    bench_training.main(training_arguments(tmp_path, cases=["synthetic"]))
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 1

@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from small_runs import metrics
+from small_runs import make_images, metrics, small_run
+
+from flashkat_hf.augmentation import Augmentation
+from flashkat_hf.training import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,3 +43,19 @@ def test_killed_at_any_point_and_resumed_to_the_bit(tmp_path, kills, workers, de
             )
             assert weights.keys() == others.keys()
             assert all(weights[key].equal(others[key]) for key in weights)
+
+
+def test_a_run_saves_and_compares_what_auto_became(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    images, output = make_images(tmp_path / "images"), tmp_path / "run"
+    try:
+        train(small_run(images, output, epochs=1))
+        assert json.loads((output / "settings.json").read_text())["on_device"] == "nothing"
+        assert train(small_run(images, output, epochs=1, resume=True)) is None  # the same, and complete
+        other = small_run(images, output, epochs=1, resume=True)
+        other.augmentation = Augmentation(rand_augment=None, erasing=0.5, on_device="augmentation")
+        with pytest.raises(ValueError, match="other settings: on_device was nothing and is augmentation$"):
+            train(other)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
