@@ -54,7 +54,7 @@ def test_a_run_saves_and_compares_what_auto_became(tmp_path, monkeypatch):
         assert train(small_run(images, output, epochs=1, resume=True)) is None  # the same, and complete
         other = small_run(images, output, epochs=1, resume=True)
         other.augmentation = Augmentation(rand_augment=None, erasing=0.5, on_device="augmentation")
-        with pytest.raises(ValueError, match="other settings: on_device was nothing and is augmentation$"):
+        with pytest.raises(ValueError, match=r"other settings: on_device was nothing and is augmentation$"):
             train(other)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
