@@ -48,14 +48,18 @@ def test_killed_at_any_point_and_resumed_to_the_bit(tmp_path, kills, workers, de
 def test_a_run_saves_and_compares_what_auto_became(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     images, output = make_images(tmp_path / "images"), tmp_path / "run"
+
+    def settings(on_device: str):
+        made = small_run(images, output, epochs=1, resume=True)
+        made.augmentation = Augmentation(rand_augment=None, erasing=0.5, on_device=on_device)
+        return made
+
     try:
-        train(small_run(images, output, epochs=1))
+        train(settings("auto"))
         assert json.loads((output / "settings.json").read_text())["on_device"] == "nothing"
-        assert train(small_run(images, output, epochs=1, resume=True)) is None  # the same, and complete
-        other = small_run(images, output, epochs=1, resume=True)
-        other.augmentation = Augmentation(rand_augment=None, erasing=0.5, on_device="augmentation")
+        assert train(settings("auto")) is None  # the same run, and complete
         with pytest.raises(ValueError, match=r"other settings: on_device was nothing and is augmentation$"):
-            train(other)
+            train(settings("augmentation"))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
