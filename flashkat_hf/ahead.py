@@ -1,66 +1,82 @@
-"""Batches made ahead of the training step: in a background thread, on a stream of its own."""
+"""Batches made ahead of the training step: in a background thread, on a GPU stream of its own."""
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 DEPTH = 2  # batches that are ready at most
 Batch = dict[str, Tensor]
+Item = TypeVar("Item")
 
 
 def made_ahead(
-    batches: Iterator[Batch], make: Callable[[Batch], Batch], device: torch.device
+    batches: Iterable[Batch], make: Callable[[Batch], Batch], device: torch.device, background: bool
 ) -> Generator[Batch, None, None]:
-    """What `make` makes of each batch, in order; on a GPU while the caller is busy with the ones before.
+    """What `make` makes of each batch, in order; in the background while the caller is busy with the ones before.
 
-    `make` must draw nothing from global generators. Its error, or that of the batches, comes where the batch would have
-    come. Close the iterator when it is left early: that ends the thread.
+    There, the batches and `make` must draw nothing from this process's global generators. An error of theirs comes
+    where the batch would have come. Close the iterator when it is left early: that ends the thread.
     """
-    if device.type != "cuda":
-        yield from map(make, batches)
+    if not background or device.type != "cuda":
+        made = map(make, batches)
+        yield from in_background(made) if background else made
         return
-    ready: queue.Queue = queue.Queue(DEPTH)
-    left = threading.Event()
-    stream = torch.cuda.Stream(device)
-
-    def work() -> None:
-        torch.cuda.set_device(device)
-        try:
-            with torch.cuda.stream(stream):
-                for batch in batches:
-                    made = make(batch)
-                    if not _put(ready, (made, stream.record_event()), left):
-                        return
-            _put(ready, None, left)
-        except BaseException as error:  # the caller's thread raises it
-            _put(ready, error, left)
-
-    thread = threading.Thread(target=work, name="batches", daemon=True)
-    thread.start()
-    try:
-        while (found := ready.get()) is not None:
-            if isinstance(found, BaseException):
-                raise found
-            made, event = found
+    with closing(in_background(_on_a_stream(batches, make, torch.cuda.Stream(device)))) as ready:
+        for made, event in ready:
             current = torch.cuda.current_stream(device)
             current.wait_event(event)
             for tensor in made.values():
                 tensor.record_stream(current)  # its memory is not reused before the step is done with it
             yield made
+
+
+def _on_a_stream(
+    batches: Iterable[Batch], make: Callable[[Batch], Batch], stream: torch.cuda.Stream
+) -> Iterator[tuple[Batch, torch.Event]]:
+    """Each made batch, and what tells that the GPU has it."""
+    with torch.cuda.stream(stream):
+        for batch in batches:
+            made = make(batch)
+            yield made, stream.record_event()
+
+
+def in_background(items: Iterable[Item], depth: int = DEPTH) -> Generator[Item, None, None]:
+    """The items, drawn in a thread that is `depth` ahead; what is raised there is raised here, in its place."""
+    ready: queue.Queue = queue.Queue(depth)
+    left = threading.Event()
+
+    def put(*found: object) -> None:
+        while not left.is_set():
+            try:
+                return ready.put(found, timeout=0.1)
+            except queue.Full:
+                pass
+
+    def draw() -> None:
+        try:
+            for item in items:
+                put(item, None)
+                if left.is_set():
+                    return
+            put(None, StopIteration())
+        except BaseException as error:  # the caller's to handle
+            put(None, error)
+
+    thread = threading.Thread(target=draw, name="batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
     finally:
         left.set()
         thread.join()
-
-
-def _put(ready: queue.Queue, item: object, left: threading.Event) -> bool:
-    """Whether the item found room before the caller left."""
-    while not left.is_set():
-        try:
-            ready.put(item, timeout=0.1)
-        except queue.Full:
-            continue
-        return True
-    return False

@@ -41,7 +41,7 @@ class Augmentation:
         erasing: probability that a box of 0.02 to 1/3 of the area becomes noise.
         on_device: what `batch_transform` does for whole batches: "nothing": worker processes do everything, with PIL.
             "augmentation": RandAugment, normalisation and erasing. "decoding": that, and decoding and cropping JPEGs.
-            "auto": what `resolved` finds best for a device; "nothing" elsewhere.
+            "auto": as much as the device and the recipe allow (`resolved`).
     """
 
     crop: str = "random"
@@ -52,7 +52,7 @@ class Augmentation:
     rand_augment: str | None = "rand-m9-mstd0.5"
     color_jitter: float = 0.0
     erasing: float = 0.25
-    on_device: str = "auto"
+    on_device: str = "nothing"
 
     def __post_init__(self):
         for name, known in CHOICES.items():

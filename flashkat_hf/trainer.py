@@ -108,6 +108,8 @@ class Trainer:
         self.test_batches = EvalBatches(data.test, transform, workers=workers, **options)
         rest = batch_transform(self.processor, settings.augmentation)
         self.on_device = rest.to(self.device) if rest else partial(_move, self.device)
+        # Without workers, batches draw from the generators of this process, and so does the step.
+        self.in_background = rest is not None and self.device.type == "cuda" and self.workers > 0
         self.updates_per_epoch = len(self.batches) // self.accumulate
 
     def run(self, signals: StopSignals, going_on: bool) -> dict[str, Any] | None:
@@ -147,7 +149,7 @@ class Trainer:
         self.model.train()
         self.meter = Meter(self.device, self.loading_rate)
         batches = self.batches.epoch(progress.epoch, progress.update * self.accumulate)
-        with closing(made_ahead(batches, self.on_device, self.device)) as batches:
+        with closing(made_ahead(batches, self.on_device, self.device, self.in_background)) as batches:
             while progress.update < self.updates_per_epoch and progress.step < self.num_steps:
                 self._update(batches)
                 self.bar.update()

@@ -2,58 +2,82 @@
 
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from flashkat_hf.ahead import DEPTH, made_ahead
+from flashkat_hf.ahead import DEPTH, in_background, made_ahead
 
 
-def numbered(count: int, drawn: list[int] | None = None):
-    for number in range(count):
-        if drawn is not None:
+def no_threads() -> bool:
+    return all(thread.name != "batches" for thread in threading.enumerate())
+
+
+def test_all_items_in_order():
+    assert list(in_background(range(20))) == list(range(20))
+    assert list(in_background([])) == []
+    assert no_threads()
+
+
+def test_items_are_drawn_ahead_in_another_thread():
+    drawn: list[int] = []
+
+    def items() -> Iterator[str]:
+        for number in range(1000):
             drawn.append(number)
-        yield {"pixel_values": torch.full((1000, 1000), float(number))}
+            yield threading.current_thread().name
+
+    taken = in_background(items())
+    assert next(taken) == "batches"
+    deadline = time.monotonic() + 10
+    while len(drawn) < 2 + DEPTH and time.monotonic() < deadline:  # taken, ready, and one that waits for room
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert len(drawn) == 2 + DEPTH
+    taken.close()
+    assert no_threads()
 
 
-def doubled(device):
+def broken() -> Iterator[int]:
+    yield from range(3)
+    raise OSError("the disk is gone")
+
+
+def test_an_error_comes_after_the_items_before():
+    taken = in_background(broken())
+    assert [next(taken) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(taken)
+    assert no_threads()
+
+
+def test_an_error_before_the_first_item():
+    with pytest.raises(TypeError, match="not iterable"):
+        next(in_background(5))
+    assert no_threads()
+
+
+def doubled(device: str):
     return lambda batch: {name: tensor.to(device, non_blocking=True) * 2 for name, tensor in batch.items()}
 
 
-def test_all_batches_in_order(device):
-    made = made_ahead(numbered(20), doubled(device), torch.device(device))
+@pytest.mark.parametrize("background", [False, True])
+def test_made_batches(background, device):
+    batches = ({"pixel_values": torch.full((1000, 1000), float(number))} for number in range(20))
     totals = []
-    for batch in made:
+    for batch in made_ahead(batches, doubled(device), torch.device(device), background):
         assert batch["pixel_values"].device.type == device
-        work = batch["pixel_values"] @ batch["pixel_values"]  # the step; its memory may be reused afterwards
-        totals.append((work[0, 0] / 1000).sqrt())
+        product = batch["pixel_values"] @ batch["pixel_values"]  # a step, after which its memory may be reused
+        totals.append((product[0, 0] / 1000).sqrt())
     assert torch.stack(totals).tolist() == pytest.approx([2.0 * number for number in range(20)])
-    assert all(thread.name != "batches" for thread in threading.enumerate())
+    assert no_threads()
 
 
-def test_leaving_early_ends_the_thread(device):
-    drawn: list[int] = []
-    made = made_ahead(numbered(1000, drawn), doubled(device), torch.device(device))
-    next(made)
-    time.sleep(0.3)
-    assert len(drawn) <= 1 + DEPTH + 1  # taken, ready, and one that waits for room
-    made.close()
-    assert all(thread.name != "batches" for thread in threading.enumerate())
-
-
-@pytest.mark.parametrize("where", ["batches", "make"])
-def test_errors_come_after_the_batches_before(where, device):
-    def broken():
-        yield from numbered(3)
-        raise OSError("the disk is gone")
-
-    def make(batch):
-        if where == "make" and batch["pixel_values"][0, 0] == 3:
-            raise OSError("the disk is gone")
-        return doubled(device)(batch)
-
-    made = made_ahead(broken() if where == "batches" else numbered(9), make, torch.device(device))
-    for _ in range(3):
-        next(made)
+@pytest.mark.parametrize("background", [False, True])
+def test_made_batches_and_an_error(background, device):
+    batches = ({"labels": torch.tensor([number])} for number in broken())
+    made = made_ahead(batches, doubled(device), torch.device(device), background)
+    assert [next(made)["labels"].item() for _ in range(3)] == [0, 2, 4]
     with pytest.raises(OSError, match="the disk is gone"):
         next(made)

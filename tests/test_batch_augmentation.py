@@ -277,13 +277,13 @@ def test_operations_that_batches_do_not_know():
 def test_auto_is_decided_by_device_recipe_and_source(monkeypatch):
     monkeypatch.setattr(augmentation_module, "decodes", lambda device: device.index == 0)
     cpu, gpu, other = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
-    found = [Augmentation().resolved(device, False).on_device for device in (cpu, gpu, other)]
+    found = [Augmentation(on_device="auto").resolved(device, False).on_device for device in (cpu, gpu, other)]
     assert found == ["nothing", "decoding", "augmentation"]
-    assert Augmentation().resolved(gpu, in_memory=True).on_device == "nothing"
+    assert Augmentation(on_device="auto").resolved(gpu, in_memory=True).on_device == "nothing"
     for unknown in ({"crop": "moves"}, {"color_jitter": 0.4}, {"rand_augment": "rand-m9-t3a"}):
-        assert Augmentation(**unknown).resolved(gpu, False).on_device == "nothing"
+        assert Augmentation(on_device="auto", **unknown).resolved(gpu, False).on_device == "nothing"
     assert Augmentation(on_device="augmentation").resolved(cpu, False).on_device == "augmentation"
-    assert batch_transform(PROCESSOR, Augmentation()) is None  # not decided
+    assert batch_transform(PROCESSOR, Augmentation(on_device="auto")) is None  # not decided
 
 
 def test_decodes(device, monkeypatch):

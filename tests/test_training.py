@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -251,6 +252,28 @@ def test_updates_differ_in_what_they_draw_and_runs_do_not(run, monkeypatch):
     assert losses(first) == losses(again) != losses(other)
     assert all(torch.equal(one, two) for one, two in zip(inputs[:6], inputs[6:12], strict=True))
     assert len({tensor.sum().item() for tensor in inputs}) == 12
+
+
+def test_batches_made_in_the_background_change_nothing(run, monkeypatch):
+    """As on a GPU; mixing and stochastic depth draw meanwhile. A run that stops in an epoch goes on alike."""
+    options = {"epochs": 3, "workers": 1, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.5}
+    plain = run("plain", **options)
+    load = Trainer._load_data
+
+    def load_for_the_background(trainer) -> None:
+        load(trainer)
+        trainer.in_background = True
+
+    monkeypatch.setattr(Trainer, "_load_data", load_for_the_background)
+    assert losses(run("ahead", **options)) == losses(plain)
+    with monkeypatch.context() as patch:
+        after_step(patch, 4, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            run("resumed", **options)
+    assert all(thread.name != "batches" for thread in threading.enumerate())
+    resumed = run("resumed", **options, resume=True)
+    assert losses(resumed) == losses(plain)
+    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(plain).items())
 
 
 def test_the_model_trains_in_training_mode_and_at_the_schedules_rate(run, monkeypatch):
