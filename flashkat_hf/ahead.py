@@ -1,5 +1,6 @@
 """Batches made ahead of the training step: in a background thread, on a GPU stream of its own."""
 
+import functools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -26,7 +27,7 @@ def made_ahead(
         made = map(make, batches)
         yield from in_background(made) if background else made
         return
-    with closing(in_background(_on_a_stream(batches, make, torch.cuda.Stream(device)))) as ready:
+    with closing(in_background(_on_a_stream(batches, make, _stream(device)))) as ready:
         for made, event in ready:
             current = torch.cuda.current_stream(device)
             current.wait_event(event)
@@ -39,10 +40,15 @@ def _on_a_stream(
     batches: Iterable[Batch], make: Callable[[Batch], Batch], stream: torch.cuda.Stream
 ) -> Iterator[tuple[Batch, torch.Event]]:
     """Each made batch, and what tells that the GPU has it."""
-    with torch.cuda.stream(stream):
-        for batch in batches:
-            made = make(batch)
-            yield made, stream.record_event()
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            made, event = make(batch), stream.record_event()
+        yield made, event
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one for all epochs: memory is kept for each stream apart
 
 
 def in_background(items: Iterable[Item], depth: int = DEPTH) -> Generator[Item, None, None]:

@@ -184,7 +184,7 @@ class BatchAugmentation(nn.Module):
     """Carries out the plans of a batch on the device that it is on.
 
     Takes what `TrainBatches` gives with a `WorkerPart`, on the CPU, and returns `{"pixel_values": (batch, 3, height,
-    width) float32, normalised, "labels": (batch,) int64}`. Draws nothing, and never waits for the device.
+    width) float32, normalised, "labels": (batch,) int64}`. Draws nothing from global generators.
     """
 
     mean: Tensor

@@ -10,7 +10,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -119,8 +119,8 @@ class Trainer:
         self.seconds_before, self.saved_at = self.progress.seconds, time.monotonic()
         self.loading_rate = None
         if self.workers:
-            position = self.progress.epoch, self.progress.update * self.accumulate
-            self.loading_rate = loading_rate(self.batches.epoch(*position), self.workers)
+            with closing(self._batches()) as batches:
+                self.loading_rate = loading_rate(batches, self.workers)
         self.pending: list[tuple[int, float, Tensor]] = []
         interval = 0.1 if sys.stderr.isatty() else 10.0
         bar = partial(extra("tqdm").tqdm, unit="step", dynamic_ncols=True, mininterval=interval, disable=not self.main)
@@ -148,8 +148,7 @@ class Trainer:
         progress, settings = self.progress, self.settings
         self.model.train()
         self.meter = Meter(self.device, self.loading_rate)
-        batches = self.batches.epoch(progress.epoch, progress.update * self.accumulate)
-        with closing(made_ahead(batches, self.on_device, self.device, self.in_background)) as batches:
+        with closing(self._batches()) as batches:
             while progress.update < self.updates_per_epoch and progress.step < self.num_steps:
                 self._update(batches)
                 self.bar.update()
@@ -158,6 +157,11 @@ class Trainer:
                     self._read_losses()
                 self._save_if_due()
         self._read_losses()
+
+    def _batches(self) -> Generator[dict[str, Tensor], None, None]:
+        """Those of the epoch that are still to come, on the device."""
+        batches = self.batches.epoch(self.progress.epoch, self.progress.update * self.accumulate)
+        return made_ahead(batches, self.on_device, self.device, self.in_background)
 
     def _update(self, batches: Iterator[dict[str, Tensor]]) -> None:
         """One update of the weights, from `accumulate` batches of each process."""
