@@ -54,6 +54,7 @@ class Arguments:
     steps: int = field(default=30, metadata={"help": "of an epoch with synthetic data"})
     epochs: int = field(default=3, metadata={"help": "of each run; the first is not counted"})
     processes: int | None = field(default=None, metadata={"help": "of the second part; default: GPUs, 2 at most"})
+    on_device: str = field(default="auto", metadata={"help": "what the GPU does to images in the jpeg case"})
     workers: int | None = field(default=None, metadata={"help": "processes that read images; default: the trainer's"})
     commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
     case: str | None = field(default=None, metadata={"help": "used by the script itself"})
@@ -98,7 +99,7 @@ def work(arguments: Arguments) -> None:
     if not torch.cuda.is_available():
         flags += ["--precision", "no"]
     if arguments.case == "jpeg":
-        flags += ["--skip_corrupt"]  # the headers of files just made need no check
+        flags += ["--on_device", arguments.on_device, "--skip_corrupt"]  # files just made need no check
     else:
         Synthetic.steps, trainer.TrainBatches = arguments.steps, Synthetic
         flags += ["--workers", "0"]
@@ -111,7 +112,7 @@ def measure(case: str, processes: int, data: str, arguments: Arguments, extra: d
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, *(launch if processes > 1 else []), __file__, "--case", case, "--data", data]
         command += ["--folder", f"{folder}/run", "--output", os.devnull]
-        for name in ("size", "batch_size", "steps", "epochs", "workers"):
+        for name in ("size", "batch_size", "steps", "epochs", "on_device", "workers"):
             if (value := getattr(arguments, name)) is not None:
                 command += [f"--{name}", str(value)]
         result = subprocess.run(command, env={**os.environ, **extra}, check=False)
@@ -121,6 +122,7 @@ def measure(case: str, processes: int, data: str, arguments: Arguments, extra: d
         summary = json.loads((run / "summary.json").read_text())
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         epochs = [line for line in lines if "kind" not in line][1:]
+        settings = json.loads((run / "settings.json").read_text())
         AutoModelForImageClassification.from_pretrained(run / "last")  # one process loads what several have made
     rates = {rate: round(statistics.median(line[rate] for line in epochs), 1) for rate in RATES}
     about = {
@@ -131,6 +133,7 @@ def measure(case: str, processes: int, data: str, arguments: Arguments, extra: d
         "processes": processes,
         "size": arguments.size,
         "batch_size": arguments.batch_size,
+        **({"on_device": settings["on_device"]} if case == "jpeg" else {}),
         **rates,
         **about,
         **({"commit": arguments.commit} if arguments.commit else {}),

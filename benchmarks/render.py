@@ -117,11 +117,12 @@ def training_table(results: list[dict]) -> str:
     """A row for each case of the trainer, beside synthetic data on one GPU."""
     one = results[0]["images_per_second"]
     rows = ["| pretraining recipe | GPUs | images/s | step side | of one GPU, synthetic |", "|---" * 5 + "|"]
-    rows += [
-        f"| {result['case']} | {result['processes']} | {result['images_per_second']:,.0f} | "
-        f"{result['step_images_per_second']:,.0f} | {result['images_per_second'] / one:.2f} |"
-        for result in results
-    ]
+    for result in results:
+        case = ", ".join(result[name] for name in ("case", "on_device") if name in result)
+        rows.append(
+            f"| {case} | {result['processes']} | {result['images_per_second']:,.0f} | "
+            f"{result['step_images_per_second']:,.0f} | {result['images_per_second'] / one:.2f} |"
+        )
     about = results[0]
     rows += [
         "",

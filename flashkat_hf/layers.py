@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from .coefficients import start_table
-from .ops import TRITON_DEVICES, norm_beside, rational, rational_linear
+from .fused_ops import norm_beside, rational_linear
+from .ops import TRITON_DEVICES, rational
 
 
 def fusible(x: Tensor, *modules: nn.Module) -> bool:

@@ -18,9 +18,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .coefficients import second_moment
 from .configuration_flashkat import FlashKATConfig
+from .fused_ops import HEAD_DIMS, MAX_BATCH, MAX_TOKENS, add_norm_rational, packed_attention
 from .layers import GRKANMlp, GroupRational, fusible, hooked, pre_norm, working_dtype
 from .mimetic import mimetic_weights
-from .ops import HEAD_DIMS, MAX_BATCH, MAX_TOKENS, add_norm_rational, packed_attention
 
 # The default: as "sdpa", but by the kernel for short sequences where it wins (FlashKATAttention).
 AttentionInterface.register("packed", sdpa_attention_forward)

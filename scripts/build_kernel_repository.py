@@ -33,7 +33,7 @@ backends = {json.dumps(BACKENDS)}
 
 def code() -> dict[str, bytes]:
     """The files of a variant by name: the operators, all that they import, and what stands around them here."""
-    operators = ROOT / "flashkat_hf/ops.py"
+    operators = ROOT / "flashkat_hf/fused_ops.py"  # on top of ops.py
     paths = [operators, *map(Path, get_relative_import_files(operators)), *SOURCES.glob("*.py")]
     return {path.name: path.read_bytes() for path in sorted(set(paths))}
 

@@ -48,9 +48,9 @@ def check_logits(model, expected: torch.Tensor = BATCH["logits"]) -> None:
         torch.testing.assert_close(model(BATCH["pixel_values"]).logits, expected, atol=1e-5, rtol=0)
 
 
-def operators(model):
-    """The module of operators that a model's code has imported."""
-    return sys.modules[type(model).__module__.rpartition(".")[0] + ".ops"]
+def operators(model, module: str = "ops"):
+    """A module of operators that a model's code has imported."""
+    return sys.modules[type(model).__module__.rpartition(".")[0] + f".{module}"]
 
 
 def fine_tune(model) -> list[float]:
@@ -136,7 +136,7 @@ def on_a_gpu(folder: str, copy: str, package: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(pixel_values).logits.cpu(), BATCH["logits"], atol=1e-3, rtol=0)
     calls = []
-    kernels = operators(model)
+    kernels = operators(model, "fused_ops")
     for name in ("rational_linear_backward", "add_norm_rational_backward", "packed_attention_backward"):
         kernel = getattr(kernels, name)
         assert ".triton_" in kernel.__module__

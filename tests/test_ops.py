@@ -19,7 +19,7 @@ from helpers import (
 from torch.utils.checkpoint import checkpoint
 
 from flashkat_hf import rational
-from flashkat_hf.ops import add_norm_rational, norm_beside, packed_attention, rational_linear
+from flashkat_hf.fused_ops import add_norm_rational, norm_beside, packed_attention, rational_linear
 from flashkat_hf.reference import rational_decomposed, rational_reference
 
 
