@@ -29,7 +29,7 @@ from PIL import Image
 from transformers import HfArgumentParser
 
 from flashkat_hf import make_image_processor
-from flashkat_hf.ahead import made_ahead
+from flashkat_hf.ahead import made_ahead, moved
 from flashkat_hf.augmentation import Augmentation, batch_transform, training_transform
 from flashkat_hf.data import open_data
 from flashkat_hf.loading import TrainBatches
@@ -96,7 +96,7 @@ def measure(root: Path, way: str, workers: int, device: torch.device, settings: 
     """Images per second over at least `seconds`; the device's work is waited for at the end."""
     processor, augmentation = make_image_processor(settings.image_size), Augmentation(on_device=way)
     rest = batch_transform(processor, augmentation)
-    finish = rest.to(device) if rest is not None else partial(move, device)
+    finish = rest.to(device) if rest is not None else partial(moved, device)
     batches = TrainBatches(
         open_data(root, skip_corrupt=True).train,  # their headers need no check
         training_transform(processor, augmentation),
@@ -132,10 +132,6 @@ def measure(root: Path, way: str, workers: int, device: torch.device, settings: 
         "host_ms": round(median(host_seconds) * 1e3, 2),  # of training's own process, for a batch
         "batches": count,
     }
-
-
-def move(device: torch.device, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def wait(device: torch.device) -> None:

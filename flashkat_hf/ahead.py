@@ -36,6 +36,11 @@ def made_ahead(
             yield made
 
 
+def moved(device: torch.device, batch: Batch) -> Batch:
+    """The batch on the device; from pinned memory without waiting."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
 def _on_a_stream(
     batches: Iterable[Batch], make: Callable[[Batch], Batch], stream: torch.cuda.Stream
 ) -> Iterator[tuple[Batch, torch.Event]]:

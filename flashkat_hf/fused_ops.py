@@ -104,23 +104,23 @@ def add_norm_rational(
     check_arguments(residual, numerator, denominator)
     if branch.shape != residual.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)} but branch {tuple(branch.shape)}")
-    biases = () if branch_bias is None or later_bias is None else (branch_bias, later_bias)
     if (branch_bias is None) != (later_bias is None):
         raise ValueError("branch_bias and later_bias go together")
-    if {vector.shape for vector in (weight, bias, *biases)} != {residual.shape[-1:]}:
-        shapes = ", ".join(str(tuple(vector.shape)) for vector in (weight, bias, *biases))
+    vectors = [vector for vector in (weight, bias, branch_bias, later_bias) if vector is not None]
+    if {vector.shape for vector in vectors} != {residual.shape[-1:]}:
+        shapes = ", ".join(str(tuple(vector.shape)) for vector in vectors)
         raise ValueError(f"weight and biases must have shape {tuple(residual.shape[-1:])}, not {shapes}")
     if decomposes(residual):
-        for vector in biases[:1]:
-            branch = branch + _unrecorded(vector, branch.dtype)
+        if branch_bias is not None:
+            branch = branch + _unrecorded(branch_bias, branch.dtype)
         total = (residual + branch).to(residual.dtype)
         normal = layer_norm(total.to(weight.dtype), weight.shape, weight, bias, eps)
-        for vector in biases[1:]:
-            total = total + _unrecorded(vector, total.dtype)
+        if later_bias is not None:
+            total = total + _unrecorded(later_bias, total.dtype)
         return total, rational_decomposed(normal, numerator, denominator).to(branch.dtype)
     summands = residual.contiguous(), branch.contiguous()
     tables = numerator.contiguous(), denominator.contiguous()
-    return _add_norm_rational(*summands, weight, bias, *tables, eps, *(biases or (None, None)))[:2]
+    return _add_norm_rational(*summands, weight, bias, *tables, eps, branch_bias, later_bias)[:2]
 
 
 def norm_beside(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """The operator `rational`: it checks, picks the kernel and differentiates; and what `fused_ops.py` shares with it.
 
 The kernels are registered with `torch.library` under `flashkat::`: the dispatcher picks the device, `torch.compile`
-breaks no graph, and all of them run without a GPU. A copy of this file, as checkpoints bring
-it, registers under its own package's name, since PyTorch would put it in the place of the first.
+breaks no graph, and all of them run without a GPU. A copy of this file, as checkpoints bring it, registers under its
+own package's name, since PyTorch would put it in the place of the first.
 """
 
 import re
@@ -50,6 +50,7 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def decomposes(x: Tensor) -> bool:
+    """Whether the formula itself is to stand in the graph: an exporter's, or one that is compiled for a CPU."""
     # PyTorch 2.11 answers is_exporting() with True under torch.compile.
     if torch.compiler.is_dynamo_compiling():
         return x.device.type == "cpu"
@@ -62,6 +63,7 @@ def open_operator(name: str) -> Any:
 
 
 def has_kernel(x: Tensor) -> bool:
+    """Whether a Triton kernel serves x; else `reference.py` does, on any device."""
     return x.device.type in TRITON_DEVICES and x.dtype != torch.float64
 
 

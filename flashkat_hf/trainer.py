@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
-from .ahead import made_ahead
+from .ahead import made_ahead, moved
 from .augmentation import batch_transform, evaluation_transform, training_transform
 from .evaluation import evaluate
 from .images import ImageData, extra
@@ -107,7 +107,7 @@ class Trainer:
         transform = evaluation_transform(self.processor)
         self.test_batches = EvalBatches(data.test, transform, workers=workers, **options)
         rest = batch_transform(self.processor, settings.augmentation)
-        self.on_device = rest.to(self.device) if rest else partial(_move, self.device)
+        self.on_device = rest.to(self.device) if rest else partial(moved, self.device)
         # Without workers, batches draw from the generators of this process, and so does the step.
         self.in_background = rest is not None and self.device.type == "cuda" and self.workers > 0
         self.updates_per_epoch = len(self.batches) // self.accumulate
@@ -375,7 +375,3 @@ def score(results: dict[str, Any]) -> float:
 
 def best_weights(results: dict[str, Any]) -> str:
     return "ema" if results.get("top1_ema", -1.0) > results["top1"] else "raw"
-
-
-def _move(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
