@@ -43,6 +43,7 @@ IMAGE_SIZE, TOKENS, SHOWN = 224, 197, 110
 # named after all that it fuses, so only a layer norm in it counts. Our norm kernels count as norm, act1 in
 # them too.
 CLASSES = (
+    ("matrix products", r"^rational_mlp_forward"),  # with act2 in it
     ("rational", r"rational|gather_sums"),
     ("norm", r"^triton_(poi|red|per)_.*layer_norm"),
     ("pointwise and reductions", r"^triton_(poi|red|per)_"),
@@ -63,12 +64,14 @@ class Traffic(NamedTuple):
     row: int = 0  # float32 numbers for each token
     head: int = 0  # float32 numbers for each token and head
     products: int = 0  # products of (tokens, tokens) with (tokens, head_dim), or as costly ones, for each head
+    maps: int = 0  # linear maps between the channels of the residual stream and those of the MLP
 
 
 TRAFFIC = {
     "rational_forward_kernel": Traffic(intermediate=2),  # x; y
     "rational_backward_kernel": Traffic(intermediate=3),  # grad_y, x; grad_x
-    "rational_linear_backward_kernel": Traffic(intermediate=4),  # grad_y, x; grad_x, y
+    "rational_mlp_backward_kernel": Traffic(intermediate=4),  # grad_y, x; grad_x, y
+    "rational_mlp_forward_kernel": Traffic(hidden=1, intermediate=2, maps=1),  # x; product, y
     "norm_forward_kernel": Traffic(hidden=4, row=2),  # residual, branch; total, y; mean, rstd (compiled: with act1)
     "norm_backward_kernel": Traffic(hidden=4, row=2),  # grad_total, grad_y, total; grad; mean, rstd
     "packed_attention_forward_kernel": Traffic(hidden=4, head=1, products=2),  # q, k, v; y; lse
@@ -129,7 +132,8 @@ def work(kernel: str, size: str, batch_size: int) -> tuple[int, int] | None:
     shape, tokens = SIZES[size], batch_size * TOKENS
     halves = traffic.hidden * shape["hidden_size"] + traffic.intermediate * shape["intermediate_size"]
     floats = traffic.row + traffic.head * shape["num_attention_heads"]
-    return tokens * (2 * halves + 4 * floats), tokens * 2 * traffic.products * TOKENS * shape["hidden_size"]
+    factors = traffic.products * TOKENS + traffic.maps * shape["intermediate_size"]
+    return tokens * (2 * halves + 4 * floats), tokens * 2 * factors * shape["hidden_size"]
 
 
 def product_speed() -> float:

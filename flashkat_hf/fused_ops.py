@@ -16,7 +16,7 @@ from .reference import (
     packed_attention_gradients,
     packed_attention_value,
     rational_decomposed,
-    rational_linear_gradients,
+    rational_mlp_gradients,
 )
 
 try:
@@ -27,47 +27,61 @@ try:
         norm_backward,
         norm_forward,
     )
-    from .triton_rational_linear import rational_linear_backward
+    from .triton_rational_mlp import rational_mlp_backward, rational_mlp_forward
+    from .triton_tiles import linear_tile
 except ImportError:  # no triton: the plain path serves every device
-    rational_linear_backward = rational_linear_gradients
+    rational_mlp_backward = rational_mlp_gradients
     packed_attention_forward, packed_attention_backward = packed_attention_value, packed_attention_gradients
     add_norm_rational_forward, add_norm_rational_backward = add_norm_rational_value, add_norm_rational_gradients
     norm_forward, norm_backward = norm_value, norm_gradients
+    linear_tile = rational_mlp_forward = None
 
 MAX_BATCH = 65_535  # CUDA's limit of a grid's third axis
 MAX_TOKENS = 256  # beyond, PyTorch's own attention was the faster one (577 and 1025 tokens, an H100)
 HEAD_DIMS = (16, 32, 64)
+HALF = (torch.bfloat16, torch.float16)
 
 
-def rational_linear(
-    x: Tensor, numerator: Tensor, denominator: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor
+def rational_mlp(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
 ) -> Tensor:
-    """`linear(rational(x), weight, bias)`, one group-rational KAN layer, where x is another linear map's output.
+    """`linear(rational(linear(x, weight, bias)), out_weight, out_bias)`: an MLP with a rational between its maps.
 
-    Backward computes the rational again instead of keeping it, and sums the columns of x's gradient on the way: that is
-    the gradient of the bias in front.
+    Forward applies the rational where the first product is made. Backward computes it again instead of keeping it, and
+    sums the columns of its input's gradient, the gradient of `bias`, on the way.
 
     Args:
-        x: `(..., hidden_size)`, of the dtype of `weight` and `bias`.
+        x: `(..., in_features)`, of the dtype of both weights.
+        weight: `(hidden_size, in_features)`.
+        bias: `(hidden_size,)`, any dtype.
         numerator: as in `rational`.
         denominator: as in `rational`.
-        weight: `(out_features, hidden_size)`.
-        bias: `(out_features,)`.
-        x_bias: `(hidden_size,)`, any dtype; x already contains it, by an addition that did not record its gradient.
+        out_weight: `(out_features, hidden_size)`.
+        out_bias: `(out_features,)`, any dtype.
 
     Returns:
-        `(..., out_features)`.
+        `(..., out_features)`, in x's dtype.
 
     Raises:
-        ValueError: as in `rational`, or `x_bias` is not `(hidden_size,)`.
+        ValueError: as in `rational`, or shapes that do not fit.
     """
-    check_arguments(x, numerator, denominator)
-    if x_bias.shape != x.shape[-1:]:
-        raise ValueError(f"x_bias must have shape {tuple(x.shape[-1:])}, not {tuple(x_bias.shape)}")
+    check_arguments(weight.T, numerator, denominator)
+    shapes = [tuple(tensor.shape) for tensor in (weight, bias, out_weight, out_bias)]
+    hidden_size, out_features = weight.shape[0], out_weight.shape[0]
+    if shapes != [(hidden_size, x.shape[-1]), (hidden_size,), (out_features, hidden_size), (out_features,)]:
+        raise ValueError(f"weights and biases of shapes {shapes} do not fit each other and x {tuple(x.shape)}")
     if decomposes(x):
-        return linear(rational_decomposed(x + _unrecorded(x_bias, x.dtype), numerator, denominator), weight, bias)
+        hidden = rational_decomposed(linear(x, weight, bias.to(x.dtype)), numerator, denominator)
+        return linear(hidden, out_weight, out_bias.to(x.dtype))
     tables = numerator.contiguous(), denominator.contiguous()
-    return _RationalLinear.apply(x.contiguous(), *tables, weight, bias, x_bias)  # pyright: ignore[reportReturnType]
+    parameters = weight.contiguous(), bias, *tables, out_weight, out_bias
+    return _RationalMlp.apply(x.contiguous(), *parameters, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
 
 
 def add_norm_rational(
@@ -169,7 +183,7 @@ def packed_attention(qkv: Tensor, num_heads: int, scale: float, qkv_bias: Tensor
         raise ValueError(f"qkv must be (batch, tokens, 3 * {num_heads} heads of {HEAD_DIMS}), not {tuple(qkv.shape)}")
     if qkv.shape[0] > MAX_BATCH:
         raise ValueError(f"qkv has {qkv.shape[0]} samples; the attention kernels take {MAX_BATCH} at most")
-    if qkv.shape[1] > MAX_TOKENS or qkv.dtype not in (torch.bfloat16, torch.float16):
+    if qkv.shape[1] > MAX_TOKENS or qkv.dtype not in HALF:
         raise ValueError(
             f"qkv must be half precision and of at most {MAX_TOKENS} tokens, not {qkv.shape[1]} {qkv.dtype}"
         )
@@ -181,15 +195,35 @@ def _unrecorded(bias: Tensor, dtype: torch.dtype) -> Tensor:
     return (bias - bias.detach()).to(dtype)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rational_linear_backward", mutates_args=())
-def _rational_linear_backward(
+@open_operator("rational_mlp_forward")
+def _rational_mlp_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, numerator: Tensor, denominator: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    if linear_tile and rational_mlp_forward and has_kernel(x) and x.dtype in HALF:
+        group_size = weight.shape[0] // max(numerator.shape[0], denominator.shape[0])
+        if linear_tile(x.shape[-1], weight.shape[0], group_size):
+            return rational_mlp_forward(x, weight, bias, numerator, denominator, keep)
+    product = linear(x, weight, bias.to(x.dtype))
+    return rational_operator(product, numerator, denominator), product if keep else product.new_empty(0)
+
+
+@_rational_mlp_forward.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, numerator: Tensor, denominator: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return y, torch.empty_like(y) if keep else y.new_empty(0)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::rational_mlp_backward", mutates_args=())
+def _rational_mlp_backward(
     grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backward = rational_linear_backward if has_kernel(x) else rational_linear_gradients
+    backward = rational_mlp_backward if has_kernel(x) else rational_mlp_gradients
     return backward(grad_y, x, numerator, denominator)
 
 
-@_rational_linear_backward.register_fake
+@_rational_mlp_backward.register_fake
 def _(
     grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -198,21 +232,32 @@ def _(
     return torch.empty_like(x), torch.empty_like(x), columns, *tables
 
 
-class _RationalLinear(torch.autograd.Function):
+class _RationalMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, numerator, denominator, weight, bias, x_bias):
-        ctx.save_for_backward(x, numerator, denominator, weight, x_bias)
-        return linear(rational_operator(x, numerator, denominator), weight, bias)
+    def forward(ctx, x, weight, bias, numerator, denominator, out_weight, out_bias, keep):
+        y, product = _rational_mlp_forward(x, weight, bias, numerator, denominator, keep)
+        ctx.save_for_backward(x, product, weight, numerator, denominator, out_weight)
+        ctx.bias_dtypes = bias.dtype, out_bias.dtype
+        return linear(y, out_weight, out_bias.to(y.dtype))
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, numerator, denominator, weight, x_bias = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_y = (rows @ weight).view(x.shape)
-        grad_x, y, columns, *grad_tables = _rational_linear_backward(grad_y, x, numerator, denominator)
-        grad_weight = rows.T @ y.view(-1, y.shape[-1]) if ctx.needs_input_grad[3] else None
-        grad_bias = rows.sum(0) if ctx.needs_input_grad[4] else None
-        return grad_x, *grad_tables, grad_weight, grad_bias, columns.to(x_bias.dtype)
+        x, product, weight, numerator, denominator, out_weight = ctx.saved_tensors
+        bias_dtype, out_bias_dtype = ctx.bias_dtypes
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_y = (grad @ out_weight).view(product.shape)
+        grad_product, y, columns, *grad_tables = _rational_mlp_backward(grad_y, product, numerator, denominator)
+        grad_product, y = grad_product.view(-1, y.shape[-1]), y.view(-1, y.shape[-1])
+        wants_x, wants_weight, *_, wants_out_weight, wants_out_bias, _ = ctx.needs_input_grad
+        return (
+            (grad_product @ weight).view(x.shape) if wants_x else None,
+            grad_product.T @ x.view(-1, x.shape[-1]) if wants_weight else None,
+            columns.to(bias_dtype),
+            *grad_tables,
+            grad.T @ y if wants_out_weight else None,
+            grad.sum(0, dtype=columns.dtype).to(out_bias_dtype) if wants_out_bias else None,
+            None,
+        )
 
 
 @open_operator("add_norm_rational")

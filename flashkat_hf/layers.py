@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .coefficients import start_table
-from .fused_ops import norm_beside, rational_linear
+from .fused_ops import norm_beside, rational_mlp
 from .ops import TRITON_DEVICES, rational
 
 
@@ -116,12 +116,11 @@ class GRKANMlp(nn.Module):
         x = self.dropout(x if activated else self.act1(x))
         if not self.fused(x):
             return self.fc2(self.dropout(self.act2(self.fc1(x))))
-        bias = self.fc1.bias
-        x = nn.functional.linear(x, self.fc1.weight, bias.detach())
+        weight, out_weight = self.fc1.weight.to(dtype), self.fc2.weight.to(dtype)
         out_bias = self.fc2.bias if record_bias else self.fc2.bias.detach()
         tables = self.act2.numerator, self.act2.denominator
-        return rational_linear(x, *tables, self.fc2.weight.to(dtype), out_bias.to(dtype), bias)
+        return rational_mlp(x, weight, self.fc1.bias, *tables, out_weight, out_bias)
 
     def fused(self, x: Tensor) -> bool:
-        """Whether act2 and the gradients around it are one kernel."""
+        """Whether act2 is done beside the linear maps around it."""
         return fusible(x, self.fc1, self.act2, self.fc2) and not (self.training and self.dropout.p)

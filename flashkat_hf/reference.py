@@ -102,7 +102,7 @@ def rational_gradients(
     return grad_x, *coefficient_gradients(grad_a, grad_b, numerator, denominator)
 
 
-def rational_linear_gradients(
+def rational_mlp_gradients(
     grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What a rational between two linear maps gives in backward.

@@ -70,6 +70,22 @@ def norm_tile(
     )
 
 
+class LinearTile(NamedTuple):
+    rows: int
+    columns: int
+    step: int  # input features that are multiplied at a time
+    chunk: int  # columns of one group
+    stages: int
+    num_warps: int
+
+
+def linear_tile(in_features: int, out_features: int, group_size: int) -> LinearTile | None:
+    """Of a linear map with a rational behind it; None where the map is better done by itself."""
+    if in_features % 64 or out_features % 128 or group_size % 32:
+        return None
+    return LinearTile(128, 128, 64, 32, stages=3, num_warps=4)
+
+
 def attention_blocks(num_tokens: int) -> list[tuple[int, int, int, int]]:
     """The launches of an attention kernel: first block, tokens of a program, programs along the tokens, warps.
 

@@ -137,7 +137,7 @@ def on_a_gpu(folder: str, copy: str, package: str) -> None:
         torch.testing.assert_close(model(pixel_values).logits.cpu(), BATCH["logits"], atol=1e-3, rtol=0)
     calls = []
     kernels = operators(model, "fused_ops")
-    for name in ("rational_linear_backward", "add_norm_rational_backward", "packed_attention_backward"):
+    for name in ("rational_mlp_backward", "add_norm_rational_backward", "packed_attention_backward"):
         kernel = getattr(kernels, name)
         assert ".triton_" in kernel.__module__
         setattr(kernels, name, lambda *args, kernel=kernel, name=name: (calls.append(name), kernel(*args))[1])

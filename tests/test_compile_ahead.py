@@ -7,8 +7,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashkat_hf import triton_attention, triton_norm_rational, triton_rational, triton_rational_linear, triton_sums
-from flashkat_hf.triton_tiles import attention_blocks, backward_tile, forward_tile, norm_tile
+from flashkat_hf import (
+    triton_attention,
+    triton_norm_rational,
+    triton_rational,
+    triton_rational_mlp,
+    triton_sums,
+)
+from flashkat_hf.triton_tiles import attention_blocks, backward_tile, forward_tile, linear_tile, norm_tile
 
 POINTER_TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 FLOAT32 = {
@@ -50,7 +56,7 @@ def test_compiles(group_size, capability, dtype):
     )
     tile = backward_tile(2**20, hidden_size, group_size, num_bytes, programs=528)
     backward = compile_for(triton_rational.rational_backward_kernel, tile, dtype, target)
-    between_linears = compile_for(triton_rational_linear.rational_linear_backward_kernel, tile, dtype, target)
+    between_linears = compile_for(triton_rational_mlp.rational_mlp_backward_kernel, tile, dtype, target)
     for compiled in (forward, backward, between_linears):
         ptx = compiled.asm["ptx"]
         assert not re.search(r"\b(atom|red)\.", ptx)  # no atomic additions: two runs agree bit for bit
@@ -99,6 +105,20 @@ def test_attention_compiles(part, capability, dtype):
         ptx = compile_with(kernel, constants, num_warps, dtype, GPUTarget("cuda", capability, 32)).asm["ptx"]
         assert not re.search(r"\b(atom|red)\.", ptx)
         assert re.search(r"wgmma\.mma|mma\.sync", ptx)  # on the matrix units
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("keep", [False, True])
+def test_rational_mlp_compiles(keep, capability, dtype):
+    tile = linear_tile(384, 1536, 192)
+    sizes = {"IN_FEATURES": 384, "OUT_FEATURES": 1536, "GROUP_SIZE": 192, "ROWS": tile.rows, "COLUMNS": tile.columns}
+    constants = {**sizes, "STEP": tile.step, "CHUNK": tile.chunk, "STAGES": tile.stages, "KEEP": keep}
+    kernel, target = triton_rational_mlp.rational_mlp_forward_kernel, GPUTarget("cuda", capability, 32)
+    ptx = compile_with(kernel, constants, tile.num_warps, dtype, target).asm["ptx"]
+    assert not re.search(r"\b(atom|red)\.", ptx)
+    assert ".local" not in ptx
+    assert re.search(r"wgmma\.mma|mma\.sync", ptx)
 
 
 def test_compiles_for_rocm():

@@ -19,7 +19,7 @@ from helpers import (
 from torch.utils.checkpoint import checkpoint
 
 from flashkat_hf import rational
-from flashkat_hf.fused_ops import add_norm_rational, norm_beside, packed_attention, rational_linear
+from flashkat_hf.fused_ops import add_norm_rational, norm_beside, packed_attention, rational_mlp
 from flashkat_hf.reference import rational_decomposed, rational_reference
 
 
@@ -172,12 +172,9 @@ def test_export_has_plain_operations_only():
     )
 
 
-def plain_rational_linear(x, numerator, denominator, weight, bias, x_bias):
-    return torch.nn.functional.linear(rational_reference(x + x_bias, numerator, denominator), weight, bias)
-
-
-def fused_rational_linear(x, numerator, denominator, weight, bias, x_bias):
-    return rational_linear(x + x_bias.detach(), numerator, denominator, weight, bias, x_bias)
+def plain_rational_mlp(x, weight, bias, numerator, denominator, out_weight, out_bias):
+    hidden = torch.nn.functional.linear(x, weight, bias)
+    return torch.nn.functional.linear(rational_reference(hidden, numerator, denominator), out_weight, out_bias)
 
 
 def plain_add_norm_rational(residual, branch, weight, bias, numerator, denominator):
@@ -211,10 +208,10 @@ def fused_norm_beside(x, weight, bias):
 
 
 FUSED = {
-    "rational_linear": (
-        fused_rational_linear,
-        plain_rational_linear,
-        ((3, 5, 24), (1, 6), (8, 4), (10, 24), (10,), (24,)),
+    "rational_mlp": (
+        rational_mlp,
+        plain_rational_mlp,
+        ((3, 5, 12), (24, 12), (24,), (1, 6), (8, 4), (10, 24), (10,)),
     ),
     "add_norm_rational": (
         fused_add_norm_rational,
@@ -244,7 +241,7 @@ def test_fused_is_its_parts(name, dtype, compiled, device):
     fused, plain, shapes = FUSED[name]
     inputs = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
     grads = [torch.randn_like(inputs[0]) for _ in range(2)]
-    if name == "rational_linear":
+    if name == "rational_mlp":
         grads = [torch.randn(3, 5, 10, dtype=dtype, device=device)]
     function = torch.compile(fused, fullgraph=True) if compiled else fused
     expected = values_and_gradients(plain, inputs, grads)
@@ -301,8 +298,11 @@ def test_fused_opcheck(device):
         for totals in (False, True):
             arguments = (x, grad_y, total, mean, rstd, *parameters, totals)
             torch.library.opcheck(torch.ops.flashkat.add_norm_rational_backward, arguments, test_utils=backward)
+        for keep in (False, True):
+            arguments = (x, torch.randn(24, 24, device=device), weight, numerator, denominator, keep)
+            torch.library.opcheck(torch.ops.flashkat.rational_mlp_forward, arguments, test_utils=backward)
         arguments = (grad_y, x, numerator, denominator)
-        torch.library.opcheck(torch.ops.flashkat.rational_linear_backward, arguments, test_utils=backward)
+        torch.library.opcheck(torch.ops.flashkat.rational_mlp_backward, arguments, test_utils=backward)
         y, lse = torch.ops.flashkat.packed_attention(qkv.detach(), None, 2, 0.25)
         arguments = (torch.randn_like(y), qkv.detach(), y, lse, 0.25)
         torch.library.opcheck(torch.ops.flashkat.packed_attention_backward, arguments, test_utils=backward)
@@ -331,11 +331,11 @@ def test_compiled_for_a_gpu_keeps_the_kernel(where):
             r"weight and bias must have shape \(16,\), not \(16,\) and \(8,\)",
         ),
         (
-            rational_linear,
-            [(2, 16), (1, 6), (8, 4), (3, 16), (3,), (3,)],
-            r"x_bias must have shape \(16,\), not \(3,\)",
+            rational_mlp,
+            [(2, 5), (16, 5), (3,), (1, 6), (8, 4), (3, 16), (3,)],
+            r"shapes \[\(16, 5\), \(3,\), \(3, 16\), \(3,\)\] do not fit each other and x \(2, 5\)",
         ),
-        (rational_linear, [(2, 12), (1, 6), (8, 4), (3, 12), (3,), (12,)], "multiple of num_groups"),
+        (rational_mlp, [(2, 5), (12, 5), (12,), (1, 6), (8, 4), (3, 12), (3,)], "multiple of num_groups"),
         (
             add_norm_rational,
             [(2, 16), (3, 16), (16,), (16,), (1, 6), (8, 4), 1e-6],
