@@ -33,6 +33,9 @@ The original code, from clones (`peers.py`); KAT runs at 32 images at most, sinc
     python benchmarks/bench_model.py --append --output $R/model.jsonl --peer PATH --providers "KAT, original" \
         --modes eager --turn 1 --turns 3
 
+Compiling takes most of the time, on one core. With `--lock FILE` several of these programs, and of `profile_step.py`,
+run side by side on one GPU: they make their steps together and time them alone, one program after the other.
+
 On a CPU:
 
     python benchmarks/bench_model.py --device cpu --sizes tiny --batch_sizes 8 --output $R/cpu_train.jsonl
@@ -40,6 +43,7 @@ On a CPU:
         --output $R/cpu_inference.jsonl
 """
 
+import fcntl
 import json
 import subprocess
 import time
@@ -112,6 +116,7 @@ class Provided:
     peer: Path | None = field(default=None, metadata={"help": "folder with clones of the original repositories"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu"})
     commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
+    lock: Path | None = field(default=None, metadata={"help": "file that programs side by side take turns by"})
 
     def __post_init__(self):
         refuse(self.device not in ("cuda", "cpu"), f"--device: {self.device!r} is neither cuda nor cpu")
@@ -212,6 +217,30 @@ def results_file(settings: Provided) -> Iterator[Callable[[dict], None]]:
         yield write
 
 
+@contextmanager
+def beside_others(settings: Provided) -> Iterator[None]:
+    """While a step is made: others may make theirs, but nobody times."""
+    with locked(settings.lock, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def alone(settings: Provided) -> Iterator[None]:
+    """While a step is timed: the other programs wait."""
+    with locked(settings.lock, fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
+def locked(path: Path | None, operation: int) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, operation)
+        yield
+
+
 def make_step(
     model: torch.nn.Module, task: str, mode: str, images: torch.Tensor, labels: torch.Tensor
 ) -> Callable[[], torch.Tensor]:
@@ -281,24 +310,26 @@ def measure(settings: Settings, size: str, mode: str, image_size: int, batch_siz
     gpu = settings.device == "cuda"
     torch.compiler.reset()
     makers, steps, peaks, batches = settings.makers(), {}, {}, {}
-    for provider in settings.chosen():
-        if gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        batches[provider] = min(batch_size, LARGEST_BATCH.get(provider, batch_size))
-        case = settings.task, size, mode, batches[provider], image_size, settings.device
-        try:
-            steps[provider] = warm_step(makers[provider], *case)
-        except (torch.OutOfMemoryError, SystemExit) as error:
-            raise SystemExit(f"{provider}, {', '.join(map(str, case))}: {str(error).splitlines()[0]}") from error
-        peaks[provider] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 2) if gpu else None
-    alone = not gpu or (settings.task, batch_size) == ("inference", 1)
+    with beside_others(settings):
+        for provider in settings.chosen():
+            if gpu:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            batches[provider] = min(batch_size, LARGEST_BATCH.get(provider, batch_size))
+            case = settings.task, size, mode, batches[provider], image_size, settings.device
+            try:
+                steps[provider] = warm_step(makers[provider], *case)
+            except (torch.OutOfMemoryError, SystemExit) as error:
+                raise SystemExit(f"{provider}, {', '.join(map(str, case))}: {str(error).splitlines()[0]}") from error
+            peaks[provider] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 2) if gpu else None
+    single = not gpu or (settings.task, batch_size) == ("inference", 1)
     turn, turns = settings.turn or (5 if gpu else 1), settings.turns or (6 if gpu else 20)
     times: dict[str, list[float]] = {provider: [] for provider in steps}
-    for _ in range(turns):
-        for provider, step in steps.items():
-            times[provider] += one_by_one(step, turn, gpu) if alone else together(step, turn)
+    with alone(settings):
+        for _ in range(turns):
+            for provider, step in steps.items():
+                times[provider] += one_by_one(step, turn, gpu) if single else together(step, turn)
     return [
         {
             "provider": provider,
@@ -311,7 +342,7 @@ def measure(settings: Settings, size: str, mode: str, image_size: int, batch_siz
             "ms": round(median(found), 3),
             "spread": round((max(found) - min(found)) / median(found), 3),
             "peak_gib": peaks[provider],
-            "turn": 1 if alone else turn,
+            "turn": 1 if single else turn,
         }
         for provider, found in times.items()
     ]

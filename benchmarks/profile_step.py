@@ -26,6 +26,8 @@ from bench_model import (
     LARGEST_BATCH,
     MODES,
     Provided,
+    alone,
+    beside_others,
     refuse,
     refuse_unknown,
     results_file,
@@ -162,7 +164,8 @@ def main(settings: Settings) -> None:
 
     torch.set_float32_matmul_precision("high")
     with results_file(settings) as write:
-        copy, speed = copy_bandwidth(repeats=3), product_speed()
+        with alone(settings):
+            copy, speed = copy_bandwidth(repeats=3), product_speed()
         rates = {"copy_gb_per_s": round(copy / 1e9, 1), "product_tflops": round(speed / 1e12, 1)}
         for provider in settings.chosen():
             torch.compiler.reset()
@@ -170,9 +173,11 @@ def main(settings: Settings) -> None:
             batch_size = settings.batch_size or BATCH_SIZES[settings.size]
             batch_size = min(batch_size, LARGEST_BATCH.get(provider, batch_size))
             make = settings.makers()[provider]
-            step = warm_step(make, "train", settings.size, settings.mode, batch_size, IMAGE_SIZE, settings.device)
-            [wall] = together(step, turn=10)
-            kernels = kernel_times(traced(step, settings.steps), settings.steps)
+            with beside_others(settings):
+                step = warm_step(make, "train", settings.size, settings.mode, batch_size, IMAGE_SIZE, settings.device)
+            with alone(settings):
+                [wall] = together(step, turn=10)
+                kernels = kernel_times(traced(step, settings.steps), settings.steps)
             refuse(not kernels, f"{provider}: the profiler saw no kernels")
             case = {
                 "provider": provider,
