@@ -3,9 +3,9 @@
 The addition and the rational can be left out: then they are the layer norm of a residual stream, whose backward also
 joins the stream's two gradients.
 
-A program takes one row of `hidden_size` channels at a time and walks over the tensor. Each thread keeps a segment of
-PARTS * WIDTH channels of one group, padded to a power of two of segments, so its weights, coefficients and sums stay in
-registers, and a row of up to 384 channels is reduced inside one warp.
+A program takes a row of `hidden_size` channels at a time, or ROWS short ones, and walks over the tensor. Each thread
+keeps a segment of PARTS * WIDTH channels of one group, padded to a power of two of segments a row, so its weights,
+coefficients and sums stay in registers, and a row of up to 384 channels is reduced inside one warp.
 """
 
 import torch
@@ -28,14 +28,14 @@ from .triton_math import (
 )
 from .triton_rational import num_multiprocessors, traceable
 from .triton_sums import gather_sums
-from .triton_tiles import NormTile, norm_tile
+from .triton_tiles import NORM_BACKWARD, NORM_BACKWARD_TOTALS, NORM_FORWARD, NormTile, norm_tile
 
 NORM_SIZES = ("num_rows", "segments_per_row", "segments_per_group", "numerator_stride", "denominator_stride", "eps")
 
 
 @triton.jit
 def load_parts(ptr, mask, PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    """A row's segments in float32: PARTS tensors (SEGMENTS, WIDTH)."""
+    """Segments in float32: PARTS tensors of ptr's shape."""
     parts = ()
     for part in tl.static_range(PARTS):
         parts = parts + (tl.load(ptr + part * WIDTH, mask=mask, other=0.0).to(tl.float32),)
@@ -43,11 +43,21 @@ def load_parts(ptr, mask, PARTS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def no_parts(PARTS: tl.constexpr, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr):
+def row_mean(x, hidden_size, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Of each row, for its segments: `(ROWS * SEGMENTS, 1)`, or a number where there is one row."""
+    if ROWS == 1:
+        return tl.sum(x) / hidden_size
+    else:
+        along = tl.sum(tl.sum(x, 1).reshape(ROWS, SEGMENTS), 1, keep_dims=True) / hidden_size
+        return tl.broadcast_to(along, [ROWS, SEGMENTS]).reshape(ROWS * SEGMENTS, 1)
+
+
+@triton.jit
+def no_parts(PARTS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
     """Zeros, to add up parts."""
     parts = ()
     for _ in tl.static_range(PARTS):
-        parts = parts + (tl.zeros([SEGMENTS, WIDTH], tl.float32),)
+        parts = parts + (tl.zeros([LANES, WIDTH], tl.float32),)
     return parts
 
 
@@ -69,6 +79,7 @@ def norm_forward_kernel(
     numerator_stride: tl.int32,
     denominator_stride: tl.int32,
     eps: tl.float32,
+    ROWS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -80,7 +91,9 @@ def norm_forward_kernel(
     Without ADD total is residual, and neither branch nor total is touched; without RATIONAL y is the norm.
     Grid (num_programs,). Memory: two reads and two writes of each element, one and one without ADD.
     """
-    segment = tl.arange(0, SEGMENTS)[:, None]
+    LANES: tl.constexpr = ROWS * SEGMENTS
+    lane = tl.arange(0, LANES)[:, None]
+    segment = lane % SEGMENTS
     column = segment * (PARTS * WIDTH) + tl.arange(0, WIDTH)[None, :]
     in_row = segment < segments_per_row
     hidden_size = segments_per_row * (PARTS * WIDTH)
@@ -90,33 +103,41 @@ def norm_forward_kernel(
         b = load_denominator(denominator_ptr + group * denominator_stride)
     weight = load_parts(weight_ptr + column, in_row, PARTS, WIDTH)
     bias = load_parts(bias_ptr + column, in_row, PARTS, WIDTH)
-    for row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
+    for first in range(tl.program_id(0).to(tl.int64) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+        row, mask = first, in_row
+        if ROWS > 1:
+            row = first + lane // SEGMENTS
+            mask = in_row & (row < num_rows)
         offset = row * hidden_size + column
-        x = load_parts(residual_ptr + offset, in_row, PARTS, WIDTH)
+        x = load_parts(residual_ptr + offset, mask, PARTS, WIDTH)
         if ADD:
-            branch = load_parts(branch_ptr + offset, in_row, PARTS, WIDTH)
+            branch = load_parts(branch_ptr + offset, mask, PARTS, WIDTH)
             totals = ()
             for part in tl.static_range(PARTS):
                 total = (x[part] + branch[part]).to(total_ptr.dtype.element_ty)
-                tl.store(total_ptr + offset + part * WIDTH, total, mask=in_row)
+                tl.store(total_ptr + offset + part * WIDTH, total, mask=mask)
                 totals = totals + (total.to(tl.float32),)
             x = totals
-        along = tl.zeros([SEGMENTS, WIDTH], tl.float32)
+        along = tl.zeros([LANES, WIDTH], tl.float32)
         for part in tl.static_range(PARTS):
             along += x[part]
-        mean = tl.sum(along) / hidden_size
-        along = tl.zeros([SEGMENTS, WIDTH], tl.float32)
+        mean = row_mean(along, hidden_size, ROWS, SEGMENTS)
+        along = tl.zeros([LANES, WIDTH], tl.float32)
         for part in tl.static_range(PARTS):
             centred = tl.where(in_row, x[part] - mean, 0.0)
             along += centred * centred
-        rstd = 1.0 / tl.sqrt(tl.sum(along) / hidden_size + eps)
+        rstd = 1.0 / tl.sqrt(row_mean(along, hidden_size, ROWS, SEGMENTS) + eps)
         for part in tl.static_range(PARTS):
             y = (x[part] - mean) * rstd * weight[part] + bias[part]
             if RATIONAL:
                 y = quotient(y, a, b)
-            tl.store(y_ptr + offset + part * WIDTH, y.to(y_ptr.dtype.element_ty), mask=in_row)
-        tl.store(mean_ptr + row, mean)
-        tl.store(rstd_ptr + row, rstd)
+            tl.store(y_ptr + offset + part * WIDTH, y.to(y_ptr.dtype.element_ty), mask=mask)
+        if ROWS == 1:
+            tl.store(mean_ptr + row, mean)
+            tl.store(rstd_ptr + row, rstd)
+        else:
+            tl.store(mean_ptr + row, mean, mask=mask & (segment == 0))
+            tl.store(rstd_ptr + row, rstd, mask=mask & (segment == 0))
 
 
 @triton.jit(do_not_specialize=NORM_SIZES)
@@ -131,13 +152,14 @@ def norm_backward_kernel(
     numerator_ptr,  # (1 or num_groups, 6), any float; numerator_stride is 0 when one row serves all groups
     denominator_ptr,  # (1 or num_groups, 4), likewise
     grad_ptr,  # like total: the gradient of both summands
-    partial_ptr,  # (10, num_programs, segments_per_row) float32: the sums for a_0..a_5 and |b_1|..|b_4|
-    column_ptr,  # (2, num_programs, hidden_size) float32: the sums for weight, bias; with TOTALS 4 of them
+    partial_ptr,  # (10, num_programs * ROWS, segments_per_row) float32: the sums for a_0..a_5 and |b_1|..|b_4|
+    column_ptr,  # (2, num_programs * ROWS, hidden_size) float32: the sums for weight, bias; with TOTALS 4 of them
     num_rows: tl.int64,
     segments_per_row: tl.int32,
     segments_per_group: tl.int32,
     numerator_stride: tl.int32,
     denominator_stride: tl.int32,
+    ROWS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -151,7 +173,9 @@ def norm_backward_kernel(
     Grid (num_programs,). Memory: three reads and one write of each element. Arithmetic: float32.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
-    segment = tl.arange(0, SEGMENTS)[:, None]
+    LANES: tl.constexpr = ROWS * SEGMENTS
+    lane = tl.arange(0, LANES)[:, None]
+    segment = lane % SEGMENTS
     column = segment * (PARTS * WIDTH) + tl.arange(0, WIDTH)[None, :]
     in_row = segment < segments_per_row
     hidden_size = segments_per_row * (PARTS * WIDTH)
@@ -161,29 +185,34 @@ def norm_backward_kernel(
         a = load_numerator(numerator_ptr + group * numerator_stride)
         b = load_denominator(denominator_ptr + group * denominator_stride)
         bias = load_parts(bias_ptr + column, in_row, PARTS, WIDTH)
-        sums = no_sums(SEGMENTS)
-    weight_sum = no_parts(PARTS, SEGMENTS, WIDTH)
-    bias_sum = no_parts(PARTS, SEGMENTS, WIDTH)
-    grad_sum = no_parts(PARTS, SEGMENTS, WIDTH)
-    grad_total_sum = no_parts(PARTS, SEGMENTS, WIDTH)
-    for row in range(program.to(tl.int64), num_rows, programs):
+        sums = no_sums(LANES)
+    weight_sum = no_parts(PARTS, LANES, WIDTH)
+    bias_sum = no_parts(PARTS, LANES, WIDTH)
+    grad_sum = no_parts(PARTS, LANES, WIDTH)
+    grad_total_sum = no_parts(PARTS, LANES, WIDTH)
+    for first in range(program.to(tl.int64) * ROWS, num_rows, programs * ROWS):
+        row, mask, statistic = first, in_row, first
+        if ROWS > 1:
+            row = first + lane // SEGMENTS
+            mask = in_row & (row < num_rows)
+            statistic = tl.minimum(row, num_rows - 1)
         offset = row * hidden_size + column
-        total = load_parts(total_ptr + offset, in_row, PARTS, WIDTH)
-        grad_y = load_parts(grad_y_ptr + offset, in_row, PARTS, WIDTH)
-        grad_total = load_parts(grad_total_ptr + offset, in_row, PARTS, WIDTH)
-        mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
+        total = load_parts(total_ptr + offset, mask, PARTS, WIDTH)
+        grad_y = load_parts(grad_y_ptr + offset, mask, PARTS, WIDTH)
+        grad_total = load_parts(grad_total_ptr + offset, mask, PARTS, WIDTH)
+        mean, rstd = tl.load(mean_ptr + statistic), tl.load(rstd_ptr + statistic)
         normals, grad_normals, weight_sums, bias_sums = (), (), (), ()
-        along = tl.zeros([SEGMENTS, WIDTH], tl.float32)
-        across = tl.zeros([SEGMENTS, WIDTH], tl.float32)
+        along = tl.zeros([LANES, WIDTH], tl.float32)
+        across = tl.zeros([LANES, WIDTH], tl.float32)
         for part in tl.static_range(PARTS):
             normal = (total[part] - mean) * rstd
-            grad_x = grad_y[part]  # 0 outside of the row, and so is all that follows
+            grad_x = grad_y[part]  # 0 outside of a row, and so is all that follows
             if RATIONAL:
                 x = normal * weight[part] + bias[part]
                 f, reciprocal, slope = quotient_and_slope(x, a, b)
                 u = grad_x * reciprocal
                 grad_x = u * slope
-                sums = add_coefficient_terms(sums, x, u, f, SEGMENTS, WIDTH)
+                sums = add_coefficient_terms(sums, x, u, f, LANES, WIDTH)
             grad_normal = grad_x * weight[part]
             along += grad_normal * normal
             across += grad_normal
@@ -192,18 +221,19 @@ def norm_backward_kernel(
             normals = normals + (normal,)
             grad_normals = grad_normals + (grad_normal,)
         weight_sum, bias_sum = weight_sums, bias_sums
-        slope_along = tl.sum(along) / hidden_size
-        mean_grad = tl.sum(across) / hidden_size
+        slope_along = row_mean(along, hidden_size, ROWS, SEGMENTS)
+        mean_grad = row_mean(across, hidden_size, ROWS, SEGMENTS)
         grad_sums, grad_total_sums = (), ()
         for part in tl.static_range(PARTS):
             grad = grad_total[part] + rstd * (grad_normals[part] - mean_grad - normals[part] * slope_along)
-            tl.store(grad_ptr + offset + part * WIDTH, grad.to(grad_ptr.dtype.element_ty), mask=in_row)
+            tl.store(grad_ptr + offset + part * WIDTH, grad.to(grad_ptr.dtype.element_ty), mask=mask)
             if TOTALS:
                 grad_sums = grad_sums + (grad_sum[part] + grad,)
                 grad_total_sums = grad_total_sums + (grad_total_sum[part] + grad_total[part],)
         if TOTALS:
             grad_sum, grad_total_sum = grad_sums, grad_total_sums
-    column_ptr += program * hidden_size + column
+    programs *= ROWS
+    column_ptr += (program * ROWS + lane // SEGMENTS) * hidden_size + column
     for part in tl.static_range(PARTS):
         tl.store(column_ptr + part * WIDTH, weight_sum[part], mask=in_row)
         tl.store(column_ptr + programs * hidden_size + part * WIDTH, bias_sum[part], mask=in_row)
@@ -212,8 +242,9 @@ def norm_backward_kernel(
             tl.store(totals_ptr, grad_sum[part], mask=in_row)
             tl.store(totals_ptr + programs * hidden_size, grad_total_sum[part], mask=in_row)
     if RATIONAL:
-        segment = tl.arange(0, SEGMENTS)
-        partial_ptr += program * segments_per_row + segment
+        lane = tl.arange(0, LANES)
+        segment = lane % SEGMENTS
+        partial_ptr += (program * ROWS + lane // SEGMENTS) * segments_per_row + segment
         store_sums(partial_ptr, programs * segments_per_row, sums, segment < segments_per_row)
 
 
@@ -278,7 +309,7 @@ def _forward(kernel, residual, branch, weight, bias, tables, eps, dtype) -> tupl
     total = residual if branch is None else torch.empty_like(residual)
     y = torch.empty_like(residual, dtype=dtype)
     mean, rstd = (residual.new_empty(residual.shape[:-1], dtype=torch.float32) for _ in range(2))
-    tile, layout = _plan(residual, tables)
+    tile, layout = _plan(residual, tables, NORM_FORWARD)
     if residual.numel():
         with torch.accelerator.device_index(residual.device.index):  # pyright: ignore[reportArgumentType]
             kernel[(tile.num_programs,)](
@@ -293,6 +324,7 @@ def _forward(kernel, residual, branch, weight, bias, tables, eps, dtype) -> tupl
                 rstd,
                 *layout,
                 eps,
+                tile.rows,
                 tile.segments,
                 tile.parts,
                 tile.width,
@@ -305,12 +337,12 @@ def _forward(kernel, residual, branch, weight, bias, tables, eps, dtype) -> tupl
 
 def _backward(grad_total, grad_y, total, mean, rstd, weight, bias, tables, totals) -> tuple[Tensor, tuple[Tensor, ...]]:
     grad, hidden_size = torch.empty_like(total), total.shape[-1]
-    tile, layout = _plan(total, tables, totals)
+    tile, layout = _plan(total, tables, NORM_BACKWARD_TOTALS if totals else NORM_BACKWARD)
     partial = None
     if tables is not None:
         segments_per_row = hidden_size // (tile.parts * tile.width)
-        partial = total.new_empty(10, tile.num_programs, segments_per_row, dtype=torch.float32)
-    columns = total.new_empty(4 if totals else 2, tile.num_programs, hidden_size, dtype=torch.float32)
+        partial = total.new_empty(10, tile.num_programs * tile.rows, segments_per_row, dtype=torch.float32)
+    columns = total.new_empty(4 if totals else 2, tile.num_programs * tile.rows, hidden_size, dtype=torch.float32)
     if total.numel():
         with torch.accelerator.device_index(total.device.index):  # pyright: ignore[reportArgumentType]
             norm_backward_kernel[(tile.num_programs,)](
@@ -326,6 +358,7 @@ def _backward(grad_total, grad_y, total, mean, rstd, weight, bias, tables, total
                 columns if partial is None else partial,
                 columns,
                 *layout,
+                tile.rows,
                 tile.segments,
                 tile.parts,
                 tile.width,
@@ -337,14 +370,14 @@ def _backward(grad_total, grad_y, total, mean, rstd, weight, bias, tables, total
 
 
 def _plan(
-    total: Tensor, tables: tuple[Tensor, Tensor] | None, totals: bool = False
+    total: Tensor, tables: tuple[Tensor, Tensor] | None, registers: tuple[float, float]
 ) -> tuple[NormTile, tuple[int, ...]]:
     """Tile, and the kernels' arguments from num_rows to denominator_stride."""
     hidden_size = total.shape[-1]
     rows = (1, 1) if tables is None else tuple(table.shape[0] for table in tables)
     num_rows = total.numel() // hidden_size
     multiprocessors = num_multiprocessors(total.device)
-    tile = norm_tile(num_rows, hidden_size, hidden_size // max(rows), multiprocessors, totals)
+    tile = norm_tile(num_rows, hidden_size, hidden_size // max(rows), multiprocessors, registers)
     segments_per_row = hidden_size // (tile.parts * tile.width)
     return tile, (
         num_rows,

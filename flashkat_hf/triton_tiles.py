@@ -8,6 +8,8 @@ import math
 from typing import NamedTuple
 
 MAX_WIDTH_BYTES = 16
+MAX_REGISTERS = 2048  # of a multiprocessor, for each of a warp's 32 threads
+NORM_FORWARD, NORM_BACKWARD, NORM_BACKWARD_TOTALS = (24, 4), (16, 28 / 3), (24, 12)  # registers, for `norm_tile`
 ATTENTION_BLOCK = 64  # queries, or keys, of a program: 16 for each of four warps
 
 
@@ -42,7 +44,8 @@ def backward_tile(num_elements: int, hidden_size: int, group_size: int, element_
 
 
 class NormTile(NamedTuple):
-    segments: int  # a power of two, at least those of a row
+    rows: int  # of a program at a time: a power of two
+    segments: int  # of a row: a power of two, at least as many as there are
     parts: int  # loads that a thread needs for its segment
     width: int  # channels of a load: a power of two
     num_warps: int
@@ -50,23 +53,35 @@ class NormTile(NamedTuple):
 
 
 def norm_tile(
-    num_rows: int, hidden_size: int, group_size: int, num_multiprocessors: int, totals: bool = False
+    num_rows: int, hidden_size: int, group_size: int, num_multiprocessors: int, registers: tuple[float, float]
 ) -> NormTile:
-    """A row at a time, for kernels that reduce along a row; a thread's segment lies in one group.
+    """A row at a time, or as many as fill a warp, for kernels that reduce along a row.
 
-    The segment has at most 12 channels, whose sums fit in registers; of those sizes the one that leaves the fewest
-    threads idle, then the longest one. A row of 192, 384 or 768 channels takes 32, 32 or 64 threads, all of them busy.
-    Programs walk over the rows, as many as a multiprocessor's registers hold: backward needs 72 and 128 in a thread for
-    segments of 6 and 12 channels, and 96 and 168 with `totals`. One program more would run when all others have ended.
+    A thread's segment lies in one group and has at most 12 channels, whose sums fit in registers; of those sizes the
+    one that leaves the fewest threads idle, then the longest one. A row of 192, 384 or 768 channels takes 16, 32 or 64
+    threads, all of them busy. Programs walk over the rows, as many as a multiprocessor's registers hold: one more would
+    run when all others have ended.
+
+    Args:
+        num_rows: rows of the tensor.
+        hidden_size: channels of a row.
+        group_size: channels of a group.
+        num_multiprocessors: of the device.
+        registers: of a thread: so many, and so many for each channel of its segment.
     """
     sizes = [size for size in range(1, 13) if group_size % size == 0]
-    size = min(sizes, key=lambda size: (_threads(hidden_size, size) * size, -size))
-    width, segments = size & -size, 1 << (hidden_size // size - 1).bit_length()
+    size = min(sizes, key=lambda size: (_power_of_two(hidden_size // size) * size, -size))
+    width, segments = size & -size, _power_of_two(hidden_size // size)
+    rows = max(32 // segments, 1)
     num_warps = min(max(segments // 32, 1), 16)
-    registers = 16 + 28 * size // 3 + totals * (8 + 8 * size // 3)
-    warps = min(2048 // registers, 32)
+    warps = min(int(MAX_REGISTERS / (registers[0] + registers[1] * size)), 32)
     return NormTile(
-        segments, size // width, width, num_warps, num_programs=min(num_rows, warps * num_multiprocessors // num_warps)
+        rows,
+        segments,
+        size // width,
+        width,
+        num_warps,
+        num_programs=min(_cdiv(num_rows, rows), warps * num_multiprocessors // num_warps),
     )
 
 
@@ -102,8 +117,8 @@ def attention_blocks(num_tokens: int) -> list[tuple[int, int, int, int]]:
     return launches
 
 
-def _threads(hidden_size: int, size: int) -> int:
-    return max(1 << (hidden_size // size - 1).bit_length(), 32)
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -14,7 +14,14 @@ from flashkat_hf import (
     triton_rational_mlp,
     triton_sums,
 )
-from flashkat_hf.triton_tiles import attention_blocks, backward_tile, forward_tile, linear_tile, norm_tile
+from flashkat_hf.triton_tiles import (
+    NORM_BACKWARD,
+    attention_blocks,
+    backward_tile,
+    forward_tile,
+    linear_tile,
+    norm_tile,
+)
 
 POINTER_TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 FLOAT32 = {
@@ -71,8 +78,8 @@ def test_compiles(group_size, capability, dtype):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("hidden_size", [192, 384, 768])
 def test_norm_compiles(hidden_size, capability, dtype):
-    tile = norm_tile(2**12, hidden_size, hidden_size // 8, num_multiprocessors=132)
-    sizes = {"SEGMENTS": tile.segments, "PARTS": tile.parts, "WIDTH": tile.width}
+    tile = norm_tile(2**12, hidden_size, hidden_size // 8, 132, NORM_BACKWARD)
+    sizes = {"ROWS": tile.rows, "SEGMENTS": tile.segments, "PARTS": tile.parts, "WIDTH": tile.width}
     for kernel in (triton_norm_rational.norm_forward_kernel, triton_norm_rational.norm_backward_kernel):
         for rational in (False, True):
             flags = {name: rational for name in ("ADD", "RATIONAL", "TOTALS") if name in kernel.arg_names}

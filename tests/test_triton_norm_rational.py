@@ -8,7 +8,7 @@ from flashkat_hf import triton_norm_rational
 from flashkat_hf.reference import rational_reference
 
 pytestmark = pytest.mark.parametrize("device", KERNEL_DEVICES)
-SHAPES = [(3, 7, 24), (5, 40), (2, 9, 192), (4, 384), (0, 64), (8,)]  # odd widths, padded rows, no rows, one row
+SHAPES = [(3, 7, 24), (5, 40), (3, 9, 192), (4, 384), (0, 64), (8,)]  # odd widths and numbers, padded rows, no rows
 EPS = 1e-6
 
 

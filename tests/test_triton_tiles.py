@@ -2,7 +2,15 @@
 
 import pytest
 
-from flashkat_hf.triton_tiles import ATTENTION_BLOCK, attention_blocks, backward_tile, forward_tile, norm_tile
+from flashkat_hf.triton_tiles import (
+    ATTENTION_BLOCK,
+    NORM_BACKWARD,
+    NORM_FORWARD,
+    attention_blocks,
+    backward_tile,
+    forward_tile,
+    norm_tile,
+)
 
 
 @pytest.mark.parametrize("element_bytes", [2, 4])
@@ -20,11 +28,13 @@ def test_tiles(num_rows, group_size, element_bytes):
         assert tile.segments & (tile.segments - 1) == 0
     assert forward.num_programs * forward.segments * forward.width >= num_elements
     assert backward.num_programs * backward.segments * backward.width % hidden_size == 0  # steps of whole rows
-    norm = norm_tile(num_rows, hidden_size, group_size, num_multiprocessors=132)
+    norm = norm_tile(num_rows, hidden_size, group_size, 132, NORM_BACKWARD)
     assert group_size % (norm.parts * norm.width) == 0  # a thread's segment lies in one group
     assert norm.segments * norm.parts * norm.width >= hidden_size  # a row fits
     assert norm.segments & (norm.segments - 1) == norm.width & (norm.width - 1) == 0
+    assert norm.rows * norm.segments >= 32  # a warp is full
     assert 1 <= norm.num_programs <= num_rows
+    assert norm.num_programs <= norm_tile(num_rows, hidden_size, group_size, 132, NORM_FORWARD).num_programs
 
 
 @pytest.mark.parametrize("num_tokens", range(1, 257))
@@ -46,6 +56,7 @@ def test_attention_blocks(num_tokens):
 @pytest.mark.parametrize("hidden_size", [192, 384, 768])
 def test_published_sizes_leave_no_thread_idle(hidden_size):
     for group_size in (hidden_size // 8, hidden_size):  # with the rational, and without
-        tile = norm_tile(201728, hidden_size, group_size, num_multiprocessors=132)
+        tile = norm_tile(201728, hidden_size, group_size, 132, NORM_BACKWARD)
         assert tile.segments * tile.parts * tile.width == hidden_size
-        assert tile.segments == 32 * tile.num_warps
+        assert tile.rows * tile.segments == 32 * tile.num_warps
+        assert tile.width == 4  # loads of 8 bytes in half precision
