@@ -79,6 +79,7 @@ TRAFFIC = {
     "packed_attention_forward_kernel": Traffic(hidden=4, head=1, products=2),  # q, k, v; y; lse
     "packed_attention_queries_kernel": Traffic(hidden=6, head=2, products=3),  # q, k, v, y, grad_y; grad_q; lse, along
     "packed_attention_keys_kernel": Traffic(hidden=6, head=2, products=4),  # q, k, v, grad_y; two gradients; lse, along
+    **dict.fromkeys(("resize_width_kernel", "resize_height_kernel"), Traffic()),  # of the data side
     "gather_sums_kernel": Traffic(),  # partial sums: a few MB
 }
 

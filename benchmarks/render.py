@@ -128,7 +128,26 @@ def training_table(results: list[dict]) -> str:
         "",
         f"{about['size']}, {about['batch_size']} images a GPU, {about['precision']}, compiled; {about['device']}, "
         f"torch {about['versions']['torch']}, accelerate {about['versions']['accelerate']}, "
-        f"commit {about['commit'][:7]}; `benchmarks/bench_training.py`.",
+        f"commit {' and '.join(dict.fromkeys(result['commit'][:7] for result in results))}; "
+        "`benchmarks/bench_training.py`.",
+    ]
+    return "\n".join(rows)
+
+
+def data_table(results: list[dict]) -> str:
+    """A row for each way and number of workers."""
+    rows = ["| what the GPU does | worker processes | images/s | host ms for a batch |", "|---" * 4 + "|"]
+    rows += [
+        f"| {result['on_device']} | {result['workers']} | {result['images_per_s']:,.0f} | {result['host_ms']:.1f} |"
+        for result in results
+    ]
+    about = results[0]
+    files = f"{about['file_size']} ({about['file_bytes'] / 1000:.0f} KB)"
+    rows += [
+        "",
+        f"JPEG files of {files} to batches of {about['batch_size']} at {about['image_size']} pixels, the pretraining "
+        f"recipe; {about['gpu'] or 'no GPU'}, {about['cpu_cores']} cores, torchvision {about['torchvision']}, Pillow "
+        f"{about['pillow']}, commit {about['commit'][:7]}; `benchmarks/bench_data.py`.",
     ]
     return "\n".join(rows)
 
@@ -144,6 +163,7 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     ("README.md", "rational", "rational", rational_table),
     ("docs/calibration.md", "conversion", "conversion", conversion_table),
     ("docs/training.md", "training", "training", training_table),
+    ("docs/data.md", "data", "data", data_table),
     (PERFORMANCE, "model", "model", model_table),
     (PERFORMANCE, "inference", "inference", model_table),
     (PERFORMANCE, "latency", "latency", latency_table),

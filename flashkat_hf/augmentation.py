@@ -52,7 +52,7 @@ class Augmentation:
     rand_augment: str | None = "rand-m9-mstd0.5"
     color_jitter: float = 0.0
     erasing: float = 0.25
-    on_device: str = "nothing"
+    on_device: str = "auto"
 
     def __post_init__(self):
         for name, known in CHOICES.items():

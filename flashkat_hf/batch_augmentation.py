@@ -22,7 +22,7 @@ from .images import Encoded, Sample, extra, header, unreadable
 
 OPERATIONS = (  # timm's functions, in the order of their numbers in a plan
     "shear_x", "shear_y", "translate_x_rel", "translate_y_rel", "rotate", "auto_contrast", "equalize", "invert",
-    "solarize", "solarize_add", "posterize", "contrast", "color", "brightness", "sharpness",
+    "solarize", "solarize_add", "posterize", "contrast", "brightness", "color", "sharpness",
 )  # fmt: skip
 GEOMETRIC = OPERATIONS[:5]
 NONE, BICUBIC = -1, 3  # no operation; PIL's number of the filter
@@ -207,10 +207,10 @@ class BatchAugmentation(nn.Module):
         if "crop" in batch:
             images = self._decoded(batch["pixel_values"], batch["crop"])
         else:
-            images = batch["pixel_values"].to(device, non_blocking=True)
+            images = batch["pixel_values"].to(device, non_blocking=True, copy=True)
         operations = plan[:, :-5].unflatten(1, (-1, 3))
         for layer in range(operations.shape[1]):
-            images = self._layer(images, operations[:, layer])
+            self._layer(images, operations[:, layer])
         pixels = (images.float() - self.mean) / self.std
         self._erase(pixels, plan[:, -5:])
         return {"pixel_values": pixels, "labels": batch["labels"].to(device, non_blocking=True)}
@@ -230,43 +230,55 @@ class BatchAugmentation(nn.Module):
             result[number] = parts[number].unflatten(0, (3, *self.size)).to(device, non_blocking=True)
         return result
 
-    def _layer(self, images: Tensor, operations: Tensor) -> Tensor:
-        """One operation for each image; `(batch, 3)`: number, argument, filter."""
-        images, numbers = images.clone(), operations[:, 0]
-        for number in numbers.unique().int().tolist():
-            if number >= len(GEOMETRIC):
-                self._replace(images, numbers == number, operations, partial(_colored, COLOR[OPERATIONS[number]]))
-        moved = (numbers != NONE) & (numbers < len(GEOMETRIC))
-        for bicubic in (False, True):
-            which = moved & ((operations[:, 2] == BICUBIC) == bicubic)
-            self._replace(images, which, operations, partial(self._moved, numbers[which], bicubic))
-        return images
+    def _layer(self, images: Tensor, operations: Tensor) -> None:
+        """One operation for each image, in place; `(batch, 3)` on the CPU: number, argument, filter.
 
-    def _replace(self, images: Tensor, which: Tensor, operations: Tensor, function) -> None:
-        index = which.nonzero()[:, 0]
-        if len(index):
-            there = index.to(images.device, non_blocking=True)
-            arguments = operations[index, 1].to(images.device, non_blocking=True)
-            images[there] = function(images[there], arguments)
+        Images of the same operation stand together, so that all that the device needs of the plan goes there at once.
+        """
+        numbers, arguments, filters = operations.unbind(1)
+        geometric = (numbers >= 0) & (numbers < len(GEOMETRIC))
+        kinds, order = torch.where(geometric, (filters == BICUBIC).float(), numbers).sort(stable=True)
+        starts = torch.searchsorted(kinds, torch.arange(len(OPERATIONS) + 1.0)).tolist()
+        table = torch.cat((order[:, None], arguments[order, None], self._maps(operations[order])), 1)
+        table = table.to(images.device, non_blocking=True)
+        index, arguments, maps = table[:, 0].long(), table[:, 1, None, None, None], table[:, 2:, None, None]
 
-    def _moved(self, numbers: Tensor, bicubic: bool, images: Tensor, amounts: Tensor) -> Tensor:
-        """Shears, translations and rotations: all are affine maps of the output's pixels to the input's."""
-        height, width = images.shape[2:]
-        numbers = numbers.to(images.device, non_blocking=True)
-        zero = torch.zeros_like(amounts)
-        shear_x, shear_y, right, down, turn = (torch.where(numbers == i, amounts, zero) for i in range(5))
+        def replace(first: str, last: str, function: Callable[[Tensor, slice], Tensor]) -> None:
+            """What function makes of the images of these operations, and of their place in the table."""
+            there = slice(starts[OPERATIONS.index(first)], starts[OPERATIONS.index(last) + 1])
+            if there.start < there.stop:
+                images[index[there]] = function(images[index[there]], there)
+
+        bilinear, by_levels = starts[1] - starts[0], list(LEVELS)
+        ends = [starts[OPERATIONS.index(name) + 1] - starts[OPERATIONS.index(by_levels[0])] for name in by_levels]
+        replace(OPERATIONS[0], OPERATIONS[1], lambda images, there: self._moved(images, maps[there], bilinear))
+        replace(by_levels[0], by_levels[-1], lambda images, there: _through(ends, images, arguments[there]))
+        replace("color", "color", lambda images, there: _away_from(_gray(images), images.float(), arguments[there]))
+        replace("sharpness", "sharpness", lambda images, there: _away_from(*_smooth(images), arguments[there]))
+
+    def _maps(self, operations: Tensor) -> Tensor:
+        """Shears, translations and rotations as affine maps of the output's pixels to the input's, `(batch, 6)`."""
+        height, width = self.size
+        numbers, amounts, _ = operations.unbind(1)
+        shear_x, shear_y, right, down, turn = (torch.where(numbers == i, amounts, 0) for i in range(5))
         angle = torch.deg2rad(-turn)  # PIL turns the other way round
         cos, sin = angle.cos(), angle.sin()
-        center_x, center_y = width / 2, height / 2
-        to_x = torch.stack([cos, sin + shear_x, right * width + center_x - cos * center_x - sin * center_y], 1)
-        to_y = torch.stack([shear_y - sin, cos, down * height + center_y + sin * center_x - cos * center_y], 1)
-        to_x, to_y = to_x[:, :, None, None], to_y[:, :, None, None]
+        x, y = width / 2, height / 2  # the center stays
+        to_x = cos, sin + shear_x, right * width + x - cos * x - sin * y
+        to_y = shear_y - sin, cos, down * height + y + sin * x - cos * y
+        return torch.stack((*to_x, *to_y), 1)
+
+    def _moved(self, images: Tensor, maps: Tensor, bilinear: int) -> Tensor:
+        """By the maps `(count, 6, 1, 1)`; the first `bilinear` images with that filter, the others bicubic."""
+        height, width = images.shape[2:]
         rows = (torch.arange(height, device=images.device) + 0.5)[:, None]
         columns = torch.arange(width, device=images.device) + 0.5
-        x, y = ((to[:, 0] * columns + to[:, 1] * rows + to[:, 2]) for to in (to_x, to_y))
+        x, y = (maps[:, k] * columns + maps[:, k + 1] * rows + maps[:, k + 2] for k in (0, 3))
         grid = torch.stack([2 * x / width - 1, 2 * y / height - 1], -1)
-        mode = "bicubic" if bicubic else "bilinear"
-        sampled = functional.grid_sample(images.float(), grid, mode, "border", align_corners=False)
+        sampled = torch.cat([
+            functional.grid_sample(images[part].float(), grid[part], mode, "border", align_corners=False)
+            for part, mode in ((slice(bilinear), "bilinear"), (slice(bilinear, None), "bicubic"))
+        ])  # fmt: skip
         inside = ((x >= 0) & (x < width) & (y >= 0) & (y < height))[:, None]
         return torch.where(inside, sampled.clamp(0, 255), self.outside).to(torch.uint8)  # PIL rounds down
 
@@ -285,87 +297,72 @@ class BatchAugmentation(nn.Module):
         pixels[index] = torch.where(inside, noise, pixels[index])
 
 
-def _colored(operation: Callable[[Tensor, Tensor], Tensor], images: Tensor, arguments: Tensor) -> Tensor:
-    return operation(images, arguments[:, None, None, None])
+def _through(ends: Sequence[int], images: Tensor, arguments: Tensor) -> Tensor:
+    """Each level replaced by what its operation's table has for it; `ends` of each of the `LEVELS`' images in a row."""
+    levels, tables, start = torch.arange(256, device=images.device).expand(1, 1, -1), [], 0
+    for table, end in zip(LEVELS.values(), ends, strict=True):
+        if start < end:
+            made = table(images[start:end], arguments[start:end, 0], levels).clamp(0, 255)
+            tables.append(made.to(torch.uint8).expand(end - start, 3, -1))  # PIL rounds down
+        start = end
+    return torch.cat(tables).gather(2, images.flatten(2).long()).view_as(images)
 
 
-def _through(tables: Tensor, images: Tensor) -> Tensor:
-    """Each level `(count, 3, height, width)` uint8 replaced by what a table `(count, 1 or 3, 256)` has for it."""
-    tables = tables.clamp(0, 255).to(torch.uint8).expand(-1, 3, -1)  # PIL rounds down
-    return tables.gather(2, images.flatten(2).long()).view_as(images)
-
-
-def _levels(images: Tensor) -> Tensor:
-    """The table that changes nothing, in float64, as PIL calculates."""
-    return torch.arange(256, dtype=torch.float64, device=images.device)
-
-
-def _auto_contrast(images: Tensor, _: Tensor) -> Tensor:
-    low, high = (extreme.double()[..., None] for extreme in images.flatten(2).aminmax(dim=2))
+def _auto_contrast(images: Tensor, _: Tensor, levels: Tensor) -> Tensor:
+    low, high = (extreme.double()[..., None] for extreme in images.flatten(2).aminmax(dim=2))  # as PIL calculates
     scale = 255 / (high - low)
-    levels = _levels(images)
-    return _through(torch.where(high > low, levels * scale - low * scale, levels), images)
+    return torch.where(high > low, levels * scale - low * scale, levels)
 
 
-def _equalize(images: Tensor, _: Tensor) -> Tensor:
+def _equalize(images: Tensor, _: Tensor, levels: Tensor) -> Tensor:
     flat = images.flatten(2).long()
     counts = flat.new_zeros(*flat.shape[:2], 256).scatter_add_(2, flat, flat.new_ones(1).expand_as(flat))
     last = counts.gather(2, flat.amax(2, keepdim=True))
     step = (flat.shape[2] - last) // 255
     tables = (step // 2 + counts.cumsum(2) - counts) // step.clamp(min=1)
-    return _through(torch.where(step > 0, tables, _levels(images).long()), images)
+    return torch.where(step > 0, tables, levels)
 
 
-def _invert(images: Tensor, _: Tensor) -> Tensor:
-    return 255 - images
+def _solarize_add(_: Tensor, arguments: Tensor, levels: Tensor) -> Tensor:
+    return torch.where(levels < 128, (levels + arguments).clamp(max=255), levels)
 
 
-def _solarize(images: Tensor, arguments: Tensor) -> Tensor:
-    return torch.where(images < arguments, images, 255 - images)
+def _posterize(_: Tensor, arguments: Tensor, levels: Tensor) -> Tensor:
+    return levels & (256 - 2 ** (8 - arguments.clamp(max=8))).long()
 
 
-def _solarize_add(images: Tensor, arguments: Tensor) -> Tensor:
-    return torch.where(images < 128, (images + arguments).clamp(max=255), images).to(torch.uint8)
+def _contrast(images: Tensor, arguments: Tensor, levels: Tensor) -> Tensor:
+    mean = (_gray(images).mean((2, 3)) + 0.5).floor()[..., None]
+    return _away_from(mean, levels.float(), arguments)
 
 
-def _posterize(images: Tensor, arguments: Tensor) -> Tensor:
-    return images & (256 - 2 ** (8 - arguments.clamp(max=8))).to(torch.uint8)
+LEVELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of images, arguments, levels
+    "auto_contrast": _auto_contrast,
+    "equalize": _equalize,
+    "invert": lambda images, arguments, levels: 255 - levels,
+    "solarize": lambda images, arguments, levels: torch.where(levels < arguments, levels, 255 - levels),
+    "solarize_add": _solarize_add,
+    "posterize": _posterize,
+    "contrast": _contrast,
+    "brightness": lambda images, arguments, levels: _away_from(0.0, levels.float(), arguments),
+}
 
 
-def _away_from(faded: Callable[[Tensor], Tensor], images: Tensor, arguments: Tensor) -> Tensor:
+def _away_from(start: Tensor | float, pixels: Tensor, arguments: Tensor) -> Tensor:
     """PIL's enhancements: away from a faded version, which is the result at factor 0."""
-    pixels = images.float()
-    start = faded(pixels)
     return (start + arguments * (pixels - start)).clamp(0, 255).to(torch.uint8)  # PIL rounds down
 
 
-def _gray(pixels: Tensor) -> Tensor:
-    red, green, blue = pixels.int().unbind(1)
+def _gray(images: Tensor) -> Tensor:
+    red, green, blue = images.int().unbind(1)
     return ((19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16)[:, None].float()
 
 
-def _mean_gray(pixels: Tensor) -> Tensor:
-    return (_gray(pixels).mean((1, 2, 3), keepdim=True) + 0.5).floor()
-
-
-def _smooth(pixels: Tensor) -> Tensor:
-    """Each pixel averaged with its neighbours; the border stays."""
+def _smooth(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Each pixel averaged with its neighbours, where the border stays, and the pixels."""
+    pixels = images.float()
     kernel = pixels.new_ones(3, 1, 3, 3)
     kernel[:, :, 1, 1] = 5
     smoothed = pixels.clone()
     smoothed[:, :, 1:-1, 1:-1] = (functional.conv2d(pixels, kernel / 13, groups=3) + 0.5).floor()
-    return smoothed
-
-
-COLOR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "auto_contrast": _auto_contrast,
-    "equalize": _equalize,
-    "invert": _invert,
-    "solarize": _solarize,
-    "solarize_add": _solarize_add,
-    "posterize": _posterize,
-    "contrast": partial(_away_from, _mean_gray),
-    "color": partial(_away_from, _gray),
-    "brightness": partial(_away_from, torch.zeros_like),
-    "sharpness": partial(_away_from, _smooth),
-}
+    return smoothed, pixels

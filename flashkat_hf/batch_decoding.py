@@ -1,8 +1,9 @@
-"""JPEG files to crops of one size, a batch at once: decoded (on a GPU by nvJPEG), and resized as matrix products."""
+"""JPEG files to crops of one size, a batch at once: decoded (on a GPU by nvJPEG), and resized."""
 
 import functools
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from PIL import Image
@@ -10,8 +11,13 @@ from torch import Tensor
 
 from .images import extra
 
+try:
+    from .triton_crops import resized_crops
+except ImportError:  # no triton: matrix products serve every device
+    resized_crops = None
+
 FILES = 64  # decoded at once
-CANVAS_BYTES = 2**28  # of the crops' uint8 pixels that are resized at once
+CROP_BYTES = 2**28  # of the crops' pixels that are resized at once
 
 
 def decoded_crops(files: list[Tensor], crops: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
@@ -32,7 +38,8 @@ def decoded_crops(files: list[Tensor], crops: Tensor, size: tuple[int, int], dev
         start = 0
         images = _decode(part, device)
         for stop in _stops(windows):
-            made.append(_resized(images[start:stop], windows[start:stop], size, device))
+            resized = resized_crops if resized_crops and device.type == "cuda" else resized_by_products
+            made.append(resized(images[start:stop], windows[start:stop], size))
             start = stop
     return torch.cat(made)
 
@@ -57,19 +64,30 @@ def _decode(files: list[Tensor], device: torch.device) -> list[Tensor]:
     """Each `(3, height, width)` uint8 on the device, for its current stream.
 
     nvJPEG writes at once, even if the current stream has still to read what was in that memory before. So the memory is
-    that of a stream on which nothing else runs, and comes back to it when the current stream is done with the images.
+    that of a stream on which nothing else runs, not even deterministic mode's fill, and comes back to it when the
+    current stream is done with the images. It reads the files when it comes to it: they are kept until the next call,
+    which waits for it first.
     """
     functions = extra("torchvision.io")
     decode = functools.partial(functions.decode_jpeg, files, functions.ImageReadMode.RGB, device)
     if device.type != "cuda":
         return decode()
     current, own = torch.cuda.current_stream(device), _decoding_stream(device)
-    with torch.cuda.stream(own):
-        images = decode()
+    deterministic: Any = torch.utils.deterministic
+    fills, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False
+    try:
+        with torch.cuda.stream(own):
+            images = decode()
+    finally:
+        deterministic.fill_uninitialized_memory = fills
+    _in_reading[:] = files
     current.wait_stream(own)
     for image in images:
         image.record_stream(current)
     return images
+
+
+_in_reading: list[Tensor] = []
 
 
 @functools.cache
@@ -78,30 +96,30 @@ def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _stops(windows: Tensor) -> Iterator[int]:
-    """Ends of groups in a row whose windows fit a canvas; a window that does not is a group of its own."""
+    """Ends of groups in a row whose windows, as large as the largest, fit the memory; at least one in each."""
     count, rows, columns = 0, 0, 0
     for number, (_, _, height, width, *_) in enumerate(windows.tolist()):
         rows, columns, count = max(rows, height), max(columns, width), count + 1
-        if count > 1 and 3 * count * rows * columns > CANVAS_BYTES:
+        if count > 1 and 3 * count * rows * columns > CROP_BYTES:
             yield number
             count, rows, columns = 1, height, width
     yield len(windows)
 
 
-def _resized(images: list[Tensor], windows: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
+def resized_by_products(images: list[Tensor], windows: Tensor, size: tuple[int, int]) -> Tensor:
+    """What `triton_crops.resized_crops` gives: all parts on one canvas, by two batched matrix products."""
     count, rows, columns = len(images), *windows[:, 2:4].amax(0).tolist()
+    device = images[0].device
     canvas = torch.empty(count, rows, 3, columns, dtype=torch.uint8, device=device)
     for room, image, (top, left, height, width, *_) in zip(canvas, images, windows.tolist(), strict=True):
         room[:height, :, :width].copy_(image[:, top : top + height, left : left + width].movedim(0, 1))
-    windows = windows.to(device, non_blocking=True)
+    windows = windows.to(device)
     height, width, bicubic, mirrored = windows[:, 2], windows[:, 3], windows[:, 4] > 0, windows[:, 5] > 0
     across = resizing_weights(width, columns, size[1], bicubic)
     across = torch.where(mirrored[:, None, None], across.flip(1), across)
     along = resizing_weights(height, rows, size[0], bicubic)
-    # Half precision holds the pixels, and the error is far below a level.
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    resized = canvas.view(count, rows * 3, columns).to(dtype) @ across.to(dtype).mT
-    resized = along.to(dtype) @ resized.view(count, rows, 3 * size[1])
+    resized = canvas.view(count, rows * 3, columns).float() @ across.mT
+    resized = along @ resized.view(count, rows, 3 * size[1])
     return resized.view(count, size[0], 3, size[1]).movedim(2, 1).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -65,7 +65,9 @@ def test_an_operation_is_pils(name, bicubic):
         with seeded(seed):
             plans.append(Draws(layer, None, (32, 32)).plan())
     before = torch.stack([torch.from_numpy(numpy.array(image)).permute(2, 0, 1) for image in images])
-    made = MODULE._layer(before, torch.stack(plans)[:, :3]).permute(0, 2, 3, 1).int().numpy()
+    made = before.clone()
+    MODULE._layer(made, torch.stack(plans)[:, :3])
+    made = made.permute(0, 2, 3, 1).int().numpy()
     error = numpy.abs(made - numpy.stack(expected).astype(int))
     # PyTorch's cubic kernel is another one than PIL's (-0.75 for -0.5): some levels on smooth images
     assert error.max() <= (8 if geometric and bicubic else 1 if geometric or name == "AutoContrast" else 0)
@@ -155,10 +157,10 @@ def test_decoding_with_the_batch_gives_the_same(mode):
 
 
 @pytest.mark.parametrize("bicubic", [False, True])
-@pytest.mark.parametrize("canvas", [2**28, 20_000])
-def test_crops_of_a_batch_are_torchvisions(canvas, bicubic, device, monkeypatch):
-    """Larger and smaller than the result, of images of all sizes, mirrored or not; few on a canvas at once, or all."""
-    monkeypatch.setattr(batch_decoding, "CANVAS_BYTES", canvas)
+@pytest.mark.parametrize("limit", [2**28, 20_000])
+def test_crops_of_a_batch_are_torchvisions(limit, bicubic, device, monkeypatch):
+    """Larger and smaller than the result, of images of all sizes, mirrored or not; few of them at once, or all."""
+    monkeypatch.setattr(batch_decoding, "CROP_BYTES", limit)
     modes = functional.InterpolationMode
     generator = numpy.random.default_rng(0)
     files, windows, expected = [], [], []
@@ -176,12 +178,13 @@ def test_crops_of_a_batch_are_torchvisions(canvas, bicubic, device, monkeypatch)
     made = batch_decoding.decoded_crops(files, torch.tensor(windows), (32, 24), torch.device(device))
     error = (made - torch.stack(expected)).abs()
     assert error.max() <= 1  # rounding at a half
-    assert (error > 0).float().mean() < (0.05 if device == "cuda" else 0.001)  # half precision there
+    assert (error > 0).float().mean() < 0.001
 
 
 def test_decoding_on_a_gpu_agrees_with_that_on_a_cpu(device):
-    """The recipe on 40 files; on a GPU nvJPEG decodes, within a level or two of libjpeg."""
-    split = Examples([file(picture(seed, (90, 70)), quality=95) for seed in range(40)], [0, 1] * 20)
+    """The recipe on 40 files; on a GPU nvJPEG decodes, within a level or two of libjpeg where chroma is whole."""
+    whole = {"quality": 95, "subsampling": 0}
+    split = Examples([file(picture(seed, (90, 70)), **whole) for seed in range(40)], [0, 1] * 20)
     transform = training_transform(PROCESSOR, Augmentation(rand_augment=None, on_device="decoding"))
     [batch] = TrainBatches(split, transform, batch_size=40, seed=0).epoch(0)
     plain = MODULE(batch)["pixel_values"]
@@ -190,18 +193,25 @@ def test_decoding_on_a_gpu_agrees_with_that_on_a_cpu(device):
     assert (made.cpu() - plain).abs().mul(MODULE.std).max() <= 4
 
 
+def test_quartered_chroma_on_a_gpu(device):
+    """NvJPEG makes its pixels larger otherwise than libjpeg; the picture is the same."""
+    files = [file(picture(seed, (90, 70)), quality=95) for seed in range(40)]
+    files = [torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in files]
+    images, plain = (batch_decoding._decode(files, torch.device(where)) for where in (device, "cpu"))
+    errors = torch.stack([(one.cpu().float() - other).abs().mean() for one, other in zip(images, plain, strict=True)])
+    assert errors.max() < 1.5, errors.max()
+
+
 @pytest.mark.gpu
-def test_decoding_waits_for_nothing_and_spoils_nothing(monkeypatch):
+def test_decoding_waits_for_nothing_and_spoils_nothing():
     """Images that were freed while the GPU has still to read them are read as they were, though others are decoded."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # torchvision does not expect it
-    device, factor = torch.device("cuda"), torch.zeros(8192, 8192, device="cuda")
+    device = torch.device("cuda")
     bright, dark = ([file(Image.new("RGB", (500, 375), color))] * 64 for color in ("white", "black"))
     bright, dark = ([torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in files] for files in (bright, dark))
     batch_decoding._decode(dark, device)  # what is made at the first time
     for _ in range(5):
         images = batch_decoding._decode(bright, device)
-        for _ in range(20):
-            factor @ factor
+        torch.cuda._sleep(10**9)  # more than half a second
         read = torch.cuda.Event()
         sums = torch.stack([image.long().sum() for image in images])
         read.record()

@@ -1,0 +1,133 @@
+"""Triton kernels that resize parts of images with antialiasing, all images of a batch at once, with their launcher.
+
+The images lie where a decoder has put them, each with a size of its own: a table holds their addresses. A pixel of the
+result is a weighted mean of the pixels around it, along the width first and then along the height, as torchvision and
+PIL resize; the weights are made where they are needed.
+"""
+
+import torch
+from torch import Tensor
+
+try:  # transformers takes what checkpoint code imports elsewhere for a requirement
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
+
+COLUMNS = ("address", "height", "width", "top", "left", "rows", "columns", "bicubic", "mirrored")  # of the table
+ROWS = 8  # of a program
+EXACT = tl.constexpr(2.0**23)  # float32 has no fractions from here on
+
+
+@triton.jit
+def filter_weight(distance, bicubic):
+    """A triangle, or Keys' cubic with -0.5, of distances >= 0."""
+    near = (1.5 * distance - 2.5) * distance * distance + 1.0
+    far = ((-0.5 * distance + 2.5) * distance - 4.0) * distance + 2.0
+    cubic = tl.where(distance < 1.0, near, tl.where(distance < 2.0, far, 0.0))
+    return tl.where(bicubic, cubic, tl.maximum(1.0 - distance, 0.0))
+
+
+@triton.jit
+def taps(position, length, size, bicubic):
+    """First pixel of `length` that a result's pixel takes, how many at most, its center there, and their density."""
+    density = length.to(tl.float32) / size
+    center = (position + 0.5) * density
+    radius = tl.where(bicubic, 2.0, 1.0) * tl.maximum(density, 1.0)
+    first = tl.floor(center - radius).to(tl.int32)
+    return first, (2 * radius).to(tl.int32) + 2, center, tl.maximum(density, 1.0)
+
+
+@triton.jit
+def resize_width_kernel(
+    table_ptr,  # (count, 9) int64, `COLUMNS`; images are (3, height, width) uint8, contiguous
+    y_ptr,  # (count, 3, most_rows, size) float32
+    most_rows,
+    size,
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """The rows of each image's part, resized to `size` columns. Grid (row blocks, 3, count)."""
+    channel, number = tl.program_id(1), tl.program_id(2)
+    table_ptr += number * 9
+    rows, columns = tl.load(table_ptr + 5).to(tl.int32), tl.load(table_ptr + 6).to(tl.int32)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    if tl.program_id(0) * ROWS < rows:
+        width = tl.load(table_ptr + 2)
+        image_ptr = tl.load(table_ptr).to(tl.pointer_type(tl.uint8)) + channel * tl.load(table_ptr + 1) * width
+        image_ptr += (tl.load(table_ptr + 3) + tl.minimum(row, rows - 1)) * width + tl.load(table_ptr + 4)
+        bicubic = tl.load(table_ptr + 7) != 0
+        column = tl.arange(0, SIZE)[None, :]
+        first, count, center, density = taps(tl.minimum(column, size - 1), columns, size, bicubic)
+        y = tl.zeros([ROWS, SIZE], tl.float32)
+        total = tl.zeros([1, SIZE], tl.float32)
+        for tap in range(count):
+            pixel = first + tap
+            weight = filter_weight(tl.abs(pixel + 0.5 - center) / density, bicubic)
+            weight = tl.where((pixel >= 0) & (pixel < columns), weight, 0.0)
+            inside = tl.minimum(tl.maximum(pixel, 0), columns - 1)
+            y += weight * tl.load(image_ptr + inside).to(tl.float32)
+            total += weight
+        column = tl.where(tl.load(table_ptr + 8) != 0, size - 1 - column, column)
+        y_ptr += (number.to(tl.int64) * 3 + channel) * most_rows * size
+        tl.store(y_ptr + row * size + column, y / total, mask=(row < rows) & (column >= 0) & (column < size))
+
+
+@triton.jit
+def resize_height_kernel(
+    table_ptr,  # (count, 9) int64, `COLUMNS`
+    x_ptr,  # (count, 3, most_rows, width) float32
+    y_ptr,  # (count, 3, size, width) uint8
+    most_rows,
+    width,
+    size,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The columns resized to `size` rows, rounded. Grid (row blocks, 3, count)."""
+    channel, number = tl.program_id(1), tl.program_id(2)
+    table_ptr += number * 9
+    rows, bicubic = tl.load(table_ptr + 5).to(tl.int32), tl.load(table_ptr + 7) != 0
+    plane = number.to(tl.int64) * 3 + channel
+    column = tl.arange(0, WIDTH)[None, :]
+    x_ptr += plane * most_rows * width + tl.minimum(column, width - 1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    first, count, center, density = taps(tl.minimum(row, size - 1), rows, size, bicubic)
+    y = tl.zeros([ROWS, WIDTH], tl.float32)
+    total = tl.zeros([ROWS, 1], tl.float32)
+    for tap in range(count):
+        pixel = first + tap
+        weight = filter_weight(tl.abs(pixel + 0.5 - center) / density, bicubic)
+        weight = tl.where((pixel >= 0) & (pixel < rows), weight, 0.0)
+        inside = tl.minimum(tl.maximum(pixel, 0), rows - 1)
+        y += weight * tl.load(x_ptr + inside * width)
+        total += weight
+    y = tl.minimum(tl.maximum(y / total, 0.0), 255.0)
+    y = (y + EXACT) - EXACT  # rounds, a half to even
+    tl.store(y_ptr + (plane * size + row) * width + column, y.to(tl.uint8), mask=(row < size) & (column < width))
+
+
+def resized_crops(images: list[Tensor], windows: Tensor, size: tuple[int, int]) -> Tensor:
+    """Launch both kernels.
+
+    Args:
+        images: `(3, height, width)` uint8, contiguous, on the device.
+        windows: `(count, 6)` int64 on the CPU: top, left, height and width of the part, bicubic, mirrored.
+        size: height and width of the result.
+
+    Returns:
+        `(count, 3, height, width)` uint8 on the device.
+    """
+    (height, width), device, count = size, images[0].device, len(images)
+    places = torch.tensor([(image.data_ptr(), *image.shape[1:]) for image in images])
+    table = torch.cat((places, windows), 1).to(device, non_blocking=True)
+    most_rows = int(windows[:, 2].max())
+    narrow = torch.empty(count, 3, most_rows, width, device=device)
+    result = torch.empty(count, 3, height, width, dtype=torch.uint8, device=device)
+    padded = triton.next_power_of_2(width)
+    with torch.accelerator.device_index(device.index):  # pyright: ignore[reportArgumentType]
+        resize_width_kernel[triton.cdiv(most_rows, ROWS), 3, count](table, narrow, most_rows, width, ROWS, padded)
+        resize_height_kernel[triton.cdiv(height, ROWS), 3, count](
+            table, narrow, result, most_rows, width, height, ROWS, padded
+        )
+    return result
