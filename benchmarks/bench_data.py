@@ -114,7 +114,8 @@ def measure(root: Path, way: str, workers: int, device: torch.device, settings: 
         host_seconds.append(time.thread_time() - before)
         return finished
 
-    with closing(made_ahead(endless, make, device, background=workers > 0)) as ahead:
+    decode = getattr(rest, "decode", None)
+    with closing(made_ahead(endless, make, device, workers > 0, decode)) as ahead:
         for made in ahead:
             pixels = made["pixel_values"]
             count += 1

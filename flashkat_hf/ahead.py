@@ -4,8 +4,8 @@ import functools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
-from typing import TypeVar
+from contextlib import ExitStack, closing
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,10 +16,15 @@ Item = TypeVar("Item")
 
 
 def made_ahead(
-    batches: Iterable[Batch], make: Callable[[Batch], Batch], device: torch.device, background: bool
+    batches: Iterable[Batch],
+    make: Callable[[Batch], Batch],
+    device: torch.device,
+    background: bool,
+    decode: Callable[[Batch], Any] | None = None,
 ) -> Generator[Batch, None, None]:
     """What `make` makes of each batch, in order; in the background while the caller is busy with the ones before.
 
+    On a GPU `decode`, which waits for the GPU more than it works, is applied before `make` in a thread of its own.
     There, the batches and `make` must draw nothing from this process's global generators. An error of theirs comes
     where the batch would have come. Close the iterator when it is left early: that ends the thread.
     """
@@ -27,7 +32,10 @@ def made_ahead(
         made = map(make, batches)
         yield from in_background(made) if background else made
         return
-    with closing(in_background(_on_a_stream(batches, make, _stream(device)))) as ready:
+    with ExitStack() as threads:
+        if decode is not None:
+            batches = threads.enter_context(closing(in_background(map(decode, batches), depth=1)))
+        ready = threads.enter_context(closing(in_background(_on_a_stream(batches, make, _stream(device)))))
         for made, event in ready:
             current = torch.cuda.current_stream(device)
             current.wait_event(event)

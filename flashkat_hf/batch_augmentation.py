@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .batch_decoding import decoded_crops
+from .batch_decoding import decoded, decoded_crops
 from .images import Encoded, Sample, extra, header, unreadable
 
 OPERATIONS = (  # timm's functions, in the order of their numbers in a plan
@@ -27,6 +27,7 @@ OPERATIONS = (  # timm's functions, in the order of their numbers in a plan
 GEOMETRIC = OPERATIONS[:5]
 NONE, BICUBIC = -1, 3  # no operation; PIL's number of the filter
 NOISE, STRIDE = 2**22, 7919  # normal numbers for erased boxes; from one seed's place in them to the next
+AHEAD_BYTES = 2**26  # of a batch's files that are decoded before the batch is needed
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
@@ -202,10 +203,10 @@ class BatchAugmentation(nn.Module):
         self.register_buffer("noise", torch.randn(NOISE, generator=torch.Generator().manual_seed(0)), persistent=False)
 
     @torch.no_grad()
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         device, plan = self.mean.device, batch["plan"]
         if "crop" in batch:
-            images = self._decoded(batch["pixel_values"], batch["crop"])
+            images = self._crops(batch)
         else:
             images = batch["pixel_values"].to(device, non_blocking=True, copy=True)
         operations = plan[:, :-5].unflatten(1, (-1, 3))
@@ -215,18 +216,32 @@ class BatchAugmentation(nn.Module):
         self._erase(pixels, plan[:, -5:])
         return {"pixel_values": pixels, "labels": batch["labels"].to(device, non_blocking=True)}
 
-    def _decoded(self, encoded: Tensor, crops: Tensor) -> Tensor:
-        """Crops of the JPEG files, and what workers have decoded, `(batch, 3, height, width)` uint8."""
-        parts, device = encoded.split(crops[:, 6].tolist()), self.mean.device
-        given = crops[:, 2] > 0
-        files = [part for part, is_file in zip(parts, given.tolist(), strict=True) if is_file]
-        images = decoded_crops(files, crops[given, :6], self.size, device) if files else None
-        if images is not None and given.all():
-            return images
-        result = torch.empty(len(parts), 3, *self.size, dtype=torch.uint8, device=device)
-        if images is not None:
-            result[given.nonzero()[:, 0].to(device)] = images
-        for number in (~given).nonzero()[:, 0].tolist():
+    def decode(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with its JPEG files decoded, for a thread that runs ahead of the one that calls the module.
+
+        A batch of large files stays as it is: their images would take too much memory.
+        """
+        if "crop" not in batch or batch["pixel_values"].numel() > AHEAD_BYTES:
+            return batch
+        return {**batch, "decoded": list(decoded(self._files(batch), self.mean.device))}
+
+    def _files(self, batch: dict[str, Any]) -> list[Tensor]:
+        parts = batch["pixel_values"].split(batch["crop"][:, 6].tolist())
+        return [part for part, height in zip(parts, batch["crop"][:, 2].tolist(), strict=True) if height]
+
+    def _crops(self, batch: dict[str, Any]) -> Tensor:
+        """Of the JPEG files, and what workers have decoded, `(batch, 3, height, width)` uint8."""
+        crops, device = batch["crop"], self.mean.device
+        files = crops[:, 2] > 0
+        result = torch.empty(len(crops), 3, *self.size, dtype=torch.uint8, device=device)
+        if files.any():
+            parts = batch.get("decoded") or decoded(self._files(batch), device)
+            made = decoded_crops(parts, crops[files, :6], self.size)
+            if files.all():
+                return made
+            result[files.nonzero()[:, 0].to(device)] = made
+        parts = batch["pixel_values"].split(crops[:, 6].tolist())
+        for number in (~files).nonzero()[:, 0].tolist():
             result[number] = parts[number].unflatten(0, (3, *self.size)).to(device, non_blocking=True)
         return result
 

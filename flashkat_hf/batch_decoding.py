@@ -2,8 +2,8 @@
 
 import functools
 import io
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -20,25 +20,45 @@ FILES = 64  # decoded at once
 CROP_BYTES = 2**28  # of the crops' pixels that are resized at once
 
 
-def decoded_crops(files: list[Tensor], crops: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
+class Decoded(NamedTuple):
+    """Images `(3, height, width)` uint8 on a device, and what tells it that they are there."""
+
+    images: list[Tensor]
+    event: torch.Event | None
+
+    def ready(self) -> list[Tensor]:
+        """For the device's current stream, which goes on when they are there."""
+        if self.event is not None:
+            stream = torch.cuda.current_stream(self.images[0].device)
+            stream.wait_event(self.event)
+            for image in self.images:
+                image.record_stream(stream)
+        return self.images
+
+
+def decoded(files: list[Tensor], device: torch.device) -> Iterator[Decoded]:
+    """JPEG files in whole, each `(length,)` uint8 on the CPU, so many at a time as is good for a decoder."""
+    for start in range(0, len(files), FILES):
+        yield _decode(files[start : start + FILES], device)
+
+
+def decoded_crops(parts: Iterable[Decoded], crops: Tensor, size: tuple[int, int]) -> Tensor:
     """Parts of images, resized with antialiasing as torchvision and PIL do it, up to rounding.
 
     Args:
-        files: the bytes of whole JPEG files, each `(length,)` uint8 on the CPU.
-        crops: `(len(files), 6)` int64 on the CPU: top, left, height and width of the part, whether the filter is
-            bicubic (else bilinear), whether the result is mirrored.
+        parts: what `decoded` gives.
+        crops: `(images, 6)` int64 on the CPU: top, left, height and width of the part, whether the filter is bicubic
+            (else bilinear), whether the result is mirrored.
         size: height and width of the result.
-        device: decodes and resizes.
 
     Returns:
-        `(len(files), 3, height, width)` uint8.
+        `(images, 3, height, width)` uint8.
     """
     made = []
-    for part, windows in zip(_chunks(files, FILES), crops.split(FILES), strict=True):
-        start = 0
-        images = _decode(part, device)
+    for part, windows in zip(parts, crops.split(FILES), strict=True):
+        images, start = part.ready(), 0
         for stop in _stops(windows):
-            resized = resized_crops if resized_crops and device.type == "cuda" else resized_by_products
+            resized = resized_crops if resized_crops and images[0].is_cuda else resized_by_products
             made.append(resized(images[start:stop], windows[start:stop], size))
             start = stop
     return torch.cat(made)
@@ -55,25 +75,19 @@ def decodes(device: torch.device) -> bool:
     return True
 
 
-def _chunks(files: list[Tensor], length: int) -> Iterator[list[Tensor]]:
-    for start in range(0, len(files), length):
-        yield files[start : start + length]
-
-
-def _decode(files: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Each `(3, height, width)` uint8 on the device, for its current stream.
+def _decode(files: list[Tensor], device: torch.device) -> Decoded:
+    """All at once.
 
     nvJPEG writes at once, even if the current stream has still to read what was in that memory before. So the memory is
-    that of a stream on which nothing else runs, not even deterministic mode's fill, and comes back to it when the
-    current stream is done with the images. It reads the files when it comes to it: they are kept until the next call,
-    which waits for it first.
+    that of a stream on which nothing else runs, not even deterministic mode's fill, and comes back to it when others
+    are done with the images. It reads the files when it comes to it: they are kept until the next call, which waits
+    for it first.
     """
     functions = extra("torchvision.io")
     decode = functools.partial(functions.decode_jpeg, files, functions.ImageReadMode.RGB, device)
     if device.type != "cuda":
-        return decode()
-    current, own = torch.cuda.current_stream(device), _decoding_stream(device)
-    deterministic: Any = torch.utils.deterministic
+        return Decoded(decode(), None)
+    own, deterministic = _decoding_stream(device), cast(Any, torch.utils.deterministic)
     fills, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False
     try:
         with torch.cuda.stream(own):
@@ -81,10 +95,7 @@ def _decode(files: list[Tensor], device: torch.device) -> list[Tensor]:
     finally:
         deterministic.fill_uninitialized_memory = fills
     _in_reading[:] = files
-    current.wait_stream(own)
-    for image in images:
-        image.record_stream(current)
-    return images
+    return Decoded(images, own.record_event())
 
 
 _in_reading: list[Tensor] = []

@@ -346,7 +346,7 @@ class _NormBeside(torch.autograd.Function):
         return *ctx.backward_of(grad_total.contiguous(), grad_y.contiguous(), *ctx.saved_tensors), None, None
 
 
-@torch.library.custom_op(f"{NAMESPACE}::packed_attention", mutates_args=())
+@open_operator("packed_attention")
 def _packed_attention(qkv: Tensor, qkv_bias: Tensor | None, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     forward = packed_attention_forward if has_kernel(qkv) else packed_attention_value
     return forward(qkv, num_heads, scale)

@@ -18,9 +18,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .coefficients import second_moment
 from .configuration_flashkat import FlashKATConfig
-from .fused_ops import HEAD_DIMS, MAX_BATCH, MAX_TOKENS, add_norm_rational, packed_attention
+from .fused_ops import HALF, HEAD_DIMS, MAX_BATCH, MAX_TOKENS, add_norm_rational, packed_attention
 from .layers import GRKANMlp, GroupRational, fusible, hooked, pre_norm, working_dtype
 from .mimetic import mimetic_weights
+from .ops import decomposes
 
 # The default: as "sdpa", but by the kernel for short sequences where it wins (FlashKATAttention).
 AttentionInterface.register("packed", sdpa_attention_forward)
@@ -156,15 +157,15 @@ class FlashKATAttention(nn.Module):
         return nn.functional.linear(output, self.proj.weight, self.proj.bias.detach())
 
     def _packs(self, hidden_states: Tensor) -> bool:
-        """Whether the kernel for short sequences serves: it wins in training, in half precision, on a GPU."""
+        """Whether the kernel for short sequences serves: it wins in half precision, on a GPU."""
         return (
             self.config._attn_implementation == "packed"
             and fusible(hidden_states, self.qkv)
-            and working_dtype(hidden_states) in (torch.bfloat16, torch.float16)
+            and not decomposes(hidden_states)
+            and working_dtype(hidden_states) in HALF
             and hidden_states.shape[0] <= MAX_BATCH
             and hidden_states.shape[1] <= MAX_TOKENS
             and self.head_dim in HEAD_DIMS
-            and torch.is_grad_enabled()
             and not (self.training and self.config.attention_probs_dropout_prob)
         )
 

@@ -161,7 +161,8 @@ class Trainer:
     def _batches(self) -> Generator[dict[str, Tensor], None, None]:
         """Those of the epoch that are still to come, on the device."""
         batches = self.batches.epoch(self.progress.epoch, self.progress.update * self.accumulate)
-        return made_ahead(batches, self.on_device, self.device, self.in_background)
+        decode = getattr(self.on_device, "decode", None)
+        return made_ahead(batches, self.on_device, self.device, self.in_background, decode)
 
     def _update(self, batches: Iterator[dict[str, Tensor]]) -> None:
         """One update of the weights, from `accumulate` batches of each process."""

@@ -101,20 +101,14 @@ def linear_tile(in_features: int, out_features: int, group_size: int) -> LinearT
     return LinearTile(128, 128, 64, 32, stages=3, num_warps=4)
 
 
-def attention_blocks(num_tokens: int) -> list[tuple[int, int, int, int]]:
-    """The launches of an attention kernel: first block, tokens of a program, programs along the tokens, warps.
+def attention_blocks(num_tokens: int) -> tuple[int, int]:
+    """Blocks along the tokens, and the rows of the last one where half a block is enough for it, else 0.
 
-    The 197 tokens of a 224 pixel image are three blocks of 64, and 5 tokens that single warps take in a second launch:
-    in a fourth block they cost a quarter of the time.
+    The 197 tokens of a 224 pixel image are three blocks of 64, and 5 tokens: a fourth block in whole costs more in
+    backward.
     """
-    whole, rest = divmod(num_tokens, ATTENTION_BLOCK)
-    if rest > ATTENTION_BLOCK // 2:
-        whole, rest = whole + 1, 0
-    launches = [(0, ATTENTION_BLOCK, whole, ATTENTION_BLOCK // 16)] if whole else []
-    if rest:
-        size = max(1 << (rest - 1).bit_length(), 16)
-        launches.append((whole, size, 1, size // 16))
-    return launches
+    blocks, rest = _cdiv(num_tokens, ATTENTION_BLOCK), num_tokens % ATTENTION_BLOCK
+    return blocks, max(_power_of_two(rest), 16) if 0 < rest <= ATTENTION_BLOCK // 2 else 0
 
 
 def _power_of_two(number: int) -> int:

@@ -65,13 +65,19 @@ def doubled(device: str):
 @pytest.mark.parametrize("background", [False, True])
 def test_made_batches(background, device):
     batches = ({"pixel_values": torch.full((1000, 1000), float(number))} for number in range(20))
-    totals = []
-    for batch in made_ahead(batches, doubled(device), torch.device(device), background):
+    totals, decoders = [], set()
+
+    def decode(batch):
+        decoders.add(threading.current_thread())
+        return batch
+
+    for batch in made_ahead(batches, doubled(device), torch.device(device), background, decode):
         assert batch["pixel_values"].device.type == device
         product = batch["pixel_values"] @ batch["pixel_values"]  # a step, after which its memory may be reused
         totals.append((product[0, 0] / 1000).sqrt())
     assert torch.stack(totals).tolist() == pytest.approx([2.0 * number for number in range(20)])
     assert no_threads()
+    assert len(decoders) == (1 if background and device == "cuda" else 0)  # a thread of its own, where it helps
 
 
 @pytest.mark.parametrize("background", [False, True])
