@@ -102,7 +102,7 @@ def work(arguments: Arguments) -> None:
         flags += ["--on_device", arguments.on_device, "--skip_corrupt"]  # files just made need no check
     else:
         Synthetic.steps, trainer.TrainBatches = arguments.steps, Synthetic
-        flags += ["--workers", "0"]
+        flags += ["--workers", "0", "--on_device", "nothing"]
     train(parse(flags, "pretrain-small", RECIPES, ""))
 
 

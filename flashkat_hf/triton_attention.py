@@ -52,6 +52,7 @@ def packed_attention_forward_kernel(
     channel = tl.arange(0, HEAD_DIM)[None, :]
     query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     q = tl.load(qkv_ptr + tl.minimum(query, num_tokens - 1)[:, None] * 3 * width + channel)
+    scale = tl.cast(scale, tl.float32)  # torch.compile passes float64
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     y = tl.zeros([BLOCK, HEAD_DIM], tl.float32)

@@ -97,6 +97,7 @@ def norm_forward_kernel(
     column = segment * (PARTS * WIDTH) + tl.arange(0, WIDTH)[None, :]
     in_row = segment < segments_per_row
     hidden_size = segments_per_row * (PARTS * WIDTH)
+    eps = tl.cast(eps, tl.float32)  # torch.compile passes float64
     if RATIONAL:
         group = tl.where(in_row, segment // segments_per_group, 0)
         a = load_numerator(numerator_ptr + group * numerator_stride)

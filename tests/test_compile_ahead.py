@@ -28,6 +28,10 @@ FLOAT32 = {
     *("numerator_ptr", "denominator_ptr", "weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "lse_ptr"),
     *("partial_ptr", "column_ptr", "column_sum_ptr", "along_ptr"),
 }
+OPEN = (triton_attention.packed_attention_forward_kernel, triton_norm_rational.norm_forward_kernel)  # to torch.compile
+FLOAT64 = (
+    r"\b(add|sub|mul|fma|div|sqrt|rcp|ex2)\.\S*f64"  # which passes numbers in float64: nothing is to be computed in it
+)
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -45,7 +49,7 @@ def compile_with(kernel, constants: dict[str, int], num_warps: int, dtype: str, 
             signature[name] = "*fp32" if name in FLOAT32 else POINTER_TYPES[dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif name in ("eps", "scale"):
-            signature[name] = "fp32"
+            signature[name] = "fp64" if kernel in OPEN else "fp32"
         else:
             signature[name] = "i64" if name in ("num_segments", "num_rows") else "i32"
     source = ASTSource(kernel, signature, constants, attributes)
@@ -89,6 +93,7 @@ def test_norm_compiles(hidden_size, capability, dtype):
             ptx = compiled.asm["ptx"]
             assert not re.search(r"\b(atom|red)\.", ptx)
             assert ".local" not in ptx
+            assert not re.search(FLOAT64, ptx)
             assert ("bar.sync" in ptx) == (hidden_size == 768)  # smaller rows are reduced inside a warp
 
 
@@ -111,6 +116,7 @@ def test_attention_compiles(part, capability, dtype):
         ptx = compile_with(kernel, constants, 4, dtype, GPUTarget("cuda", capability, 32)).asm["ptx"]
         assert not re.search(r"\b(atom|red)\.", ptx)
         assert re.search(r"wgmma\.mma|mma\.sync", ptx)  # on the matrix units
+        assert not re.search(FLOAT64, ptx)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
