@@ -61,7 +61,7 @@ def _on_a_stream(
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all epochs: memory is kept for each stream apart. Its many small kernels go before the step's large ones."""
+    """One for all epochs: memory is kept for each stream apart. Its small kernels go before the step's large ones."""
     return torch.cuda.Stream(device, priority=-1)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -88,16 +89,18 @@ def _decode(files: list[Tensor], device: torch.device) -> Decoded:
     if device.type != "cuda":
         return Decoded(decode(), None)
     own, deterministic = _decoding_stream(device), cast(Any, torch.utils.deterministic)
-    fills, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False
-    try:
-        with torch.cuda.stream(own):
-            images = decode()
-    finally:
-        deterministic.fill_uninitialized_memory = fills
-    _in_reading[:] = files
-    return Decoded(images, own.record_event())
+    with _one_at_a_time:
+        fills, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False
+        try:
+            with torch.cuda.stream(own):
+                images = decode()
+        finally:
+            deterministic.fill_uninitialized_memory = fills
+        _in_reading[:] = files
+        return Decoded(images, own.record_event())
 
 
+_one_at_a_time = threading.Lock()
 _in_reading: list[Tensor] = []
 
 

@@ -14,8 +14,9 @@ try:  # transformers takes what checkpoint code imports elsewhere for a requirem
 except ImportError:
     raise
 
-COLUMNS = ("address", "height", "width", "top", "left", "rows", "columns", "bicubic", "mirrored")  # of the table
-ROWS = 8  # of a program
+# What the table has for each image.
+ADDRESS, HEIGHT, WIDTH, TOP, LEFT, ROWS, COLUMNS, BICUBIC, MIRRORED, ENTRIES = map(tl.constexpr, range(10))
+BLOCK = 8  # rows of a program
 EXACT = tl.constexpr(2.0**23)  # float32 has no fractions from here on
 
 
@@ -40,27 +41,29 @@ def taps(position, length, size, bicubic):
 
 @triton.jit
 def resize_width_kernel(
-    table_ptr,  # (count, 9) int64, `COLUMNS`; images are (3, height, width) uint8, contiguous
+    table_ptr,  # (count, ENTRIES) int64; images are (3, height, width) uint8, contiguous
     y_ptr,  # (count, 3, most_rows, size) float32
     most_rows,
     size,
-    ROWS: tl.constexpr,
-    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     """The rows of each image's part, resized to `size` columns. Grid (row blocks, 3, count)."""
     channel, number = tl.program_id(1), tl.program_id(2)
-    table_ptr += number * 9
-    rows, columns = tl.load(table_ptr + 5).to(tl.int32), tl.load(table_ptr + 6).to(tl.int32)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    if tl.program_id(0) * ROWS < rows:
-        width = tl.load(table_ptr + 2)
-        image_ptr = tl.load(table_ptr).to(tl.pointer_type(tl.uint8)) + channel * tl.load(table_ptr + 1) * width
-        image_ptr += (tl.load(table_ptr + 3) + tl.minimum(row, rows - 1)) * width + tl.load(table_ptr + 4)
-        bicubic = tl.load(table_ptr + 7) != 0
-        column = tl.arange(0, SIZE)[None, :]
+    table_ptr += number * ENTRIES
+    rows, columns = tl.load(table_ptr + ROWS).to(tl.int32), tl.load(table_ptr + COLUMNS).to(tl.int32)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    if tl.program_id(0) * BLOCK < rows:
+        width = tl.load(table_ptr + WIDTH)
+        image_ptr = (
+            tl.load(table_ptr + ADDRESS).to(tl.pointer_type(tl.uint8)) + channel * tl.load(table_ptr + HEIGHT) * width
+        )
+        image_ptr += (tl.load(table_ptr + TOP) + tl.minimum(row, rows - 1)) * width + tl.load(table_ptr + LEFT)
+        bicubic = tl.load(table_ptr + BICUBIC) != 0
+        column = tl.arange(0, PADDED)[None, :]
         first, count, center, density = taps(tl.minimum(column, size - 1), columns, size, bicubic)
-        y = tl.zeros([ROWS, SIZE], tl.float32)
-        total = tl.zeros([1, SIZE], tl.float32)
+        y = tl.zeros([BLOCK, PADDED], tl.float32)
+        total = tl.zeros([1, PADDED], tl.float32)
         for tap in range(count):
             pixel = first + tap
             weight = filter_weight(tl.abs(pixel + 0.5 - center) / density, bicubic)
@@ -68,33 +71,33 @@ def resize_width_kernel(
             inside = tl.minimum(tl.maximum(pixel, 0), columns - 1)
             y += weight * tl.load(image_ptr + inside).to(tl.float32)
             total += weight
-        column = tl.where(tl.load(table_ptr + 8) != 0, size - 1 - column, column)
+        column = tl.where(tl.load(table_ptr + MIRRORED) != 0, size - 1 - column, column)
         y_ptr += (number.to(tl.int64) * 3 + channel) * most_rows * size
         tl.store(y_ptr + row * size + column, y / total, mask=(row < rows) & (column >= 0) & (column < size))
 
 
 @triton.jit
 def resize_height_kernel(
-    table_ptr,  # (count, 9) int64, `COLUMNS`
+    table_ptr,  # (count, ENTRIES) int64
     x_ptr,  # (count, 3, most_rows, width) float32
     y_ptr,  # (count, 3, size, width) uint8
     most_rows,
     width,
     size,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     """The columns resized to `size` rows, rounded. Grid (row blocks, 3, count)."""
     channel, number = tl.program_id(1), tl.program_id(2)
-    table_ptr += number * 9
-    rows, bicubic = tl.load(table_ptr + 5).to(tl.int32), tl.load(table_ptr + 7) != 0
+    table_ptr += number * ENTRIES
+    rows, bicubic = tl.load(table_ptr + ROWS).to(tl.int32), tl.load(table_ptr + BICUBIC) != 0
     plane = number.to(tl.int64) * 3 + channel
-    column = tl.arange(0, WIDTH)[None, :]
+    column = tl.arange(0, PADDED)[None, :]
     x_ptr += plane * most_rows * width + tl.minimum(column, width - 1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     first, count, center, density = taps(tl.minimum(row, size - 1), rows, size, bicubic)
-    y = tl.zeros([ROWS, WIDTH], tl.float32)
-    total = tl.zeros([ROWS, 1], tl.float32)
+    y = tl.zeros([BLOCK, PADDED], tl.float32)
+    total = tl.zeros([BLOCK, 1], tl.float32)
     for tap in range(count):
         pixel = first + tap
         weight = filter_weight(tl.abs(pixel + 0.5 - center) / density, bicubic)
@@ -126,8 +129,8 @@ def resized_crops(images: list[Tensor], windows: Tensor, size: tuple[int, int]) 
     result = torch.empty(count, 3, height, width, dtype=torch.uint8, device=device)
     padded = triton.next_power_of_2(width)
     with torch.accelerator.device_index(device.index):  # pyright: ignore[reportArgumentType]
-        resize_width_kernel[triton.cdiv(most_rows, ROWS), 3, count](table, narrow, most_rows, width, ROWS, padded)
-        resize_height_kernel[triton.cdiv(height, ROWS), 3, count](
-            table, narrow, result, most_rows, width, height, ROWS, padded
+        resize_width_kernel[triton.cdiv(most_rows, BLOCK), 3, count](table, narrow, most_rows, width, BLOCK, padded)
+        resize_height_kernel[triton.cdiv(height, BLOCK), 3, count](
+            table, narrow, result, most_rows, width, height, BLOCK, padded
         )
     return result

@@ -98,7 +98,7 @@ def linear_tile(in_features: int, out_features: int, group_size: int) -> LinearT
     """Of a linear map with a rational behind it; None where the map is better done by itself."""
     if in_features % 64 or out_features % 128 or group_size % 32:
         return None
-    return LinearTile(128, 128, 64, 32, stages=3, num_warps=4)
+    return LinearTile(128, 128, 64, 32, stages=3, num_warps=8)
 
 
 def attention_blocks(num_tokens: int) -> tuple[int, int]:
