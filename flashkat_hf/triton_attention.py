@@ -26,6 +26,7 @@ BLOCK = tl.constexpr(ATTENTION_BLOCK)
 STEP = tl.constexpr(32)  # keys or queries that a program looks at together
 REST_STEP = tl.constexpr(64)  # queries that a program for few keys looks at: it has to be done soon
 WARPS = ATTENTION_BLOCK // 16
+KEYS_REGISTERS = 128  # of a thread: four programs fit a multiprocessor, and only two registers less than it would take
 SIZES = ("num_tokens", "num_heads", "scale")
 
 
@@ -147,6 +148,26 @@ def packed_attention_queries_kernel(
 
 
 @triton.jit
+def scores(
+    first, qkv_ptr, grad_y_ptr, lse_ptr, along_ptr, k, v, num_tokens, width, scale,
+    HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Of queries from first on with a block's keys: q, grad_y, and as (keys, queries) softmax and scores' gradient."""
+    channel = tl.arange(0, HEAD_DIM)[None, :]
+    query = first + tl.arange(0, QUERIES)
+    inside = tl.minimum(query, num_tokens - 1)
+    q = tl.load(qkv_ptr + inside[:, None] * 3 * width + channel)
+    grad_y = tl.load(grad_y_ptr + inside[:, None] * width + channel)
+    # Four copies of each, or the compiler has every thread load what it needs of them: a third of the instructions.
+    copies = inside[:, None] + tl.zeros([1, 4], tl.int32)
+    lse, along = tl.max(tl.load(lse_ptr + copies), 1), tl.max(tl.load(along_ptr + copies), 1)
+    lse = tl.where(query < num_tokens, lse, float("inf"))
+    p = tl.exp2(tl.dot(k, tl.trans(q)) * (scale * LOG2_E) - lse[None, :])
+    grad_score = p * (tl.dot(v, tl.trans(grad_y)) - along[None, :])
+    return q, grad_y, p.to(v.dtype), grad_score.to(k.dtype)
+
+
+@triton.jit
 def keys_gradients(
     block, grad_y_ptr, qkv_ptr, lse_ptr, along_ptr, grad_qkv_ptr, column_ptr, num_tokens, num_heads, scale,
     HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
@@ -168,21 +189,15 @@ def keys_gradients(
     keys = tl.minimum(key, num_tokens - 1)[:, None] * 3 * width + channel
     k = tl.load(qkv_ptr + width + keys)
     v = tl.load(qkv_ptr + 2 * width + keys)
-    grad_k = tl.zeros([KEYS, HEAD_DIM], tl.float32)
-    grad_v = tl.zeros([KEYS, HEAD_DIM], tl.float32)
-    for first in tl.range(0, num_tokens, QUERIES, num_stages=STAGES):
-        query = first + tl.arange(0, QUERIES)
-        inside = tl.minimum(query, num_tokens - 1)
-        q = tl.load(qkv_ptr + inside[:, None] * 3 * width + channel)
-        grad_y = tl.load(grad_y_ptr + inside[:, None] * width + channel)
-        # Four copies of each, or the compiler has every thread load what it needs of them: a third of the instructions.
-        copies = inside[:, None] + tl.zeros([1, 4], tl.int32)
-        lse, along = tl.max(tl.load(lse_ptr + copies), 1), tl.max(tl.load(along_ptr + copies), 1)
-        lse = tl.where(query < num_tokens, lse, float("inf"))
-        p = tl.exp2(tl.dot(k, tl.trans(q)) * (scale * LOG2_E) - lse[None, :])
-        grad_v = tl.dot(p.to(v.dtype), grad_y, grad_v)
-        grad_score = p * (tl.dot(v, tl.trans(grad_y)) - along[None, :])
-        grad_k = tl.dot(grad_score.to(k.dtype), q, grad_k)
+    arguments = qkv_ptr, grad_y_ptr, lse_ptr, along_ptr, k, v, num_tokens, width, scale
+    # Accumulators that start from a product, not from zeros: else ptxas serializes the loop's products.
+    q, grad_y, p, grad_score = scores(0, *arguments, HEAD_DIM, QUERIES)
+    grad_v = tl.dot(p, grad_y)
+    grad_k = tl.dot(grad_score, q)
+    for first in tl.range(QUERIES, num_tokens, QUERIES, num_stages=STAGES):
+        q, grad_y, p, grad_score = scores(first, *arguments, HEAD_DIM, QUERIES)
+        grad_v = tl.dot(p, grad_y, grad_v)
+        grad_k = tl.dot(grad_score, q, grad_k)
     grad_k = tl.where(is_key, grad_k * scale, 0.0)
     grad_v = tl.where(is_key, grad_v, 0.0)
     rows = key[:, None] * 3 * width + channel
@@ -257,7 +272,8 @@ def packed_attention_backward(
             packed_attention_queries_kernel[grid](
                 grad_y, qkv, y, lse, grad_qkv, along, columns, *sizes, rest, num_warps=WARPS
             )
+            limit = {"maxnreg": KEYS_REGISTERS} if qkv.is_cuda and not torch.version.hip else {}
             packed_attention_keys_kernel[grid](
-                grad_y, qkv, lse, along, grad_qkv, columns, *sizes, rest, num_warps=WARPS
+                grad_y, qkv, lse, along, grad_qkv, columns, *sizes, rest, num_warps=WARPS, **limit
             )
     return grad_qkv, gather_sums(None, None, columns)[0].squeeze(0)

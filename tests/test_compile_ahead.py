@@ -1,9 +1,14 @@
 """The kernels compile for GPUs that are not here, into the code that their speed rests on."""
 
+import os
 import re
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -40,7 +45,7 @@ def compile_for(kernel, tile, dtype: str, target: GPUTarget):
     return compile_with(kernel, {"SEGMENTS": tile.segments, "WIDTH": tile.width}, tile.num_warps, dtype, target)
 
 
-def compile_with(kernel, constants: dict[str, int], num_warps: int, dtype: str, target: GPUTarget):
+def compile_with(kernel, constants: dict[str, int], num_warps: int, dtype: str, target: GPUTarget, **options):
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -53,7 +58,7 @@ def compile_with(kernel, constants: dict[str, int], num_warps: int, dtype: str, 
         else:
             signature[name] = "i64" if name in ("num_segments", "num_rows") else "i32"
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options={"num_warps": num_warps})
+    return triton.compile(source, target=target, options={"num_warps": num_warps, **options})
 
 
 @pytest.mark.parametrize("dtype", POINTER_TYPES)
@@ -113,10 +118,25 @@ def test_attention_compiles(part, capability, dtype):
     kernel = getattr(triton_attention, f"packed_attention_{part}_kernel")
     for num_tokens in (192, 197):
         constants = {"HEAD_DIM": 64} | ({} if part == "forward" else {"REST": attention_blocks(num_tokens)[1]})
-        ptx = compile_with(kernel, constants, 4, dtype, GPUTarget("cuda", capability, 32)).asm["ptx"]
+        options = {"maxnreg": triton_attention.KEYS_REGISTERS} if part == "keys" else {}
+        ptx = compile_with(kernel, constants, 4, dtype, GPUTarget("cuda", capability, 32), **options).asm["ptx"]
         assert not re.search(r"\b(atom|red)\.", ptx)
         assert re.search(r"wgmma\.mma|mma\.sync", ptx)  # on the matrix units
         assert not re.search(FLOAT64, ptx)
+        if capability == 90:
+            check_assembly(ptx, max_registers=128)  # four programs a multiprocessor
+
+
+def check_assembly(ptx: str, max_registers: int) -> None:
+    """Matrix instructions run on beside others, few registers are enough, and nothing is kept in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", source, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "serialized" not in said
+    assert int(re.search(r"Used (\d+) registers", said)[1]) <= max_registers
+    assert "0 bytes spill stores" in said
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -131,6 +151,8 @@ def test_rational_mlp_compiles(keep, capability, dtype):
     assert not re.search(r"\b(atom|red)\.", ptx)
     assert ".local" not in ptx
     assert re.search(r"wgmma\.mma|mma\.sync", ptx)
+    if capability == 90:
+        check_assembly(ptx, max_registers=128)  # two programs a multiprocessor
 
 
 def test_compiles_for_rocm():
