@@ -47,6 +47,7 @@ def in_child(run: Settings, seconds: float | None = None, writes: int | None = N
     child = os.fork()
     if child == 0:
         status = 1
+        os.setpgid(0, 0)
         try:
             if writes is not None:
                 fsync, left = os.fsync, iter(range(writes))
@@ -64,7 +65,10 @@ def in_child(run: Settings, seconds: float | None = None, writes: int | None = N
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # a worker that had just been forked would wait for its parent for ever
+    return status
 
 
 def main(folder: Path, kills: int, workers: int) -> None:
