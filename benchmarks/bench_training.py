@@ -74,7 +74,7 @@ class Synthetic:
     def __init__(self, split, transform, *, batch_size: int, **_):
         image = transform(Image.new("RGB", (64, 64)))
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        shape = (batch_size, *(image["pixel_values"] if isinstance(image, dict) else image).shape)
+        shape = (batch_size, *image.shape)
         self.batch = {
             "pixel_values": torch.randn(shape, device=device),
             "labels": torch.randint(CLASSES, (batch_size,), device=device),

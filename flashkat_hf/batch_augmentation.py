@@ -232,13 +232,14 @@ class BatchAugmentation(nn.Module):
     def _crops(self, batch: dict[str, Any]) -> Tensor:
         """Of the JPEG files, and what workers have decoded, `(batch, 3, height, width)` uint8."""
         crops, device = batch["crop"], self.mean.device
-        files = crops[:, 2] > 0
-        result = torch.empty(len(crops), 3, *self.size, dtype=torch.uint8, device=device)
+        files, made = crops[:, 2] > 0, None
         if files.any():
             parts = batch.get("decoded") or decoded(self._files(batch), device)
             made = decoded_crops(parts, crops[files, :6], self.size)
             if files.all():
                 return made
+        result = torch.empty(len(crops), 3, *self.size, dtype=torch.uint8, device=device)
+        if made is not None:
             result[files.nonzero()[:, 0].to(device)] = made
         parts = batch["pixel_values"].split(crops[:, 6].tolist())
         for number in (~files).nonzero()[:, 0].tolist():

@@ -1,6 +1,7 @@
 """The rational fused with its neighbours, and attention: operators that check, pick the kernel and differentiate.
 
-They are registered as `rational` is (`ops.py`). A bias whose gradient is made here is added by the caller, detached.
+They are registered as `rational` is (`ops.py`). A bias whose gradient is made here is added by the caller, detached;
+`rational_mlp` adds its own.
 """
 
 import torch

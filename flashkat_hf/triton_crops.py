@@ -40,6 +40,14 @@ def taps(position, length, size, bicubic):
 
 
 @triton.jit
+def weigh(pixel, length, center, density, bicubic):
+    """A pixel's weight, 0 outside of `length`, and the nearest pixel inside."""
+    weight = filter_weight(tl.abs(pixel + 0.5 - center) / density, bicubic)
+    inside = tl.minimum(tl.maximum(pixel, 0), length - 1)
+    return tl.where(pixel == inside, weight, 0.0), inside
+
+
+@triton.jit
 def resize_width_kernel(
     table_ptr,  # (count, ENTRIES) int64; images are (3, height, width) uint8, contiguous
     y_ptr,  # (count, 3, most_rows, size) float32
@@ -65,10 +73,7 @@ def resize_width_kernel(
         y = tl.zeros([BLOCK, PADDED], tl.float32)
         total = tl.zeros([1, PADDED], tl.float32)
         for tap in range(count):
-            pixel = first + tap
-            weight = filter_weight(tl.abs(pixel + 0.5 - center) / density, bicubic)
-            weight = tl.where((pixel >= 0) & (pixel < columns), weight, 0.0)
-            inside = tl.minimum(tl.maximum(pixel, 0), columns - 1)
+            weight, inside = weigh(first + tap, columns, center, density, bicubic)
             y += weight * tl.load(image_ptr + inside).to(tl.float32)
             total += weight
         column = tl.where(tl.load(table_ptr + MIRRORED) != 0, size - 1 - column, column)
@@ -99,10 +104,7 @@ def resize_height_kernel(
     y = tl.zeros([BLOCK, PADDED], tl.float32)
     total = tl.zeros([BLOCK, 1], tl.float32)
     for tap in range(count):
-        pixel = first + tap
-        weight = filter_weight(tl.abs(pixel + 0.5 - center) / density, bicubic)
-        weight = tl.where((pixel >= 0) & (pixel < rows), weight, 0.0)
-        inside = tl.minimum(tl.maximum(pixel, 0), rows - 1)
+        weight, inside = weigh(first + tap, rows, center, density, bicubic)
         y += weight * tl.load(x_ptr + inside * width)
         total += weight
     y = tl.minimum(tl.maximum(y / total, 0.0), 255.0)
