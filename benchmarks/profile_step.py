@@ -77,8 +77,8 @@ TRAFFIC = {
     "norm_forward_kernel": Traffic(hidden=4, row=2),  # residual, branch; total, y; mean, rstd (compiled: with act1)
     "norm_backward_kernel": Traffic(hidden=4, row=2),  # grad_total, grad_y, total; grad; mean, rstd
     "packed_attention_forward_kernel": Traffic(hidden=4, head=1, products=2),  # q, k, v; y; lse
-    "packed_attention_queries_kernel": Traffic(hidden=6, head=2, products=3),  # q, k, v, y, grad_y; grad_q; lse, along
-    "packed_attention_keys_kernel": Traffic(hidden=6, head=2, products=4),  # q, k, v, grad_y; two gradients; lse, along
+    "packed_attention_queries_kernel": Traffic(hidden=6, head=3, products=3),  # also y and lse; grad_q, statistics
+    "packed_attention_keys_kernel": Traffic(hidden=6, head=2, products=4),  # q, k, v, grad_y; two gradients; statistics
     **dict.fromkeys(("resize_width_kernel", "resize_height_kernel"), Traffic()),  # of the data side
     "gather_sums_kernel": Traffic(),  # partial sums: a few MB
 }

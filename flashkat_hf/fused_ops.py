@@ -170,7 +170,7 @@ def packed_attention(qkv: Tensor, num_heads: int, scale: float, qkv_bias: Tensor
         qkv: `(batch, num_tokens, 3 * hidden_size)`, bfloat16 or float16; queries, keys and values, each head by head;
             at most 256 tokens and heads of 16, 32 or 64 channels.
         num_heads: heads.
-        scale: factor of the scores.
+        scale: factor of the scores, positive.
         qkv_bias: `(3 * hidden_size,)`, any dtype; qkv already contains it, by an addition that did not record its
             gradient, which is made here.
 
@@ -178,10 +178,12 @@ def packed_attention(qkv: Tensor, num_heads: int, scale: float, qkv_bias: Tensor
         `(batch, num_tokens, hidden_size)`.
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: another shape, dtype or scale.
     """
     if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads) or qkv.shape[2] // (3 * num_heads) not in HEAD_DIMS:
         raise ValueError(f"qkv must be (batch, tokens, 3 * {num_heads} heads of {HEAD_DIMS}), not {tuple(qkv.shape)}")
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, not {scale}")
     if qkv.shape[0] > MAX_BATCH:
         raise ValueError(f"qkv has {qkv.shape[0]} samples; the attention kernels take {MAX_BATCH} at most")
     if qkv.shape[1] > MAX_TOKENS or qkv.dtype not in HALF:

@@ -101,7 +101,7 @@ def test_work_of_a_kernel():
         "norm_forward_kernel": (size(*[hidden] * 4, row, row), 0),
         "norm_backward_kernel": (size(*[hidden] * 4, row, row), 0),
         "packed_attention_forward_kernel": (size(qkv, hidden, lse), 2 * product),
-        "packed_attention_queries_kernel": (size(qkv, *[hidden] * 3, lse, lse), 3 * product),
+        "packed_attention_queries_kernel": (size(qkv, *[hidden] * 3, *[lse] * 3), 3 * product),
         "packed_attention_keys_kernel": (size(qkv, *[hidden] * 3, lse, lse), 4 * product),
     }
     for kernel, needed in expected.items():

@@ -358,6 +358,7 @@ def test_compiled_for_a_gpu_keeps_the_kernel(where):
         ),
         (packed_attention, [(2, 5, 100), 2, 1.0], r"qkv must be .*not \(2, 5, 100\)"),
         (packed_attention, [(65_536, 1, 48), 1, 1.0], "qkv has 65536 samples"),
+        (packed_attention, [(2, 5, 96), 2, 0.0], "scale must be positive, not 0.0"),
         (packed_attention, [(2, 5, 96), 2, 1.0], r"half precision and of at most 256 tokens, not 5 torch.float32"),
     ],
 )

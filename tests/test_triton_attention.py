@@ -9,6 +9,7 @@ from flashkat_hf.triton_attention import packed_attention_backward, packed_atten
 pytestmark = pytest.mark.parametrize("device", KERNEL_DEVICES)
 DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]  # the interpreter cannot multiply bfloat16
 SHAPES = [(2, 197, 3, 64), (1, 17, 2, 32), (2, 64, 1, 16), (1, 1, 1, 64), (1, 256, 1, 64), (0, 5, 2, 16)]
+SHAPES += [(2, 130, 2, 32), (1, 90, 2, 16)]  # whole blocks and a rest, of both sizes
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
