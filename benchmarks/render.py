@@ -114,21 +114,21 @@ PERFORMANCE = "docs/performance.md"
 
 
 def training_table(results: list[dict]) -> str:
-    """A row for each case of the trainer, beside synthetic data on one GPU."""
-    one = results[0]["images_per_second"]
-    rows = ["| pretraining recipe | GPUs | images/s | step side | of one GPU, synthetic |", "|---" * 5 + "|"]
+    """A row for each case of the trainer, beside synthetic data on one GPU by the same commit."""
+    one = {result["commit"]: result["images_per_second"] for result in results if result["case"] == "synthetic"}
+    rows = ["| pretraining recipe | GPUs | images/s | step side | of one GPU, synthetic | commit |", "|---" * 6 + "|"]
     for result in results:
         case = ", ".join(result[name] for name in ("case", "on_device") if name in result)
+        commit, rate = result["commit"], result["images_per_second"]
         rows.append(
-            f"| {case} | {result['processes']} | {result['images_per_second']:,.0f} | "
-            f"{result['step_images_per_second']:,.0f} | {result['images_per_second'] / one:.2f} |"
+            f"| {case} | {result['processes']} | {rate:,.0f} | {result['step_images_per_second']:,.0f} | "
+            f"{rate / one[commit]:.2f} | {commit[:7]} |"
         )
     about = results[0]
     rows += [
         "",
         f"{about['size']}, {about['batch_size']} images a GPU, {about['precision']}, compiled; {about['device']}, "
-        f"torch {about['versions']['torch']}, accelerate {about['versions']['accelerate']}, "
-        f"commit {' and '.join(dict.fromkeys(result['commit'][:7] for result in results))}; "
+        f"torch {about['versions']['torch']}, accelerate {about['versions']['accelerate']}; "
         "`benchmarks/bench_training.py`.",
     ]
     return "\n".join(rows)
