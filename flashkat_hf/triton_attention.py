@@ -164,6 +164,7 @@ def queries_gradient(
         key = tl.arange(0, REST)[:, None]
         rest_ptr += ((head * tl.num_programs(0) + block) * 2 * REST + key) * HEAD_DIM + channel
         is_key = edge + key < num_tokens
+        # With both factors transposed instead, ptxas 12.8 (Triton 3.6) makes the first of these products wrong.
         tl.store(rest_ptr, tl.dot(tl.trans(edge_score), q), mask=is_key)
         tl.store(rest_ptr + REST * HEAD_DIM, tl.dot(tl.trans(edge_p), grad_y), mask=is_key)
     for first in tl.range(start, end, STEP, num_stages=STAGES):
