@@ -122,7 +122,7 @@ def training_table(results: list[dict]) -> str:
         commit, rate = result["commit"], result["images_per_second"]
         rows.append(
             f"| {case} | {result['processes']} | {rate:,.0f} | {result['step_images_per_second']:,.0f} | "
-            f"{rate / one[commit]:.2f} | {commit[:7]} |"
+            f"{f'{rate / one[commit]:.2f}' if commit in one else ''} | {commit[:7]} |"
         )
     about = results[0]
     rows += [

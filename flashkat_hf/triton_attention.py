@@ -4,10 +4,11 @@ Queries, keys and values are read where that product put them and their gradient
 stacked, and the bias gradient comes along. Backward is two kernels that each make the scores again, one for the
 queries' gradient and one for the keys' and values': no atomic additions, and registers for enough programs.
 
-A sequence is whole blocks and a rest (`attention_blocks`). Each program meets what may lie beyond the last token first,
-by itself: the loop over the whole blocks needs no masks, and starts from a product instead of zeros, or ptxas would
-serialize its matrix instructions. The rest's keys are too few for programs of their own, which cost nearly as much as
-others: each block of queries writes what it adds to their gradients, and short programs add that up.
+A sequence is whole blocks and, where few tokens are left, a rest (`attention_blocks`). Each program meets the edge, the
+rest or else the first tokens, before its loop over the others: with a rest that needs no masks, and it always starts
+from a product instead of zeros, or ptxas would serialize its matrix instructions. The rest's keys are too few for
+programs of their own, which cost nearly as much as others: each block of queries writes what it adds to their
+gradients, and short programs add that up.
 """
 
 import torch
@@ -26,7 +27,7 @@ from .triton_tiles import ATTENTION_BLOCK, attention_blocks
 LOG2_E = tl.constexpr(1.4426950408889634)
 BLOCK = tl.constexpr(ATTENTION_BLOCK)
 STEP = tl.constexpr(32)  # keys or queries that a program looks at together
-STAGES = tl.constexpr(3)
+STAGES = tl.constexpr(3)  # of the loops' loads
 WARPS = ATTENTION_BLOCK // 16
 REGISTERS, KEYS_REGISTERS = 96, 128  # of a thread: five programs fit a multiprocessor, four of the keys' kernel
 STATISTICS = tl.constexpr(4)  # numbers for a query; two are written, but of so few each thread would load its own
@@ -35,7 +36,7 @@ SIZES = ("num_tokens", "num_heads", "scale")
 
 @triton.jit
 def walk(num_tokens, REST: tl.constexpr):
-    """Where the tokens that a program meets first begin, and from where to where it goes on in steps."""
+    """Where the edge begins, and from where to where a program goes on in steps."""
     if REST:
         whole = (tl.num_programs(0) - 1) * BLOCK
         return whole, 0, whole

@@ -102,10 +102,9 @@ def linear_tile(in_features: int, out_features: int, group_size: int) -> LinearT
 
 
 def attention_blocks(num_tokens: int) -> tuple[int, int]:
-    """Blocks along the tokens, and the rows of the last one where half a block is enough for it, else 0.
+    """Blocks along the tokens, and the rows of the last one where half a block is enough for it: the rest; else 0.
 
-    The 197 tokens of a 224 pixel image are three blocks of 64, and 5 tokens: a fourth block in whole costs more in
-    backward.
+    The 197 tokens of a 224 pixel image are three blocks of 64, and a rest of 5 tokens in 16 rows.
     """
     blocks, rest = _cdiv(num_tokens, ATTENTION_BLOCK), num_tokens % ATTENTION_BLOCK
     return blocks, max(_power_of_two(rest), 16) if 0 < rest <= ATTENTION_BLOCK // 2 else 0

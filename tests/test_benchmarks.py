@@ -200,6 +200,25 @@ def test_precision_table():
     assert rows[3] == "| theirs | 1.0e-05 | 2.0e-05 | 1.0e-05 | 2.0e-05 |"
 
 
+def test_training_table():
+    """Each row beside the synthetic data of its own commit, where that was measured."""
+    about = {"size": "small", "batch_size": 8, "precision": "bf16", "device": "GPU"}
+    about["versions"] = {"torch": "2", "accelerate": "1"}
+    cases = [
+        ("synthetic", 1, 200, "a"),
+        ("jpeg", 1, 100, "a"),
+        ("synthetic", 1, 100, "b"),
+        ("synthetic ddp", 2, 190, "b"),
+    ]
+    cases.append(("synthetic fsdp2", 2, 180, "c"))
+    results = [
+        {"case": case, "processes": count, "images_per_second": rate, "step_images_per_second": rate, "commit": commit}
+        for case, count, rate, commit in cases
+    ]
+    rows = render.training_table([result | about for result in results]).splitlines()
+    assert [row.split(" | ")[-2].strip() for row in rows[2:7]] == ["1.00", "0.50", "1.00", "1.90", ""]
+
+
 def test_documents_are_rendered(monkeypatch):
     """Every table, picture and card line is that of the results files."""
     monkeypatch.setattr(sys, "argv", ["render.py", "--check"])
