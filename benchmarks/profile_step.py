@@ -80,6 +80,7 @@ TRAFFIC = {
     "packed_attention_queries_kernel": Traffic(hidden=6, head=3, products=3),  # also y and lse; grad_q, statistics
     "packed_attention_keys_kernel": Traffic(hidden=6, head=2, products=4),  # q, k, v, grad_y; two gradients; statistics
     **dict.fromkeys(("resize_width_kernel", "resize_height_kernel"), Traffic()),  # of the data side
+    **dict.fromkeys(("level_tables_kernel", "operations_kernel", "normalize_kernel"), Traffic()),  # likewise
     "gather_sums_kernel": Traffic(),  # partial sums: a few MB
 }
 

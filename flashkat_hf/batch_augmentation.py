@@ -7,18 +7,23 @@ operations and their ranges are timm's; pixels differ from PIL's by rounding, an
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .batch_decoding import decoded, decoded_crops
+from .batch_decoding import Decoded, decoded, decoded_crops
 from .images import Encoded, Sample, extra, header, unreadable
+
+try:
+    from .triton_augmentation import augmented
+except ImportError:  # no triton: PyTorch's operations serve every device
+    augmented = None
 
 OPERATIONS = (  # timm's functions, in the order of their numbers in a plan
     "shear_x", "shear_y", "translate_x_rel", "translate_y_rel", "rotate", "auto_contrast", "equalize", "invert",
@@ -27,7 +32,7 @@ OPERATIONS = (  # timm's functions, in the order of their numbers in a plan
 GEOMETRIC = OPERATIONS[:5]
 NONE, BICUBIC = -1, 3  # no operation; PIL's number of the filter
 NOISE, STRIDE = 2**22, 7919  # normal numbers for erased boxes; from one seed's place in them to the next
-AHEAD_BYTES = 2**26  # of a batch's files that are decoded before the batch is needed
+AHEAD_BYTES = 2**26  # of files that are decoded at once, and of a batch's that are before it is needed
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
@@ -112,8 +117,9 @@ class WorkerPart:
         """Pixels of the crop, `(3, height, width)` uint8, and the plan of the rest.
 
         For decoding on the device: the bytes of a JPEG file, `(length,)` uint8, and its crop: top, left, height, width,
-        whether the filter is bicubic, whether it is mirrored, length. An image that the device cannot decode is given
-        as pixels, with height 0.
+        whether the filter is bicubic, whether it is mirrored; and of the file the length, the image's height and width,
+        and whether a GPU's own decoders know its kind. An image that the device cannot decode is given as pixels, with
+        a crop of height 0.
         """
         encoded = _read(sample) if self.decode else sample.image
         try:
@@ -122,7 +128,7 @@ class WorkerPart:
                 width, height = image.size[::-1] if turned else image.size
                 box, filter_ = self._box(width, height), self._filter()
                 if self.decode and isinstance(encoded, bytes) and _decodable(image, encoded):
-                    return self._undecoded(encoded, box, filter_)
+                    return self._undecoded(encoded, (box, filter_), (height, width, _plain(image)))
                 # libjpeg leaves out what is not needed for a result at least as large as the crop's
                 least = width * self.size[1] // box[3], height * self.size[0] // box[2]
                 image.draft(None, (least[1], least[0]) if turned else least)
@@ -132,7 +138,7 @@ class WorkerPart:
         pixels = self._cropped(image, box, image.width / width, image.height / height, filter_)
         if not self.decode:
             return {"pixel_values": pixels, "plan": self._plan()}
-        crop = torch.tensor([*[0] * 6, pixels.numel()])
+        crop = torch.tensor([*[0] * 6, pixels.numel(), *[0] * 3])
         return {"pixel_values": pixels.flatten(), "plan": self._plan(), "crop": crop}
 
     def _cropped(self, image: Image.Image, box: tuple[int, int, int, int], x: float, y: float, filter_) -> Tensor:
@@ -147,11 +153,13 @@ class WorkerPart:
             image = part(image)
         return functions.pil_to_tensor(image)
 
-    def _undecoded(self, encoded: bytes, box: tuple[int, int, int, int], filter_) -> dict[str, Tensor]:
+    def _undecoded(self, encoded: bytes, crop: tuple, image: tuple[int, int, bool]) -> dict[str, Tensor]:
+        box, filter_ = crop
         mirrored = any(torch.rand(1) < part.p for part in self.flip)  # torchvision's draw
         bicubic = filter_.value == "bicubic"
         data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-        return {"pixel_values": data, "plan": self._plan(), "crop": torch.tensor([*box, bicubic, mirrored, len(data)])}
+        numbers = torch.tensor([*box, bicubic, mirrored, len(data), *image])
+        return {"pixel_values": data, "plan": self._plan(), "crop": numbers}
 
     def _plan(self) -> Tensor:
         return Draws(self.rand_augment, self.erasing, self.size).plan()
@@ -176,9 +184,16 @@ def _read(sample: Sample) -> Encoded:
 
 
 def _decodable(image, encoded: bytes) -> bool:
-    """Whether nvJPEG gives what PIL gives: a whole upright JPEG file of one or three components."""
-    whole = b"\xff\xd9" in encoded[-64:]
-    return image.format == "JPEG" and image.mode in ("RGB", "L") and image.getexif().get(0x0112, 1) == 1 and whole
+    """Whether nvJPEG gives what PIL gives: a whole upright JPEG file of one frame, of one or three components."""
+    if image.format != "JPEG" or image.mode not in ("RGB", "L") or len(image.layer) != image.layers:
+        return False
+    return image.getexif().get(0x0112, 1) == 1 and b"\xff\xd9" in encoded[-64:]
+
+
+def _plain(image) -> bool:
+    """Whether a GPU's own decoders know the file: not progressive, with chroma whole or halved or quartered."""
+    whole = image.mode == "L" or JpegImagePlugin.get_sampling(image) >= 0
+    return whole and not image.info.get("progressive")
 
 
 class BatchAugmentation(nn.Module):
@@ -209,11 +224,15 @@ class BatchAugmentation(nn.Module):
             images = self._crops(batch)
         else:
             images = batch["pixel_values"].to(device, non_blocking=True, copy=True)
-        operations = plan[:, :-5].unflatten(1, (-1, 3))
-        for layer in range(operations.shape[1]):
-            self._layer(images, operations[:, layer])
-        pixels = (images.float() - self.mean) / self.std
-        self._erase(pixels, plan[:, -5:])
+        if augmented and images.is_cuda:
+            full, num_layers = self.full_plan(plan)
+            buffers = self.outside, self.mean, self.std, self.noise
+            pixels = augmented(images, full.to(device, non_blocking=True), num_layers, *buffers, STRIDE)
+        else:
+            for operations in plan[:, :-5].unflatten(1, (-1, 3)).unbind(1):
+                self._layer(images, operations)
+            pixels = (images.float() - self.mean) / self.std
+            self._erase(pixels, plan[:, -5:])
         return {"pixel_values": pixels, "labels": batch["labels"].to(device, non_blocking=True)}
 
     def decode(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -223,28 +242,38 @@ class BatchAugmentation(nn.Module):
         """
         if "crop" not in batch or batch["pixel_values"].numel() > AHEAD_BYTES:
             return batch
-        return {**batch, "decoded": list(decoded(self._files(batch), self.mean.device))}
+        return {**batch, "decoded": list(self._decoded(batch))}
 
-    def _files(self, batch: dict[str, Any]) -> list[Tensor]:
-        parts = batch["pixel_values"].split(batch["crop"][:, 6].tolist())
-        return [part for part, height in zip(parts, batch["crop"][:, 2].tolist(), strict=True) if height]
+    def _decoded(self, batch: dict[str, Any]) -> Iterator[tuple[Tensor, Decoded]]:
+        """Numbers of images that came as JPEG files, and these images, so many as have `AHEAD_BYTES` at a time."""
+        lengths = batch["crop"][:, 6]
+        files = torch.cat(((lengths.cumsum(0) - lengths)[:, None], batch["crop"][:, 6:]), 1)
+        numbers = (batch["crop"][:, 2] > 0).nonzero()[:, 0]
+        group = files[numbers, 0] // AHEAD_BYTES
+        for number in group.unique():
+            some = numbers[group == number]
+            yield some, decoded(batch["pixel_values"], files[some], self.mean.device)
 
     def _crops(self, batch: dict[str, Any]) -> Tensor:
         """Of the JPEG files, and what workers have decoded, `(batch, 3, height, width)` uint8."""
         crops, device = batch["crop"], self.mean.device
-        files, made = crops[:, 2] > 0, None
-        if files.any():
-            parts = batch.get("decoded") or decoded(self._files(batch), device)
-            made = decoded_crops(parts, crops[files, :6], self.size)
-            if files.all():
-                return made
         result = torch.empty(len(crops), 3, *self.size, dtype=torch.uint8, device=device)
-        if made is not None:
-            result[files.nonzero()[:, 0].to(device)] = made
-        parts = batch["pixel_values"].split(crops[:, 6].tolist())
-        for number in (~files).nonzero()[:, 0].tolist():
-            result[number] = parts[number].unflatten(0, (3, *self.size)).to(device, non_blocking=True)
+        for numbers, images in batch.get("decoded") or self._decoded(batch):
+            made = decoded_crops(images, crops[numbers, :6], self.size)
+            if len(numbers) == len(crops):
+                return made
+            result[numbers.to(device)] = made
+        ends = crops[:, 6].cumsum(0).tolist()
+        for number in (crops[:, 2] == 0).nonzero()[:, 0].tolist():
+            pixels = batch["pixel_values"][ends[number] - crops[number, 6] : ends[number]]
+            result[number] = pixels.unflatten(0, (3, *self.size)).to(device, non_blocking=True)
         return result
+
+    def full_plan(self, plan: Tensor) -> tuple[Tensor, int]:
+        """With each operation's map behind its three numbers, as `augmented` takes it; and the number of layers."""
+        operations = plan[:, :-5].unflatten(1, (-1, 3))
+        maps = self._maps(operations.flatten(0, 1)).unflatten(0, operations.shape[:2])
+        return torch.cat((torch.cat((operations, maps), 2).flatten(1), plan[:, -5:]), 1), operations.shape[1]
 
     def _layer(self, images: Tensor, operations: Tensor) -> None:
         """One operation for each image, in place; `(batch, 3)` on the CPU: number, argument, filter.

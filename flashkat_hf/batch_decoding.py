@@ -3,7 +3,7 @@
 import functools
 import io
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from .images import extra
+from .nvjpeg import HardwareDecoder
 
 try:
     from .triton_crops import resized_crops
@@ -22,32 +23,74 @@ CROP_BYTES = 2**28  # of the crops' pixels that are resized at once
 
 
 class Decoded(NamedTuple):
-    """Images `(3, height, width)` uint8 on a device, and what tells it that they are there."""
+    """Images `(3, height, width)` uint8 on a device.
 
-    images: list[Tensor]
+    Attributes:
+        places: `(count, 3)` int64 on the CPU: address, height and width of each.
+        memory: where they are; images, or blocks with many of them.
+        event: what tells that they are there.
+    """
+
+    places: Tensor
+    memory: list[Tensor]
     event: torch.Event | None
 
-    def ready(self) -> list[Tensor]:
-        """For the device's current stream, which goes on when they are there."""
+    def wait(self) -> None:
+        """The device's current stream goes on when they are there."""
         if self.event is not None:
-            stream = torch.cuda.current_stream(self.images[0].device)
+            stream = torch.cuda.current_stream(self.memory[0].device)
             stream.wait_event(self.event)
-            for image in self.images:
-                image.record_stream(stream)
-        return self.images
+            for memory in self.memory:
+                memory.record_stream(stream)
+
+    def images(self) -> list[Tensor]:
+        found = []
+        for address, height, width in self.places.tolist():
+            memory = next(one for one in self.memory if 0 <= address - one.data_ptr() < one.numel())
+            start = address - memory.data_ptr()
+            found.append(memory.flatten()[start : start + 3 * height * width].view(3, height, width))
+        return found
 
 
-def decoded(files: list[Tensor], device: torch.device) -> Iterator[Decoded]:
-    """JPEG files in whole, each `(length,)` uint8 on the CPU, so many at a time as is good for a decoder."""
-    for start in range(0, len(files), FILES):
-        yield _decode(files[start : start + FILES], device)
+def decoded(data: Tensor, files: Tensor, device: torch.device) -> Decoded:
+    """JPEG files in whole.
+
+    On a GPU by its own decoders where it has such, on a stream on which nothing else runs: its memory comes back to it
+    when others are done with the images. torchvision does the rest.
+
+    Args:
+        data: `(num_bytes,)` uint8 on the CPU; pinned memory is copied faster.
+        files: `(count, 5)` int64 on the CPU: start and length in `data`, height and width of the image, and whether a
+            GPU's own decoders know such files.
+        device: where the images are wanted.
+    """
+    if device.type != "cuda":
+        images = _by_torchvision(data, files, device)
+        return Decoded(_places(images), images, None)
+    own, decoder = _decoding_stream(device), _hardware_decoder(device)
+    places, memory = torch.cat((files[:, :1], files[:, 2:4]), 1), []
+    left = torch.ones(len(files), dtype=torch.bool)
+    with _one_at_a_time, torch.cuda.stream(own):
+        if decoder is not None:
+            for part in _parts(files[:, 4] > 0):
+                try:
+                    block, places[part, 0] = decoder(data, files[part])
+                except RuntimeError:  # torchvision knows the files, or what is wrong with one
+                    continue
+                memory.append(block)
+                left[part] = False
+        for part in _parts(left):
+            images = _by_torchvision(data, files[part], device)
+            places[part] = _places(images)
+            memory += images
+    return Decoded(places, memory, own.record_event())
 
 
-def decoded_crops(parts: Iterable[Decoded], crops: Tensor, size: tuple[int, int]) -> Tensor:
+def decoded_crops(images: Decoded, crops: Tensor, size: tuple[int, int]) -> Tensor:
     """Parts of images, resized with antialiasing as torchvision and PIL do it, up to rounding.
 
     Args:
-        parts: what `decoded` gives.
+        images: what `decoded` gives.
         crops: `(images, 6)` int64 on the CPU: top, left, height and width of the part, whether the filter is bicubic
             (else bilinear), whether the result is mirrored.
         size: height and width of the result.
@@ -55,49 +98,54 @@ def decoded_crops(parts: Iterable[Decoded], crops: Tensor, size: tuple[int, int]
     Returns:
         `(images, 3, height, width)` uint8.
     """
-    made = []
-    for part, windows in zip(parts, crops.split(FILES), strict=True):
-        images, start = part.ready(), 0
-        for stop in _stops(windows):
-            resized = resized_crops if resized_crops and images[0].is_cuda else resized_by_products
-            made.append(resized(images[start:stop], windows[start:stop], size))
-            start = stop
+    images.wait()
+    made, start, device = [], 0, images.memory[0].device
+    for stop in _stops(crops):
+        some = slice(start, stop)
+        if resized_crops and device.type == "cuda":
+            made.append(resized_crops(images.places[some], crops[some], size, device))
+        else:
+            made.append(resized_by_products(images.images()[some], crops[some], size))
+        start = stop
     return torch.cat(made)
 
 
 def decodes(device: torch.device) -> bool:
-    """Whether torchvision decodes JPEG files there."""
+    """Whether JPEG files can be decoded there."""
     stream = io.BytesIO()
     Image.new("RGB", (16, 16)).save(stream, "JPEG")
+    data = torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)
     try:
-        _decode([torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)], device)
+        decoded(data, torch.tensor([[0, len(data), 16, 16, 0]]), device)  # by torchvision, which has to do the rest
     except (RuntimeError, ValueError):  # built without nvJPEG, or for another kind of GPU
         return False
     return True
 
 
-def _decode(files: list[Tensor], device: torch.device) -> Decoded:
+def _by_torchvision(data: Tensor, files: Tensor, device: torch.device) -> list[Tensor]:
     """All at once.
 
-    nvJPEG writes at once, even if the current stream has still to read what was in that memory before. So the memory is
-    that of a stream on which nothing else runs, not even deterministic mode's fill, and comes back to it when others
-    are done with the images. It reads the files when it comes to it: they are kept until the next call, which waits
-    for it first.
+    On a GPU it writes at once, even if the current stream has still to read what was in that memory before: that must
+    be a stream's on which nothing else runs, not even deterministic mode's fill. And it reads the files when it comes
+    to it: they are kept until the next call, which waits for it first.
     """
-    functions = extra("torchvision.io")
-    decode = functools.partial(functions.decode_jpeg, files, functions.ImageReadMode.RGB, device)
-    if device.type != "cuda":
-        return Decoded(decode(), None)
-    own, deterministic = _decoding_stream(device), cast(Any, torch.utils.deterministic)
-    with _one_at_a_time:
-        fills, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False
-        try:
-            with torch.cuda.stream(own):
-                images = decode()
-        finally:
-            deterministic.fill_uninitialized_memory = fills
-        _in_reading[:] = files
-        return Decoded(images, own.record_event())
+    functions, deterministic = extra("torchvision.io"), cast(Any, torch.utils.deterministic)
+    parts = [data[start : start + length] for start, length in files[:, :2].tolist()]
+    fills, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False
+    try:
+        return functions.decode_jpeg(parts, functions.ImageReadMode.RGB, device)
+    finally:
+        deterministic.fill_uninitialized_memory = fills
+        _in_reading[:] = parts
+
+
+def _parts(chosen: Tensor) -> list[Tensor]:
+    """Numbers of the chosen files, so many at a time as are decoded at once."""
+    return [part for part in chosen.nonzero()[:, 0].split(FILES) if len(part)]
+
+
+def _places(images: list[Tensor]) -> Tensor:
+    return torch.tensor([(image.data_ptr(), *image.shape[1:]) for image in images])
 
 
 _one_at_a_time = threading.Lock()
@@ -106,7 +154,15 @@ _in_reading: list[Tensor] = []
 
 @functools.cache
 def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device, priority=-1)
+
+
+@functools.cache
+def _hardware_decoder(device: torch.device) -> HardwareDecoder | None:
+    try:
+        return HardwareDecoder(device) if resized_crops else None
+    except (OSError, RuntimeError):  # no nvJPEG, or a GPU without such decoders
+        return None
 
 
 def _stops(windows: Tensor) -> Iterator[int]:

@@ -112,19 +112,20 @@ def resize_height_kernel(
     tl.store(y_ptr + (plane * size + row) * width + column, y.to(tl.uint8), mask=(row < size) & (column < width))
 
 
-def resized_crops(images: list[Tensor], windows: Tensor, size: tuple[int, int]) -> Tensor:
+def resized_crops(places: Tensor, windows: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
     """Launch both kernels.
 
     Args:
-        images: `(3, height, width)` uint8, contiguous, on the device.
+        places: `(count, 3)` int64 on the CPU: address, height and width of images on the device, `(3, height, width)`
+            uint8, contiguous.
         windows: `(count, 6)` int64 on the CPU: top, left, height and width of the part, bicubic, mirrored.
         size: height and width of the result.
+        device: where the images are.
 
     Returns:
         `(count, 3, height, width)` uint8 on the device.
     """
-    (height, width), device, count = size, images[0].device, len(images)
-    places = torch.tensor([(image.data_ptr(), *image.shape[1:]) for image in images])
+    (height, width), count = size, len(places)
     table = torch.cat((places, windows), 1).to(device, non_blocking=True)
     most_rows = int(windows[:, 2].max())
     narrow = torch.empty(count, 3, most_rows, width, device=device)

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional
 from flashkat_hf import augmentation as augmentation_module
 from flashkat_hf import batch_decoding, make_image_processor
 from flashkat_hf.augmentation import Augmentation, batch_transform, posterize, training_transform
-from flashkat_hf.batch_augmentation import OPERATIONS, BatchAugmentation, Draws, drawing
+from flashkat_hf.batch_augmentation import OPERATIONS, BatchAugmentation, Draws, _plain, drawing
 from flashkat_hf.batch_decoding import decodes
 from flashkat_hf.images import DataError, Examples, Sample
 from flashkat_hf.loading import EvalBatches, TrainBatches, _collate, seeded
@@ -34,6 +34,22 @@ def file(image: Image.Image, form: str = "JPEG", **options) -> bytes:
     stream = io.BytesIO()
     image.save(stream, form, **options)
     return stream.getvalue()
+
+
+def decoded(files: list[bytes], device: str | torch.device) -> batch_decoding.Decoded:
+    headers = [Image.open(io.BytesIO(one)) for one in files]
+    table, start = [], 0
+    for one, header in zip(files, headers, strict=True):
+        table.append([start, len(one), header.height, header.width, _plain(header)])
+        start += len(one)
+    data = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8)
+    return batch_decoding.decoded(data, torch.tensor(table), torch.device(device))
+
+
+def images_of(files: list[bytes], device: str) -> list[torch.Tensor]:
+    found = decoded(files, device)
+    found.wait()
+    return found.images()
 
 
 def levels(pixels: torch.Tensor) -> torch.Tensor:
@@ -168,15 +184,14 @@ def test_crops_of_a_batch_are_torchvisions(limit, bicubic, device, monkeypatch):
         width, height = generator.integers(20, 120, 2).tolist()
         rows, columns = generator.integers(4, [height + 1, width + 1]).tolist()
         top, left = generator.integers(0, [height - rows + 1, width - columns + 1]).tolist()
-        encoded = torch.frombuffer(bytearray(file(picture(seed, (width, height)), quality=95)), dtype=torch.uint8)
-        [whole] = batch_decoding._decode([encoded], torch.device(device)).ready()
+        encoded = file(picture(seed, (width, height)), quality=95)
+        [whole] = images_of([encoded], device)
         mode = modes.BICUBIC if bicubic else modes.BILINEAR
         crop = functional.resized_crop(whole.float(), top, left, rows, columns, [32, 24], mode, antialias=True)
         files.append(encoded)
         windows.append([top, left, rows, columns, bicubic, seed % 2])
         expected.append((crop.flip(-1) if seed % 2 else crop).round().clamp(0, 255))
-    parts = batch_decoding.decoded(files, torch.device(device))
-    made = batch_decoding.decoded_crops(parts, torch.tensor(windows), (32, 24))
+    made = batch_decoding.decoded_crops(decoded(files, device), torch.tensor(windows), (32, 24))
     error = (made - torch.stack(expected)).abs()
     assert error.max() <= 1  # rounding at a half
     assert (error > 0).float().mean() < 0.001
@@ -197,27 +212,38 @@ def test_decoding_on_a_gpu_agrees_with_that_on_a_cpu(device):
 def test_quartered_chroma_on_a_gpu(device):
     """NvJPEG makes its pixels larger otherwise than libjpeg; the picture is the same."""
     files = [file(picture(seed, (90, 70)), quality=95) for seed in range(40)]
-    files = [torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in files]
-    images, plain = (batch_decoding._decode(files, torch.device(where)).ready() for where in (device, "cpu"))
+    images, plain = (images_of(files, where) for where in (device, "cpu"))
     errors = torch.stack([(one.cpu().float() - other).abs().mean() for one, other in zip(images, plain, strict=True)])
     assert errors.max() < 5, errors.max()  # some levels a pixel, in pictures that turn from color to color
+
+
+def test_files_of_all_kinds(device):
+    """Each in its place: of one or three components, of odd sizes, and progressive, which a GPU's decoders refuse."""
+    kinds = ({"subsampling": 0}, {"subsampling": 0, "progressive": True}, {})
+    files = [
+        file(picture(seed, (61 + seed, 45)).convert("L" if seed % 3 == 2 else "RGB"), quality=95, **kinds[seed % 3])
+        for seed in range(12)
+    ]
+    for some in (files, files[1::3]):
+        images, plain = (images_of(some, where) for where in (device, "cpu"))
+        for image, expected in zip(images, plain, strict=True):
+            assert image.shape == expected.shape
+            assert (image.cpu().int() - expected.int()).abs().max() <= 4
 
 
 @pytest.mark.gpu
 def test_decoding_waits_for_nothing_and_spoils_nothing():
     """Images that were freed while the GPU has still to read them are read as they were, though others are decoded."""
-    device = torch.device("cuda")
     bright, dark = ([file(Image.new("RGB", (500, 375), color))] * 64 for color in ("white", "black"))
-    bright, dark = ([torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in files] for files in (bright, dark))
-    batch_decoding._decode(dark, device)  # what is made at the first time
+    decoded(dark, "cuda")  # what is made at the first time
     for attempt in range(5):
-        images = batch_decoding._decode(bright, device).ready()
+        images = images_of(bright, "cuda")
         torch.cuda._sleep(10**9)  # more than half a second
         read = torch.cuda.Event()
         sums = torch.stack([image.long().sum() for image in images])
         read.record()
         del images
-        batch_decoding._decode(dark, device)
+        decoded(dark, "cuda")
         if attempt > 0:  # memory is there: allocating it waits for the GPU
             assert not read.query()  # else the next line shows nothing
         assert sums.tolist() == [255 * 3 * 500 * 375] * 64
@@ -302,8 +328,8 @@ def test_auto_is_decided_by_device_recipe_and_source(monkeypatch):
 def test_decodes(device, monkeypatch):
     assert decodes(torch.device(device))
 
-    def without_nvjpeg(files, device):
+    def without_nvjpeg(data, files, device):
         raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support")
 
-    monkeypatch.setattr(batch_decoding, "_decode", without_nvjpeg)
+    monkeypatch.setattr(batch_decoding, "_by_torchvision", without_nvjpeg)
     assert not decodes(torch.device(device))

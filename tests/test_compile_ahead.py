@@ -14,6 +14,8 @@ from triton.compiler import ASTSource
 
 from flashkat_hf import (
     triton_attention,
+    triton_augmentation,
+    triton_crops,
     triton_norm_rational,
     triton_rational,
     triton_rational_mlp,
@@ -154,6 +156,30 @@ def test_rational_mlp_compiles(keep, capability, dtype):
     assert re.search(r"wgmma\.mma|mma\.sync", ptx)
     if capability == 90:
         check_assembly(ptx, max_registers=128)  # two programs a multiprocessor
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_of_images_compile(capability):
+    """Those of the data side: bytes to bytes, with exact arithmetic where PIL's is."""
+    crops, augmentation = triton_crops, triton_augmentation
+    types = {"x_ptr": "*u8", "y_ptr": "*u8", "table_ptr": "*u8", "size": "i32"}
+    plans = {"plan_ptr": "*fp32", "mean_ptr": "*fp32", "std_ptr": "*fp32", "noise_ptr": "*fp32", "fill_ptr": "*fp32"}
+    cases = [
+        (crops.resize_width_kernel, {"table_ptr": "*i64", "y_ptr": "*fp32"}, {"BLOCK": 8, "PADDED": 256}),
+        (crops.resize_height_kernel, {"table_ptr": "*i64", "x_ptr": "*fp32"}, {"BLOCK": 8, "PADDED": 256}),
+        (augmentation.level_tables_kernel, {}, {"BLOCK": 1024}),
+        (augmentation.operations_kernel, {}, {"BLOCK": 1024}),
+        (augmentation.normalize_kernel, {"y_ptr": "*fp32"}, {"BLOCK": 1024, "STRIDE": 7919, "NOISE": 2**22}),
+    ]
+    for kernel, others, constants in cases:
+        known = types | plans | others | dict.fromkeys(constants, "constexpr")
+        signature = {name: known.get(name, "i32") for name in kernel.arg_names}
+        source = ASTSource(kernel, signature, constants)
+        ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False}).asm[
+            "ptx"
+        ]
+        assert ".local" not in ptx
+        assert "fma.rn.f64" not in ptx
 
 
 def test_compiles_for_rocm():

@@ -1,0 +1,86 @@
+"""The kernels that carry out plans, by their launcher: PIL's pixels, and those of PyTorch's operations."""
+
+import numpy
+import pytest
+import timm.data.auto_augment as auto_augment
+import torch
+from helpers import KERNEL_DEVICES
+from PIL import Image
+
+from flashkat_hf.augmentation import posterize
+from flashkat_hf.batch_augmentation import STRIDE, BatchAugmentation, Draws, drawing
+from flashkat_hf.loading import seeded
+from flashkat_hf.triton_augmentation import augmented
+
+pytestmark = pytest.mark.parametrize("device", KERNEL_DEVICES)
+SIZE = (30, 36)  # no multiple of a block
+MODULE = BatchAugmentation((0.5, 0.4, 0.3), (0.2, 0.3, 0.25), SIZE)
+
+
+def picture(seed: int) -> Image.Image:
+    """Smooth, as photographs are, in full range."""
+    pixels = numpy.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=numpy.uint8)
+    return Image.fromarray(pixels).resize(SIZE[::-1], Image.Resampling.BICUBIC)
+
+
+def stacked(images: list[Image.Image]) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(numpy.array(image)).permute(2, 0, 1) for image in images]).contiguous()
+
+
+def carried_out(images: torch.Tensor, plans: torch.Tensor, device: str) -> torch.Tensor:
+    """Normalised pixels."""
+    module = BatchAugmentation((0.5, 0.4, 0.3), (0.2, 0.3, 0.25), SIZE).to(device)
+    plan, num_layers = module.full_plan(plans)
+    buffers = module.outside, module.mean, module.std, module.noise
+    return augmented(images.to(device, copy=True), plan.to(device), num_layers, *buffers, STRIDE).cpu()
+
+
+def levels(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels * MODULE.std + MODULE.mean
+
+
+@pytest.mark.parametrize("name", auto_augment._RAND_TRANSFORMS)
+@pytest.mark.parametrize("bicubic", [False, True])
+def test_an_operation_is_pils(name, bicubic, device):
+    """Bicubic turns, too. A place that float32 rounds to the other side of a level, or of the border, is another's."""
+    options = {"img_mean": tuple(MODULE.fill), "magnitude_std": 4.0}
+    options["interpolation"] = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+    operation = auto_augment.AugmentOp(name, prob=1.0, magnitude=5, hparams=options)
+    if name == "Posterize":
+        operation.aug_fn = posterize
+    images, expected, plans = [picture(seed) for seed in range(12)], [], []
+    for seed, image in enumerate(images):
+        with seeded(seed):
+            expected.append(operation(image))
+    layer = drawing(auto_augment.RandAugment([operation], num_layers=1))
+    for seed in range(12):
+        with seeded(seed):
+            plans.append(Draws(layer, None, SIZE).plan())
+    made = levels(carried_out(stacked(images), torch.stack(plans), device))
+    error = (made - stacked(expected)).abs().round()
+    assert not torch.equal(made.round(), stacked(images).float())
+    assert error.max() <= 1
+    assert (error > 0).float().mean() < (0.005 if name.startswith(("Rotate", "Shear", "Translate")) else 1e-9)
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 3])
+def test_plans_are_carried_out_as_by_pytorch(num_layers, device):
+    """Of layers with operations of all kinds and none, and erased boxes; cubic filters left out, which differ."""
+    generator = torch.Generator().manual_seed(num_layers)
+    images = stacked([picture(seed) for seed in range(48)])
+    plans = []
+    for seed in range(48):
+        with seeded(seed):
+            layer = auto_augment.rand_augment_transform(f"rand-m9-n{num_layers}", {"img_mean": tuple(MODULE.fill)})
+            plans.append(Draws(drawing(layer) if num_layers else None, None, SIZE).plan())
+    plans = torch.stack(plans)
+    plans[:, 2 : 3 * num_layers : 3] = 2.0  # bilinear
+    plans[::2, -5:-1] = torch.tensor([3.0, 5.0, 20.0, 11.0])
+    plans[:, -1] = torch.randint(0, 2**24, (48,), generator=generator).float()
+    made = carried_out(images, plans, device)
+    expected = MODULE({"pixel_values": images, "plan": plans, "labels": torch.zeros(48)})["pixel_values"]
+    erased = torch.zeros(48, 1, *SIZE, dtype=torch.bool)
+    erased[::2, :, 3:23, 5:16] = True
+    assert torch.equal(made.where(erased, 0), expected.where(erased, 0))  # the same noise
+    error = (levels(made) - levels(expected)).abs()
+    assert (error > 1e-3).float().mean() < 1e-3 * num_layers + 1e-9
