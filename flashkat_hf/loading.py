@@ -150,9 +150,12 @@ class EvalBatches:
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Seeds random, numpy and torch (CPU) from these numbers, and puts their states back afterwards."""
-    python, generator = random.getstate(), torch.default_generator
-    arrays, tensors = numpy.random.get_state(), generator.get_state()
+    """Seeds random, numpy and torch (CPU) from these numbers, and puts their states back afterwards.
+
+    Not so in a worker process, where nothing else draws.
+    """
+    generator = torch.default_generator
+    states = None if get_worker_info() else (random.getstate(), numpy.random.get_state(), generator.get_state())
     words = numpy.random.SeedSequence(numbers).generate_state(4)
     random.seed(int(words[0]) << 32 | int(words[1]))
     numpy.random.seed(words[2])
@@ -160,9 +163,10 @@ def seeded(*numbers: int) -> Iterator[None]:
     try:
         yield
     finally:
-        random.setstate(python)
-        numpy.random.set_state(arrays)
-        generator.set_state(tensors)
+        if states:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
+            generator.set_state(states[2])
 
 
 class _Positions:
@@ -306,8 +310,13 @@ def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     corrupt = {name: message for item in items for name, message in item.pop("corrupt").items()}
     items = [item for item in items if item]
     if items and items[0]["pixel_values"].ndim == 1:  # encoded files, of unequal lengths
-        files = torch.cat([item.pop("pixel_values") for item in items])
-        return {**default_collate(items), "pixel_values": files, "corrupt": corrupt}
+        files = [item.pop("pixel_values") for item in items]
+        if get_worker_info():  # where the process that waits for it finds it, as default_collate does
+            storage = torch.UntypedStorage._new_shared(sum(map(len, files)), device="cpu")
+            packed = torch.cat(files, out=torch.empty(0, dtype=torch.uint8).set_(storage))
+        else:
+            packed = torch.cat(files)
+        return {**default_collate(items), "pixel_values": packed, "corrupt": corrupt}
     return {**(default_collate(items) if items else {}), "corrupt": corrupt}
 
 

@@ -94,9 +94,7 @@ class Trainer:
         in_memory = settings.data in (None, "digits")
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # for each process here
         workers = min(1, max(0, cores - 1)) if in_memory else min(16, max(1, cores))
-        workers = workers if settings.workers is None else settings.workers
-        fewer = settings.workers is None and settings.augmentation.on_device == "decoding"
-        self.workers = (workers + 1) // 2 if fewer else workers  # they only read, and this process needs cores, too
+        self.workers = workers if settings.workers is None else settings.workers
         options = {
             "batch_size": self.micro_batch,
             "rank": self.accelerator.process_index,
@@ -105,8 +103,9 @@ class Trainer:
         }
         transform = training_transform(self.processor, settings.augmentation)
         self.batches = TrainBatches(data.train, transform, seed=settings.seed, workers=self.workers, **options)
+        workers = 0 if in_memory else self.workers
         transform = evaluation_transform(self.processor)
-        self.test_batches = EvalBatches(data.test, transform, workers=0 if in_memory else workers, **options)
+        self.test_batches = EvalBatches(data.test, transform, workers=workers, **options)
         rest = batch_transform(self.processor, settings.augmentation)
         self.on_device = rest.to(self.device) if rest else partial(moved, self.device)
         # Without workers, batches draw from the generators of this process, and so does the step.
