@@ -2,6 +2,7 @@
 
 import functools
 import queue
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 DEPTH = 2  # batches that are ready at most
+TURN = 5e-4  # seconds that a thread may keep Python, while others wait who make batches; Python's own choice is 5e-3
 Batch = dict[str, Tensor]
 Item = TypeVar("Item")
 
@@ -28,11 +30,15 @@ def made_ahead(
     There, the batches and `make` must draw nothing from this process's global generators. An error of theirs comes
     where the batch would have come. Close the iterator when it is left early: that ends the thread.
     """
-    if not background or device.type != "cuda":
-        made = map(make, batches)
-        yield from in_background(made) if background else made
+    if not background:
+        yield from map(make, batches)
         return
     with ExitStack() as threads:
+        threads.callback(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(TURN)
+        if device.type != "cuda":
+            yield from threads.enter_context(closing(in_background(map(make, batches))))
+            return
         if decode is not None:
             batches = threads.enter_context(closing(in_background(map(decode, batches), depth=1)))
         ready = threads.enter_context(closing(in_background(_on_a_stream(batches, make, _stream(device)))))
