@@ -1,8 +1,11 @@
 """Augmentation in batches: the same draws as timm's, the same pixels up to rounding, whole batches at once."""
 
+import contextlib
 import copy
+import functools
 import io
 import re
+from unittest import mock
 
 import numpy
 import pytest
@@ -229,6 +232,33 @@ def test_files_of_all_kinds(device):
         for image, expected in zip(images, plain, strict=True):
             assert image.shape == expected.shape
             assert (image.cpu().int() - expected.int()).abs().max() <= 4
+
+
+def test_each_decoder_has_its_files(monkeypatch):
+    """A GPU's own decoders, here libjpeg, get what they may know; torchvision gets what they refuse, and the rest."""
+    files = [file(picture(seed, (61 + seed, 45)), progressive=seed % 3 == 0) for seed in range(9)]
+    expected, seen = images_of(files, "cpu"), []
+
+    def decoder(data: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(table[:, 4].tolist())
+        images = batch_decoding._by_torchvision(data, table, torch.device("cpu"))
+        if len(images[0][0, 0]) == 61 + 4:
+            raise RuntimeError("refused")
+        block = torch.cat([image.flatten() for image in images])
+        lengths = torch.tensor([image.numel() for image in images])
+        return block, block.data_ptr() + lengths.cumsum(0) - lengths
+
+    on_cpu = functools.partial(batch_decoding._by_torchvision, device=torch.device("cpu"))
+    monkeypatch.setattr(batch_decoding, "FILES", 2)
+    monkeypatch.setattr(batch_decoding, "_hardware_decoder", lambda device: decoder)
+    monkeypatch.setattr(batch_decoding, "_decoding_stream", lambda device: mock.Mock(record_event=lambda: None))
+    monkeypatch.setattr(batch_decoding, "_by_torchvision", lambda data, table, device: on_cpu(data, table))
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    found = decoded(files, "cuda")
+    assert seen == [[1, 1]] * 3
+    assert len(found.memory) == 2 + 5  # two blocks; the refused two and the progressive three
+    for image, other in zip(found.images(), expected, strict=True):
+        assert torch.equal(image, other)
 
 
 @pytest.mark.gpu
