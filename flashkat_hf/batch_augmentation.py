@@ -1,9 +1,10 @@
 """Augmentation in batches on a device: RandAugment, normalisation and erasing, and on request decoding and cropping.
 
 Worker processes draw what timm draws, by running timm's own RandAugment and RandomErasing on stand-ins that note what
-would be done. The draws travel with the batch as a small tensor, and the module here carries them out, all images of a
-batch with the same operation at once. So a batch is the same function of (seed, epoch, position) as without it, and the
-operations and their ranges are timm's; pixels differ from PIL's by rounding, and by the kernel of bicubic rotations.
+would be done. The draws travel with the batch as a small tensor, and the module here carries them out: on a GPU by
+Triton kernels, else by PyTorch's operations, all images of a batch with the same operation at once. So a batch is the
+same function of (seed, epoch, position) as without it, and the operations and their ranges are timm's; pixels differ
+from PIL's by rounding, and by PyTorch's operations in bicubic rotations.
 """
 
 import random

@@ -64,9 +64,7 @@ class HardwareDecoder:
         ends = (-(-3 * planes // ALIGNMENT) * ALIGNMENT).cumsum()
         memory = torch.empty(int(ends[-1]), dtype=torch.uint8, device=self.device)
         addresses = memory.data_ptr() + numpy.concatenate(([0], ends[:-1]))
-        images = numpy.zeros(
-            (len(files), 8), numpy.int64
-        )  # nvjpegImage_t: the addresses of 4 planes, and their pitches
+        images = numpy.zeros((len(files), 8), numpy.int64)  # nvjpegImage_t: addresses of four planes, and their pitches
         images[:, :3] = addresses[:, None] + planes[:, None] * numpy.arange(3)
         images[:, 4:7] = widths[:, None]
         given = numpy.stack((data.data_ptr() + starts, lengths))
