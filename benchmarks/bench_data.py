@@ -33,6 +33,7 @@ from flashkat_hf.ahead import made_ahead, moved
 from flashkat_hf.augmentation import Augmentation, batch_transform, training_transform
 from flashkat_hf.data import open_data
 from flashkat_hf.loading import TrainBatches
+from flashkat_hf.measurement import cores
 
 WAYS = ("nothing", "augmentation", "decoding")  # what the device does for whole batches: `Augmentation.on_device`
 
@@ -86,10 +87,6 @@ def make_folder(root: Path, settings: Settings) -> None:
     for path in paths[:-2]:
         for copy in range(1, settings.copies):
             os.link(path, path.with_stem(f"{path.stem}_{copy}"))
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure(root: Path, way: str, workers: int, device: torch.device, settings: Settings) -> dict[str, float]:

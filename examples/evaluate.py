@@ -1,7 +1,7 @@
 """Top-1 and top-5 accuracy of a checkpoint on the test split of any data: a FlashKAT, or a plain ViT beside it.
 
-    python examples/evaluate.py runs/digits                                     # on scikit-learn's digits
-    accelerate launch examples/evaluate.py runs/tiny --data imagenet --batch-size 256
+    python examples/evaluate.py runs/digits/best                                # on scikit-learn's digits
+    accelerate launch examples/evaluate.py runs/tiny/best --data imagenet --batch-size 256
     accelerate launch examples/evaluate.py google/vit-base-patch16-224 --data imagenet
     python examples/evaluate.py hf-hub:timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k --data imagenet --json
 
@@ -10,6 +10,7 @@ Every image counts once, on any number of processes. The data: docs/data.md.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,9 @@ def main(options: argparse.Namespace) -> None:
         result = run(options, accelerator)
     except (ValueError, ImportError, OSError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     if accelerator.is_main_process:
         print(json.dumps(result) if options.json else describe(result))
     accelerator.end_training()

@@ -9,6 +9,7 @@ Settings come from a recipe (`--recipe`, a file in examples/recipes or your own)
 folder holds the model in best/ and last/. docs/training.md describes both.
 """
 
+import argparse
 import os
 import shlex
 import sys
@@ -21,7 +22,9 @@ HERE = Path(__file__).parent
 
 
 def main(arguments: list[str]) -> None:
-    recipe = "finetune" if any(argument.partition("=")[0] == "--data" for argument in arguments) else "finetune-digits"
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--data", default="digits")
+    recipe = "finetune-digits" if parser.parse_known_args(arguments)[0].data == "digits" else "finetune"
     try:
         settings = parse(arguments, recipe, HERE / "recipes", __doc__.partition("\n")[0])
         summary = train(settings)

@@ -73,27 +73,38 @@ def open_data(
         shuffle_buffer: undecoded images among which a stream's shuffle draws, in each worker.
 
     Raises:
-        DataError: the source is missing, empty, or not what its kind has to be; in one line.
+        DataError: the source is missing, empty, or not what its kind has to be, or has no such option; in one line.
         ImportError: a package of the extra `train` is missing.
     """
+    named = {"class_names": class_names, "train_split": train_split, "test_split": test_split}
+    columns = {"image_column": image_column, "label_column": label_column}
+    sizes = {"train_size": train_size, "test_size": test_size}
+    of_datasets = {"subset": subset, "revision": revision, **columns, **sizes}
     if source is None or source == "digits":
+        _refuse("the digits take", of_datasets | named | {"streaming": streaming})
         return load_digits()
     text, path = os.fspath(source), Path(source)
-    shared: dict[str, Any] = {
-        "class_names": class_names,
-        "train_split": train_split,
-        "test_split": test_split,
-        "skip_corrupt": skip_corrupt,
-        "buffer": shuffle_buffer,
-    }
+    shared: dict[str, Any] = {**named, "skip_corrupt": skip_corrupt, "buffer": shuffle_buffer}
     if is_shards(text):
+        _refuse(f"{text} holds WebDataset shards, which take", of_datasets)
         return open_shards(text, show=rank == 0, **shared)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.exists() and not path.parent.exists()
     if on_hub or (path.is_dir() and (is_saved(path) or any(any(path.glob(pattern)) for pattern in PARQUET))):
-        columns = {"image_column": image_column, "label_column": label_column}
-        sizes = {"train_size": train_size, "test_size": test_size, "world_size": world_size}
-        return open_dataset(text, subset=subset, revision=revision, streaming=streaming, **columns, **sizes, **shared)
+        return open_dataset(text, streaming=streaming, world_size=world_size, **of_datasets, **shared)
+    _refuse(
+        f"{text} is no data set of datasets, and image folders take", of_datasets | named | {"streaming": streaming}
+    )
     return load_image_folder(source, rank, world_size, skip_corrupt)
+
+
+def _refuse(what: str, options: dict[str, Any]) -> None:
+    """Options that a source does not have.
+
+    Raises:
+        DataError: some are given.
+    """
+    if given := [name for name, value in options.items() if value]:
+        raise DataError(f"{what} no {', '.join(given)}")
 
 
 def load_digits() -> ImageData[Examples]:

@@ -7,6 +7,8 @@ one process sees the same images as several that share the same global batch.
 import multiprocessing
 import os
 import random
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -331,10 +333,22 @@ def _loader(dataset, workers: int, start_method: str | None = None, persistent: 
 
 
 def _start_worker(worker: int) -> None:
-    """One thread; a process group of its own, so that Ctrl-C and signals to the group reach the main process alone."""
+    """One thread; ended by the main process alone, which has still to save when others say that all shall end.
+
+    A process group of its own keeps off Ctrl-C and signals to the group; the rest is those to each process of a job.
+    """
     torch.set_num_threads(1)
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+    if hasattr(signal, "sigwaitinfo"):  # Linux: says who has sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parent, daemon=True).start()
+
+
+def _end_by_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _checked(loader: DataLoader, corrupt: dict[str, str]) -> Iterator[Batch]:

@@ -1,6 +1,7 @@
 """What a run measures besides its loss: images per second of each side, and what it ran on."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import time
@@ -89,6 +90,11 @@ def loading_rate(
         if number >= 2 * workers and last - start > seconds:
             break
     return images / max(last - start, 1e-9) if number >= 2 * workers else None
+
+
+def cores() -> int:
+    """Of the processor, that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name(device: torch.device) -> str:

@@ -251,13 +251,21 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold names and values, one setting a line")
-    for name in values:
+    for name, value in values.items():
         if name not in NAMES:
             raise ValueError(f"{path}: {name} is no setting{_suggestion(str(name))}")
+        if isinstance(value, dict) or (isinstance(value, list) and name not in LISTS):
+            raise ValueError(f"{path}: {name} is one value, not {value}")
     return values
 
 
 NAMES = [item.name for cls in (Settings, Augmentation) for item in fields(cls) if item.init]
+LISTS = {
+    item.name
+    for cls in (Settings, Augmentation)
+    for item in fields(cls)
+    if item.default_factory is list or isinstance(item.default, tuple)
+}
 
 
 def _as_flags(values: dict[str, Any]) -> list[str]:

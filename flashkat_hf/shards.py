@@ -73,22 +73,28 @@ class Shards:
                 found = 0
                 for sample in islice(read_shard(self.urls[shard]), low, high):
                     found += 1
-                    yield self._labelled(sample)
+                    yield labelled(sample, self.class_names)
                 if found < high - low:
                     raise DataError(f"{self.urls[shard]} has fewer images than the {size} that it should have")
 
-    def _labelled(self, sample: dict[str, Any]) -> Sample:
-        image = next(key for key in sample if f".{key}" in IMAGE_SUFFIXES)
-        name = f"{sample['__url__']}/{sample['__key__']}.{image}"
-        try:
-            label = sample["cls"].decode().strip() if "cls" in sample else json.loads(sample["json"])["label"]
-            index = int(label) if str(label).isdecimal() else list(self.class_names).index(label)
-        except (KeyError, TypeError, ValueError) as error:
-            what = "its label is none of the class names" if "cls" in sample or "json" in sample else "it has none"
-            raise DataError(f"no label for {name}: {what}, .cls or .json with the field label is expected") from error
-        if index >= len(self.class_names):
-            raise DataError(f"label {index} of {name} is not one of the {len(self.class_names)} classes")
-        return Sample(sample[image], index, name)
+
+def labelled(sample: dict[str, Any], class_names: Sequence[str]) -> Sample:
+    """The image of a sample, with the index of its class.
+
+    Raises:
+        DataError: it has no label, or none of these classes.
+    """
+    image = next(key for key in sample if f".{key}" in IMAGE_SUFFIXES)
+    name = f"{sample['__url__']}/{sample['__key__']}.{image}"
+    try:
+        label = sample["cls"].decode().strip() if "cls" in sample else json.loads(sample["json"])["label"]
+        index = int(label) if str(label).isdecimal() else list(class_names).index(label)
+    except (KeyError, TypeError, ValueError) as error:
+        what = "its label is none of the class names" if "cls" in sample or "json" in sample else "it has none"
+        raise DataError(f"no label for {name}: {what}, .cls or .json with the field label is expected") from error
+    if index >= len(class_names):
+        raise DataError(f"label {index} of {name} is not one of the {len(class_names)} classes")
+    return Sample(sample[image], index, name)
 
 
 def is_shards(source: str) -> bool:
@@ -113,7 +119,8 @@ def open_shards(
 
     Shards belong to the split that their name begins with, or else that their folder is called. Class names come from
     `classes.json` (a list, or names by index, or indices by name) or `classes.txt` (one in each line) beside the
-    shards. The numbers of images come from `sizes.json` beside them (by file name), else from the tar files' headers.
+    shards. The numbers of images come from `sizes.json` beside them (by file name), else from the tar files, whose
+    labels are checked then.
 
     Args:
         source: folder or pattern.
@@ -125,7 +132,8 @@ def open_shards(
         show: a progress bar, where counting takes long.
 
     Raises:
-        DataError: there are no shards of a split, no class names, or no images; a shard is missing or no tar file.
+        DataError: there are no shards of a split, no class names, or no images; a shard is missing or no tar file, or,
+            of those that are counted, has an image without a label of the classes.
     """
     path = Path(source)
     folder = path.is_dir()
@@ -140,7 +148,7 @@ def open_shards(
     roots += list(dict.fromkeys(os.path.dirname(url) for url in urls))
     classes = check_classes(class_names or _class_names(roots, source), source)
     known = _beside(roots, "sizes.json", json.loads) or {}
-    sizes = _sizes([url for found in split_urls.values() for url in found], known, show)
+    sizes = _sizes([url for found in split_urls.values() for url in found], known, classes, show)
     splits = [
         Shards(found, [sizes[url] for url in found], classes, skip_corrupt, buffer) for found in split_urls.values()
     ]
@@ -168,7 +176,7 @@ def read_shard(url: str) -> Iterator[dict[str, Any]]:
         raise DataError(f"cannot read the shard {url}: {_reason(error)}") from error
 
 
-def _sizes(urls: list[str], known: dict[str, int], show: bool) -> dict[str, int]:
+def _sizes(urls: list[str], known: dict[str, int], class_names: list[str], show: bool) -> dict[str, int]:
     sizes = {}
     bar = extra("tqdm").tqdm(urls, desc="counting images", unit="shard", delay=2, disable=not show)
     for url in bar:
@@ -178,20 +186,27 @@ def _sizes(urls: list[str], known: dict[str, int], show: bool) -> dict[str, int]
         elif "://" in url or url.startswith("pipe:"):
             raise DataError(f"sizes.json beside the shards does not say how many images {name} has")
         else:
-            sizes[url] = _count(url)
+            sizes[url] = _count(url, class_names)
     return sizes
 
 
-def _count(path: str) -> int:
-    """Number of samples with an image, as `read_shard` finds them, from the headers alone."""
-    split = extra("webdataset.tariterators").base_plus_ext
+def _count(path: str, class_names: list[str]) -> int:
+    """Number of samples with an image, as `read_shard` finds them, whose labels are checked; images are not read."""
+    split, count = extra("webdataset.tariterators").base_plus_ext, 0
     try:
         with tarfile.open(path) as tar:
-            names = [split(member.name) for member in tar if member.isreg() and not META.match(member.name)]
+            members = [(*split(one.name), one) for one in tar if one.isreg() and not META.match(one.name)]
+            for key, group in groupby((one for one in members if one[0]), key=lambda one: one[0]):
+                sample: dict[str, Any] = {"__url__": path, "__key__": key}
+                for _, suffix, member in group:
+                    suffix = suffix.lower()
+                    sample[suffix] = tar.extractfile(member).read() if suffix in ("cls", "json") else b""  # pyright: ignore[reportOptionalMemberAccess]
+                if any(f".{suffix}" in IMAGE_SUFFIXES for suffix in sample):
+                    labelled(sample, class_names)
+                    count += 1
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"cannot read the shard {path}: {_reason(error)}") from error
-    groups = groupby((name for name in names if name[0]), key=lambda name: name[0])
-    return sum(any(f".{suffix.lower()}" in IMAGE_SUFFIXES for _, suffix in group) for _, group in groups)
+    return count
 
 
 def _belongs(url: str, names: Sequence[str]) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from .ahead import made_ahead, moved
@@ -26,7 +27,7 @@ from .evaluation import evaluate
 from .images import ImageData, extra
 from .initial_model import build_model, merged, save_model
 from .loading import EvalBatches, TrainBatches
-from .measurement import Meter, commit, device_name, loading_rate, versions
+from .measurement import Meter, commit, cores, device_name, loading_rate, versions
 from .modeling_flashkat import FlashKATLayer
 from .optimization import AveragedWeights, Mixing, Schedule, make_optimizer, seed_update, trainable, whole_weights
 from .recipe import Settings
@@ -91,10 +92,7 @@ class Trainer:
 
     def _load_data(self) -> None:
         settings, data = self.settings, self.data
-        in_memory = settings.data in (None, "digits")
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # for each process here
-        workers = min(1, max(0, cores - 1)) if in_memory else min(16, max(1, cores))
-        self.workers = workers if settings.workers is None else settings.workers
+        self.workers = worker_processes(settings)
         options = {
             "batch_size": self.micro_batch,
             "rank": self.accelerator.process_index,
@@ -103,7 +101,7 @@ class Trainer:
         }
         transform = training_transform(self.processor, settings.augmentation)
         self.batches = TrainBatches(data.train, transform, seed=settings.seed, workers=self.workers, **options)
-        workers = 0 if in_memory else self.workers
+        workers = 0 if settings.data in (None, "digits") else self.workers
         transform = evaluation_transform(self.processor)
         self.test_batches = EvalBatches(data.test, transform, workers=workers, **options)
         rest = batch_transform(self.processor, settings.augmentation)
@@ -277,6 +275,10 @@ class Trainer:
         if progress.epoch % self.settings.evaluate_epochs == 0 or progress.step >= self.num_steps:
             self._check_weights()
             line |= self._evaluate()
+        if self.settings.skip_corrupt:
+            names = gather_object([*self.batches.corrupt, *self.test_batches.corrupt])
+            progress.unreadable = sorted({*progress.unreadable, *names})
+            line["skipped_images"] = len(progress.unreadable)
         self._log(line)
         if progress.last.get("epoch") == progress.epoch and score(progress.last) > score(progress.best):
             progress.best = progress.last
@@ -323,6 +325,8 @@ class Trainer:
             write_durably(self.folder.path / "summary.json", as_json(summary))
             if not self.settings.keep_after_success:
                 self.checkpoints.remove()
+            if self.progress.unreadable:
+                warn(f"left out: {len(self.progress.unreadable)} images that could not be read")
         self.accelerator.end_training()
         return summary
 
@@ -363,10 +367,19 @@ class Trainer:
             "started_from": settings.model,
             "seed": settings.seed,
             "skipped_updates": progress.skipped,
+            "skipped_images": len(progress.unreadable),
             "seconds": round(progress.seconds, 1),
             "versions": versions(),
             "commit": commit(),
         }
+
+
+def worker_processes(settings: Settings) -> int:
+    """How many of them read images for each process."""
+    if settings.workers is not None:
+        return settings.workers
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(1, max(0, share - 1)) if settings.data in (None, "digits") else min(16, max(1, share))
 
 
 def score(results: dict[str, Any]) -> float:

@@ -16,10 +16,11 @@ from transformers.utils import logging
 
 from .background import BackgroundPusher
 from .data import open_data
+from .images import Examples
 from .recipe import DATA, Settings
 from .run_folder import RunFolder, warn
 from .stopping import StopSignals
-from .trainer import Trainer
+from .trainer import Trainer, worker_processes
 
 
 def train(
@@ -61,11 +62,15 @@ def train(
     in_memory = settings.data in (None, "digits")
     settings.augmentation = settings.augmentation.resolved(accelerator.device, in_memory)
     compiled = accelerator.device.type == "cuda" if settings.compile is None else settings.compile
+    readers = None
+    if not isinstance(data.train, Examples):  # a stream, whose order follows from them
+        readers = max(1, min(worker_processes(settings), data.train.most_workers(accelerator.num_processes)))
     about = settings.to_dict() | {
         "precision": accelerator.mixed_precision,
         "compile": compiled,
         "micro_batch": micro_batch,
         "num_processes": accelerator.num_processes,
+        "stream_workers": readers,
         "class_names": data.class_names,
         "data_fingerprint": data.fingerprint,
     }

@@ -27,6 +27,7 @@ class Progress:
         losses: finite ones in the running epoch.
         loss_sum: of these.
         skipped: updates left out because they were not finite.
+        unreadable: names of the images left out, of all processes, as of the last complete epoch.
         best: metrics of the best epoch so far.
         last: metrics of the last epoch that was evaluated.
         seconds: spent so far.
@@ -39,6 +40,7 @@ class Progress:
     losses: int = 0
     loss_sum: float = 0.0
     skipped: int = 0
+    unreadable: list[str] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0

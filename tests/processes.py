@@ -3,7 +3,8 @@
     python tests/processes.py < JOBS
 
 JOBS is a JSON list of {"processes": N, "sharded": bool, "settings": {...}, "signal": [after step, number] or null}.
-Prints a JSON list with the exit statuses of each job's processes. With "sharded" FSDP2 runs on the CPU, which
+Prints a JSON list with the exit statuses of each job's processes. Beside the output of each, OUTPUT-seeds-RANK.json has
+what process RANK seeded its updates with. With "sharded" FSDP2 runs on the CPU, which
 accelerate offers for GPUs only, so that its choice of a backend is overruled.
 """
 
@@ -25,6 +26,7 @@ from small_runs import small_run
 from transformers.utils import logging
 
 import flashkat_hf.figures
+import flashkat_hf.trainer
 import flashkat_hf.training
 from flashkat_hf.trainer import Trainer
 from flashkat_hf.training import train
@@ -64,10 +66,17 @@ def work(job: dict, rank: int, port: int) -> int:
                 os.kill(os.getpid(), number)
 
         Trainer._update = signalled
-    values = job["settings"]
+    values, seeds, seed_update = job["settings"], [], flashkat_hf.trainer.seed_update
+
+    def noted(*numbers: int) -> None:
+        seed_update(*numbers)
+        seeds.append(torch.initial_seed())
+
+    flashkat_hf.trainer.seed_update = noted
     settings = small_run(Path(values.pop("data")), Path(values.pop("output")), **values)
     try:
         train(settings)
+        Path(f"{settings.output}-seeds-{rank}.json").write_text(json.dumps(seeds))
     except SystemExit as end:
         return int(end.code or 0)
     except Exception:

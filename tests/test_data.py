@@ -275,8 +275,23 @@ def test_bad_labels_in_shards(tmp_path, label, message):
     with tarfile.open(tmp_path / "train-000.tar", "w") as tar:
         add(tar, "7.png", encoded(7))
         add(tar, *label)
-    with pytest.raises(DataError, match=f"^{message.replace('ROOT', str(tmp_path))}"):
+    message = f"^{message.replace('ROOT', str(tmp_path))}"
+    with pytest.raises(DataError, match=message):
+        open_data(tmp_path)
+    (tmp_path / "sizes.json").write_text(json.dumps({"train-000.tar": 1, "val-000.tar": 2}))  # nothing is counted
+    with pytest.raises(DataError, match=message):
         opened(open_data(tmp_path).train)
+
+
+def test_options_that_a_source_does_not_have(tmp_path):
+    """They are not passed over."""
+    folder, shards = write_folder(tmp_path / "folder", 6, 6), write_shards(tmp_path / "shards", [4], [5])
+    with pytest.raises(DataError, match=r"^the digits take no train_split, streaming$"):
+        open_data("digits", train_split="train", streaming=True)
+    with pytest.raises(DataError, match=f"^{folder} is no data set .* image folders take no subset, class_names$"):
+        open_data(folder, subset="small", class_names=["ant", "bee"])
+    with pytest.raises(DataError, match=f"^{shards} holds WebDataset shards, which take no label_column$"):
+        open_data(shards, label_column="kind", streaming=True)
 
 
 def test_a_truncated_shard_and_a_wrong_count_are_named(tmp_path):

@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -50,6 +52,24 @@ def training(split, rank=0, world_size=1, **options) -> TrainBatches:
 def equal(one: list[dict], other: list[dict]) -> bool:
     pairs = list(zip(one, other, strict=True))
     return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="Linux says who has sent a signal")
+def test_workers_end_by_their_own_process_alone(folder):
+    """Batch systems may signal every process of a job; the main one has still to save."""
+    batches = training(folder.train, workers=2)
+    epoch = batches.epoch(0)
+    found = [next(epoch)]
+    workers = batches.loader._iterator._workers
+    for worker in workers:
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    time.sleep(0.5)
+    found += epoch
+    assert equal(found, list(training(folder.train).epoch(0)))
+    for worker in workers:
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -129,6 +129,8 @@ def test_bad_settings(arguments, message):
         ("epochs: 2.5", "argument --epochs: invalid int value: '2.5'"),
         ("resume: perhaps", "argument --resume"),
         ("3: 4", "mine.yaml: 3 is no setting"),
+        ("epochs: [1, 2]", r"mine.yaml: epochs is one value, not \[1, 2\]"),
+        ("trackers: {a: b}", "mine.yaml: trackers is one value, not {'a': 'b'}"),
     ],
 )
 def test_bad_recipes(tmp_path, text, message):

@@ -17,6 +17,7 @@ import numpy
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from data_helpers import write_shards
 from safetensors.torch import load_file
 from small_runs import losses, make_images, metrics, small_run
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -32,7 +33,7 @@ from flashkat_hf.training import train
 SUMMARY = (
     "data num_train_images num_test_images num_labels image_size epochs steps batch_size top1 top5 top1_raw top1_ema "
     "weights best_epoch images_per_second data_images_per_second step_images_per_second peak_memory_gib device "
-    "num_processes precision compiled started_from seed skipped_updates seconds versions commit"
+    "num_processes precision compiled started_from seed skipped_updates skipped_images seconds versions commit"
 )
 
 
@@ -234,11 +235,18 @@ def test_micro_batches_and_accumulation_give_the_same_update(run):
 
 
 def test_batches_are_mixed_and_labels_with_them(run, monkeypatch):
-    targets = []
-    seen(monkeypatch, lambda model, images, labels: targets.append(labels.clone()))
+    targets, inputs = [], []
+
+    def see(model, images, labels) -> None:
+        targets.append(labels.clone())
+        inputs.append(images.clone())
+
+    seen(monkeypatch, see)
     run("mixed", mixup=0.8, cutmix=1.0, label_smoothing=0.0)
     run("plain", label_smoothing=0.1)
     mixed, plain = torch.cat(targets[:6]), torch.cat(targets[6:])
+    changed = (torch.cat(inputs[:6]) != torch.cat(inputs[6:])).flatten(1).any(1)
+    assert changed[((mixed > 0.01) & (mixed < 0.99)).any(1)].all()
     assert ((mixed > 0.01) & (mixed < 0.99)).any(1).float().mean() > 0.2
     torch.testing.assert_close(plain.sort(1).values, torch.tensor([[0.05, 0.95]]).expand(48, 2))
 
@@ -293,6 +301,21 @@ def test_the_groups_of_the_recipe_reach_the_optimiser(run, monkeypatch):
     assert {group["weight_decay"] for group in groups[0]} == {0.0, 0.2}
     assert {group["lr_scale"] for group in groups[0]} == {0.5**power for power in range(6)}
     assert all((group["betas"], group["eps"]) == ((0.9, 0.95), 1e-6) for group in groups[0])
+
+
+def test_coefficients_are_left_out_of_the_decay(run, monkeypatch):
+    """Where the flag says so: of the decayed parameters those of numerators and denominators are missing."""
+    decayed = []
+
+    def count(trainer) -> None:
+        groups = trainer.optimizer.param_groups
+        decayed.append(sum(len(group["params"]) for group in groups if group["weight_decay"]))
+
+    after_step(monkeypatch, 1, count)
+    run("with", max_steps=1)
+    output = run("without", max_steps=1, decay_coefficients=False)
+    coefficients = [name for name in weights(output) if "numerator" in name or "denominator" in name]
+    assert decayed[0] - decayed[1] == len(coefficients) > 0
 
 
 def test_clipping(run, monkeypatch):
@@ -572,6 +595,18 @@ def test_what_cannot_change_the_weights_may_differ(run, monkeypatch):
     assert all(torch.equal(tensor, weights(output)[name]) for name, tensor in weights(whole).items())
 
 
+def test_a_stream_goes_on_with_as_many_workers(run, monkeypatch, tmp_path):
+    """Its order follows from their number."""
+    data = write_shards(tmp_path / "shards", [12, 12], [3])
+    with monkeypatch.context() as patch:
+        after_step(patch, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            run(data=data, workers=2)
+    with pytest.raises(ValueError, match=r"made with other settings: stream_workers was 2 and is 1$"):
+        run(data=data, workers=0, resume=True)
+    run(data=data, workers=2, resume=True)
+
+
 def test_resuming_what_has_not_begun_or_is_complete(run, capsys):
     """So that a job that is started again may always say --resume."""
     output = run(resume=True, max_steps=2)
@@ -581,14 +616,17 @@ def test_resuming_what_has_not_begun_or_is_complete(run, capsys):
     assert contents(output) == before
 
 
-def test_a_corrupt_image_ends_the_run_unless_told_otherwise(run, tmp_path):
+def test_a_corrupt_image_ends_the_run_unless_told_otherwise(run, tmp_path, capsys):
     """Its header is whole, so that it is found only when it is decoded."""
     data = make_images(tmp_path / "photos")
     bad = data / "train" / "red" / "3.png"
     bad.write_bytes(bad.read_bytes()[:-200])
     with pytest.raises(ValueError, match=rf"cannot read the image {bad}: [^\n]*truncated[^\n]*$"):
         run("bad", data=data)
-    assert json.loads((run("skipped", data=data, skip_corrupt=True) / "summary.json").read_text())["steps"] == 6
+    summary = json.loads((run("skipped", data=data, skip_corrupt=True) / "summary.json").read_text())
+    assert (summary["steps"], summary["skipped_images"]) == (6, 1)
+    assert metrics(tmp_path / "skipped")[-1]["skipped_images"] == 1
+    assert "left out: 1 images that could not be read" in capsys.readouterr().err
 
 
 def damage_classes(root: Path) -> None:
