@@ -83,4 +83,5 @@ def test_several_processes_go_on_to_the_bit(runs, name):
 def test_processes_draw_differently(runs):
     """Mixing and stochastic depth are each process's own, in each update; else two processes would repeat one."""
     first, second = (json.loads((runs[0] / f"ddp-whole-seeds-{rank}.json").read_text()) for rank in range(2))
-    assert len({*first, *second}) == 2 * len(losses(runs[0] / "ddp-whole"))
+    assert first[0] == second[0]  # of the model, that they make alike
+    assert len({*first[1:], *second[1:]}) == 2 * len(losses(runs[0] / "ddp-whole"))
