@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -107,6 +108,14 @@ def seen(monkeypatch, see) -> None:
 
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_bar_says_where_a_run_stands(run, capsys):
+    run()
+    bar = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(
+        r"100%\|.*\| 6/6 \[\d\d:\d\d<\d\d:\d\d, .*, loss \d\.\d{3}, lr \d\.\de-\d\d, \d+ images/s\]", bar
+    ), bar
 
 
 def test_what_a_run_leaves(run, images):
@@ -664,6 +673,7 @@ def test_settings_that_do_not_serve_are_refused_before_the_model_is_built(
     run, tmp_path, monkeypatch, settings, message
 ):
     monkeypatch.setattr(loop, "build_model", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=message):
         run(**settings)
     assert not (tmp_path / "run").exists()
