@@ -1,8 +1,8 @@
 """Check a model folder and send it to the Hugging Face Hub in one commit.
 
-    hf auth login                                        # once, or set HF_TOKEN
-    python examples/upload.py runs/digits YOU/digits     # what `make demo` saved
-    python examples/upload.py runs/digits YOU/digits --what-if
+    hf auth login                                             # once, or set HF_TOKEN
+    python examples/upload.py runs/digits/best YOU/digits     # what `make demo` saved
+    python examples/upload.py runs/digits/best YOU/digits --what-if
 
 The same as `flashkat push`, for those who want to change it.
 """

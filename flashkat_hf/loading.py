@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count, islice
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -50,6 +50,7 @@ class TrainBatches:
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        epochs: int | None = None,
     ):
         """Nothing is read before `epoch`.
 
@@ -62,6 +63,8 @@ class TrainBatches:
             rank: of this process.
             world_size: number of processes.
             pin_memory: for faster copies to a GPU.
+            epochs: of the run, taken in order: where there is random access, workers go on with the next one's batches
+                while the end of an epoch is trained on, and evaluated. None: they wait until it is asked for.
 
         Raises:
             DataError: the split has fewer images than one batch of all processes, or does not know how many it has.
@@ -75,9 +78,11 @@ class TrainBatches:
                 f"{world_size} x {batch_size} images make a batch, but there are only {split.num_images} for training"
             )
         self.corrupt: dict[str, str] = {}
+        self.ahead: Iterator[Batch] = iter(())
+        self.following: tuple[int, int] | None = None  # epoch and number of the batch that comes next
         options: dict[str, Any] = {"pin_memory": pin_memory}
         if isinstance(split, Examples):
-            self.sampler = _Positions(split.num_images, batch_size, seed, rank, world_size)
+            self.sampler = _Positions(split.num_images, batch_size, seed, rank, world_size, epochs)
             dataset = _Indexed(split, transform, seed)
             self.loader = _loader(dataset, workers, batch_sampler=self.sampler, collate_fn=_collate, **options)
         else:
@@ -100,8 +105,16 @@ class TrainBatches:
         Raises:
             DataError: an image cannot be read, and the split does not skip such.
         """
-        self.sampler.set(epoch, start)
-        for _, batch in zip(range(start, self.num_batches), _checked(self.loader, self.corrupt), strict=False):
+        if self.following != (epoch, start):
+            self.sampler.set(epoch, start)
+            self.ahead = _checked(self.loader, self.corrupt)
+        for number in range(start, self.num_batches):
+            self.following = None  # if this raises
+            batch = next(self.ahead)
+            if number + 1 < self.num_batches:
+                self.following = epoch, number + 1
+            elif isinstance(self.sampler, _Positions) and epoch + 1 < self.sampler.stop:
+                self.following = epoch + 1, 0
             yield batch
 
 
@@ -172,23 +185,29 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 
 class _Positions:
-    """Batch sampler: lists of (epoch, position in the epoch's order, index of the image)."""
+    """Batch sampler: lists of (epoch, position in the order, index of the image); of one epoch, or up to the last."""
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, rank: int, world_size: int):
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, rank: int, world_size: int, epochs: int | None = None
+    ):
         self.num_images, self.batch_size, self.seed, self.rank, self.world_size = (
             num_images, batch_size, seed, rank, world_size,
         )  # fmt: skip
+        self.epochs = epochs or 0
         self.set(0, 0)
 
     def set(self, epoch: int, start: int) -> None:
-        self.epoch, self.start = epoch, start
+        self.epoch, self.start, self.stop = epoch, start, max(epoch + 1, self.epochs)
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        epoch = self.epoch
+        for epoch in range(self.epoch, self.stop):
+            yield from self._positions(epoch, self.start if epoch == self.epoch else 0)
+
+    def _positions(self, epoch: int, start: int) -> Iterator[list[tuple[int, int, int]]]:
         (word,) = numpy.random.SeedSequence([self.seed, epoch]).generate_state(1, numpy.uint64)
         order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(int(word) >> 1))
         step = self.batch_size * self.world_size
-        for first in range(self.start * step, self.num_images - step + 1, step):
+        for first in range(start * step, self.num_images - step + 1, step):
             first += self.rank * self.batch_size
             indices = order[first : first + self.batch_size].tolist()
             yield [(epoch, first + i, index) for i, index in enumerate(indices)]
@@ -346,7 +365,8 @@ def _start_worker(worker: int) -> None:
 
 
 def _end_by_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    parent = cast(Any, multiprocessing.parent_process()).pid  # os.getppid() may be the fork server
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
 

@@ -100,7 +100,8 @@ class Trainer:
             "pin_memory": self.device.type == "cuda",
         }
         transform = training_transform(self.processor, settings.augmentation)
-        self.batches = TrainBatches(data.train, transform, seed=settings.seed, workers=self.workers, **options)
+        epochs = {"epochs": settings.epochs, "seed": settings.seed}
+        self.batches = TrainBatches(data.train, transform, workers=self.workers, **epochs, **options)
         workers = 0 if settings.data in (None, "digits") else self.workers
         transform = evaluation_transform(self.processor)
         self.test_batches = EvalBatches(data.test, transform, workers=workers, **options)

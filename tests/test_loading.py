@@ -1,5 +1,6 @@
 """Order, shares, resuming, seeds and corrupt images of the batches, for splits with random access and streams."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -54,10 +55,52 @@ def equal(one: list[dict], other: list[dict]) -> bool:
     return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
 
 
+class Counted:
+    """A transform that counts its calls in all processes."""
+
+    takes_sample = True
+
+    def __init__(self):
+        self.calls = multiprocessing.get_context("fork").Value("i", 0)
+
+    def __call__(self, sample) -> dict[str, torch.Tensor]:
+        with self.calls.get_lock():
+            self.calls.value += 1
+        return {"pixel_values": torch.zeros(1, 1)}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_epochs_that_follow_each_other_are_the_same(folder, workers):
+    """Also when one is left, begun again, or left out; a batch never comes twice, and none is missed."""
+    expected = [list(training(folder.train).epoch(epoch)) for epoch in range(4)]
+    batches = training(folder.train, epochs=3, workers=workers)
+    for epoch in (0, 1, 2, 3, 1):  # the fourth is more than was said
+        assert equal(list(batches.epoch(epoch)), expected[epoch])
+    left = batches.epoch(0)
+    assert equal([next(left), next(left)], expected[0][:2])
+    assert equal(list(batches.epoch(0, 2)), expected[0][2:])  # goes on
+    left = batches.epoch(1)
+    next(left)
+    assert equal(list(batches.epoch(1)), expected[1])
+    assert equal(list(batches.epoch(2, 3)), expected[2][3:])
+
+
+def test_the_next_epochs_batches_are_made_while_one_ends(folder):
+    """Up to the last epoch, and not without worker processes."""
+    for workers, epochs, made_ahead in ((1, 3, True), (1, 1, False), (1, None, False), (0, 3, False)):
+        transform = Counted()
+        batches = training(folder.train, transform=transform, workers=workers, epochs=epochs)
+        number = 3 * len(list(batches.epoch(0)))
+        deadline = time.monotonic() + (20 if made_ahead else 0.3)
+        while transform.calls.value == number and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (transform.calls.value > number) == made_ahead
+
+
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="Linux says who has sent a signal")
-def test_workers_end_by_their_own_process_alone(folder):
+def test_workers_end_by_their_own_process_alone(data):
     """Batch systems may signal every process of a job; the main one has still to save."""
-    batches = training(folder.train, workers=2)
+    batches = training(data.train, workers=2)
     epoch = batches.epoch(0)
     found = [next(epoch)]
     workers = batches.loader._iterator._workers
@@ -65,7 +108,7 @@ def test_workers_end_by_their_own_process_alone(folder):
         subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     time.sleep(0.5)
     found += epoch
-    assert equal(found, list(training(folder.train).epoch(0)))
+    assert equal(found, list(training(data.train, workers=2).epoch(0)))
     for worker in workers:
         worker.terminate()
         worker.join(10)
