@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -120,6 +121,14 @@ class Refusal(Exception):
         self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Says nothing where a client has gone: the error would stand among what a program under test has said."""
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class HubServer:
     """The Hub's state, and two servers on the loopback address: the Hub itself and the storage of its large files."""
 
@@ -140,7 +149,7 @@ class HubServer:
         self.waits: list[float] = []  # seconds that clients in this process would have slept
         self.lock = threading.RLock()
         self.stopping = threading.Event()
-        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(self)) for _ in range(2)]
+        self.servers = [QuietServer(("127.0.0.1", 0), _handler(self)) for _ in range(2)]
         # Another host, too: huggingface_hub 1 follows redirects to any port of the same, and then finds no metadata.
         self.url = f"http://127.0.0.1:{self.servers[0].server_address[1]}"
         self.storage_url = f"http://localhost:{self.servers[1].server_address[1]}"
