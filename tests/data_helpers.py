@@ -79,3 +79,9 @@ def image_dataset(first: int, last: int, classes: list[str] | None = None):
         "note": [str(number) for number in rows],
     }
     return datasets.Dataset.from_dict(columns, features=features)
+
+
+def smooth_picture(seed: int, size: tuple[int, int]) -> Image.Image:
+    """As photographs are, in full range; of width and height."""
+    pixels = numpy.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=numpy.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)

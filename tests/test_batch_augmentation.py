@@ -11,6 +11,7 @@ import numpy
 import pytest
 import timm.data.auto_augment as auto_augment
 import torch
+from data_helpers import smooth_picture
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
@@ -28,9 +29,7 @@ MODULE = BatchAugmentation(PROCESSOR.image_mean, PROCESSOR.image_std, (32, 32))
 
 
 def picture(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
-    """Smooth, as photographs are, in full range."""
-    pixels = numpy.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=numpy.uint8)
-    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+    return smooth_picture(seed, size)
 
 
 def file(image: Image.Image, form: str = "JPEG", **options) -> bytes:

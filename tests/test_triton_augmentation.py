@@ -4,6 +4,7 @@ import numpy
 import pytest
 import timm.data.auto_augment as auto_augment
 import torch
+from data_helpers import smooth_picture
 from helpers import KERNEL_DEVICES
 from PIL import Image
 
@@ -18,9 +19,7 @@ MODULE = BatchAugmentation((0.5, 0.4, 0.3), (0.2, 0.3, 0.25), SIZE)
 
 
 def picture(seed: int) -> Image.Image:
-    """Smooth, as photographs are, in full range."""
-    pixels = numpy.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=numpy.uint8)
-    return Image.fromarray(pixels).resize(SIZE[::-1], Image.Resampling.BICUBIC)
+    return smooth_picture(seed, SIZE[::-1])
 
 
 def stacked(images: list[Image.Image]) -> torch.Tensor:
