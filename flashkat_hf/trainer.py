@@ -88,7 +88,12 @@ class Trainer:
             inner.__dict__.pop(name, None)
         if self.average:
             self.average.prepare(accelerator)
-        self.forward = torch.compile(self.model, dynamic=False) if self.compiled and not self.sharded else self.model
+        self.forward = self.model
+        if self.compiled and not self.sharded:
+            # The host then has time for the batches. With accumulation, later gradients would overwrite earlier ones.
+            graphs = self.device.type == "cuda" and self.accumulate == accelerator.num_processes == 1
+            mode = "reduce-overhead" if graphs else None
+            self.forward = torch.compile(self.model, dynamic=False, mode=mode)
 
     def _load_data(self) -> None:
         settings, data = self.settings, self.data
