@@ -4,8 +4,8 @@
     python benchmarks/bench_training.py --append --output benchmarks/results/training.jsonl --cases "synthetic fsdp2"
     python benchmarks/bench_training.py --size micro --batch_size 8 --images 64 --output /dev/null   # tries it on a CPU
 
-One GPU reads JPEG files that are made for it, and the same batch again and again (synthetic); two GPUs train on
-synthetic data with DDP and with FSDP2, whose model one process then loads. Each case is a run of its own, a JSON line,
+One GPU reads JPEG files that are made for it, and the same batch again and again (synthetic); two GPUs do so with DDP,
+and train on synthetic data with FSDP2, whose model one process then loads. Each case is a run of its own, a JSON line,
 and a row of the table; an epoch counts from the second on, when everything is compiled.
 """
 
@@ -37,7 +37,7 @@ FSDP2 = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "FlashKATLayer",
 }
-CASES = ("synthetic", "jpeg", "synthetic ddp", "synthetic fsdp2")
+CASES = ("synthetic", "jpeg", "synthetic ddp", "jpeg ddp", "synthetic fsdp2")
 RATES = ("images_per_second", "step_images_per_second", "data_images_per_second")
 CLASSES = 2  # of bench_data's folder
 
@@ -98,7 +98,7 @@ def work(arguments: Arguments) -> None:
         flags += ["--workers", str(arguments.workers)]
     if not torch.cuda.is_available():
         flags += ["--precision", "no"]
-    if arguments.case == "jpeg":
+    if "jpeg" in arguments.case:
         flags += ["--on_device", arguments.on_device, "--skip_corrupt"]  # files just made need no check
     else:
         Synthetic.steps, trainer.TrainBatches = arguments.steps, Synthetic
@@ -133,7 +133,7 @@ def measure(case: str, processes: int, data: str, arguments: Arguments, extra: d
         "processes": processes,
         "size": arguments.size,
         "batch_size": arguments.batch_size,
-        **({"on_device": settings["on_device"]} if case == "jpeg" else {}),
+        **({"on_device": settings["on_device"]} if "jpeg" in case else {}),
         **rates,
         **about,
         **({"commit": arguments.commit} if arguments.commit else {}),
@@ -146,7 +146,7 @@ def chosen_cases(arguments: Arguments, processes: int) -> list[str]:
     Raises:
         SystemExit: one was asked for that it cannot run.
     """
-    alone, many = CASES[:2], CASES[2:] if torch.cuda.is_available() else CASES[2:3]  # accelerate's FSDP2 is for GPUs
+    alone, many = CASES[:2], CASES[2:] if torch.cuda.is_available() else CASES[2:4]  # accelerate's FSDP2 is for GPUs
     possible = [*alone, *(many if processes > 1 else ())]
     if impossible := [case for case in arguments.cases or () if case not in possible]:
         raise SystemExit(
@@ -163,8 +163,9 @@ def main(arguments: Arguments) -> None:
     cases = chosen_cases(arguments, processes)
     results = []
     with tempfile.TemporaryDirectory() as folder, arguments.output.open("a" if arguments.append else "w") as lines:
-        copies = arguments.copies if "jpeg" in cases else 1
-        images = arguments.images if "jpeg" in cases else arguments.batch_size * processes  # only counted there
+        read = any("jpeg" in case for case in cases)
+        copies = arguments.copies if read else 1
+        images = arguments.images if read else arguments.batch_size * processes  # only counted there
         make_folder(Path(folder), Photographs(arguments.output, images, copies, batch_size=arguments.batch_size))
         for case in cases:
             count = 1 if case in CASES[:2] else processes

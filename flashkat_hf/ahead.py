@@ -2,7 +2,6 @@
 
 import functools
 import queue
-import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 DEPTH = 2  # batches that are ready at most
-TURN = 5e-4  # seconds that a thread may keep Python, while others wait who make batches; Python's own choice is 5e-3
 Batch = dict[str, Tensor]
 Item = TypeVar("Item")
 
@@ -34,8 +32,6 @@ def made_ahead(
         yield from map(make, batches)
         return
     with ExitStack() as threads:
-        threads.callback(sys.setswitchinterval, sys.getswitchinterval())
-        sys.setswitchinterval(TURN)
         if device.type != "cuda":
             yield from threads.enter_context(closing(in_background(map(make, batches))))
             return

@@ -91,7 +91,8 @@ class Trainer:
         self.forward = self.model
         if self.compiled and not self.sharded:
             # The host then has time for the batches. With accumulation, later gradients would overwrite earlier ones.
-            graphs = self.device.type == "cuda" and self.accumulate == accelerator.num_processes == 1
+            kinds = {DistributedType.NO, DistributedType.MULTI_GPU}
+            graphs = self.device.type == "cuda" and self.accumulate == 1 and accelerator.distributed_type in kinds
             mode = "reduce-overhead" if graphs else None
             self.forward = torch.compile(self.model, dynamic=False, mode=mode)
 

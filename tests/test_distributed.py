@@ -39,13 +39,21 @@ def runs(tmp_path_factory) -> tuple[Path, list[list[int]]]:
             job(f"{name}-stopped", 2, sharded=sharded, settings={**DRAWN, "resume": True}),
         ]
     jobs.append(job("ddp-bad", 2, settings={"batch_size": 7}))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, ROOT / "tests" / "processes.py"]
+    return folder, ended(jobs, CUDA_VISIBLE_DEVICES="")
+
+
+def ended(jobs: list[dict], **variables: str) -> list[list[int]]:
+    """Run the jobs; each exit status."""
     result = subprocess.run(
-        command, input=json.dumps(jobs), capture_output=True, text=True, check=False, env=environment
+        [sys.executable, ROOT / "tests" / "processes.py"],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
     )
     assert result.returncode == 0, result.stderr
-    return folder, json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def test_how_the_processes_ended(runs):
@@ -85,3 +93,19 @@ def test_processes_draw_differently(runs):
     first, second = (json.loads((runs[0] / f"ddp-whole-seeds-{rank}.json").read_text()) for rank in range(2))
     assert first[0] == second[0]  # of the model, that they make alike
     assert len({*first[1:], *second[1:]}) == 2 * len(losses(runs[0] / "ddp-whole"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_replay_what_they_launch(tmp_path):
+    """CUDA graphs give the bits that a step without them gives."""
+    settings = {**DRAWN, "data": str(make_images(tmp_path / "images")), "ema_decay": 0.5, "epochs": 3}
+    jobs = [
+        {"processes": 2, "settings": {**settings, "output": str(tmp_path / name)}, "launched": name == "launched"}
+        for name in ("launched", "replayed")
+    ]
+    assert ended(jobs) == [[0, 0], [0, 0]]
+    launched, replayed = tmp_path / "launched", tmp_path / "replayed"
+    assert metrics(replayed) == metrics(launched)
+    expected, found = (load_file(output / "last" / "model.safetensors") for output in (launched, replayed))
+    assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())

@@ -726,6 +726,25 @@ def test_on_a_gpu_a_run_is_compiled_in_bfloat16_and_measured(run):
     assert losses(output) == pytest.approx(losses(plain), rel=0.05)
 
 
+@pytest.mark.gpu
+def test_cuda_graphs_give_the_bits_of_launches(run, monkeypatch):
+    """After a resume too; there are none where gradients accumulate, which a replay would overwrite."""
+    settings = {"epochs": 3, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.3, "ema_decay": 0.8}
+    modes, compile = [], torch.compile
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda *given, mode, **named: modes.append(mode) or compile(*given, **named))
+        launched = run("launched", **settings)
+        run("accumulated", micro_batch=4, max_steps=1)
+    assert modes == ["reduce-overhead", None]
+    with monkeypatch.context() as patch:
+        after_step(patch, 5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            run("replayed", **settings)
+    replayed = run("replayed", resume=True, **settings)
+    assert losses(replayed) == losses(launched)
+    assert all(torch.equal(tensor, weights(replayed)[name]) for name, tensor in weights(launched).items())
+
+
 def test_the_digits_leave_samples(run):
     output = run("digits", data="digits", max_steps=1, batch_size=16)
     samples = sorted((output / "samples").iterdir())
