@@ -90,10 +90,7 @@ class Trainer:
             self.average.prepare(accelerator)
         self.forward = self.model
         if self.compiled and not self.sharded:
-            # The host then has time for the batches. With accumulation, later gradients would overwrite earlier ones.
-            kinds = {DistributedType.NO, DistributedType.MULTI_GPU}
-            graphs = self.device.type == "cuda" and self.accumulate == 1 and accelerator.distributed_type in kinds
-            mode = "reduce-overhead" if graphs else None
+            mode = compile_mode(settings, accelerator, self.accumulate)
             self.forward = torch.compile(self.model, dynamic=False, mode=mode)
 
     def _load_data(self) -> None:
@@ -379,6 +376,16 @@ class Trainer:
             "versions": versions(),
             "commit": commit(),
         }
+
+
+def compile_mode(settings: Settings, accelerator: Accelerator, accumulate: int) -> str | None:
+    """With CUDA graphs where they serve: the host has time for the batches then.
+
+    Not where gradients accumulate: a replay writes where those of the replay before are.
+    """
+    known = accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
+    serve = known and accelerator.device.type == "cuda" and accumulate == 1
+    return "reduce-overhead" if serve and settings.cuda_graphs else None
 
 
 def worker_processes(settings: Settings) -> int:

@@ -2,11 +2,10 @@
 
     python tests/processes.py < JOBS
 
-JOBS is a JSON list of {"processes": N, "sharded": bool, "settings": {...}, "signal": [after step, number] or null,
-"launched": bool}.
+JOBS is a JSON list of {"processes": N, "sharded": bool, "settings": {...}, "signal": [after step, number] or null}.
 Prints a JSON list with the exit statuses of each job's processes. Beside the output of each, OUTPUT-seeds-RANK.json has
 what process RANK seeded its updates with. With "sharded" FSDP2 runs on the CPU, which
-accelerate offers for GPUs only, so that its choice of a backend is overruled. With "launched" there are no CUDA graphs.
+accelerate offers for GPUs only, so that its choice of a backend is overruled.
 """
 
 import json
@@ -57,9 +56,6 @@ def work(job: dict, rank: int, port: int) -> int:
         os.environ |= SHARDED
         PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
         flashkat_hf.training.without_accelerator = lambda: False
-    if job.get("launched"):
-        compile = torch.compile
-        torch.compile = lambda *given, mode, **named: compile(*given, **named)
     if job.get("signal") and rank == 0:
         step, number = job["signal"]
         update = Trainer._update

@@ -101,7 +101,7 @@ def test_two_gpus_replay_what_they_launch(tmp_path):
     """CUDA graphs give the bits that a step without them gives."""
     settings = {**DRAWN, "data": str(make_images(tmp_path / "images")), "ema_decay": 0.5, "epochs": 3}
     jobs = [
-        {"processes": 2, "settings": {**settings, "output": str(tmp_path / name)}, "launched": name == "launched"}
+        {"processes": 2, "settings": {**settings, "output": str(tmp_path / name), "cuda_graphs": name == "replayed"}}
         for name in ("launched", "replayed")
     ]
     assert ended(jobs) == [[0, 0], [0, 0]]

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from accelerate import DistributedType
 from accelerate.state import AcceleratorState, GradientState
 from data_helpers import write_shards
 from safetensors.torch import load_file
@@ -27,8 +28,9 @@ from flashkat_hf import trainer as loop
 from flashkat_hf.images import open_image
 from flashkat_hf.loading import TrainBatches
 from flashkat_hf.measurement import loading_rate
+from flashkat_hf.recipe import Settings
 from flashkat_hf.run_folder import CONTENTS
-from flashkat_hf.trainer import Trainer
+from flashkat_hf.trainer import Trainer, compile_mode
 from flashkat_hf.training import train
 
 SUMMARY = (
@@ -726,16 +728,22 @@ def test_on_a_gpu_a_run_is_compiled_in_bfloat16_and_measured(run):
     assert losses(output) == pytest.approx(losses(plain), rel=0.05)
 
 
+def test_cuda_graphs_where_they_serve():
+    """Gradients that accumulate would be overwritten by the next replay."""
+
+    def mode(device="cuda", kind=DistributedType.NO, accumulate=1, **settings) -> str | None:
+        accelerator = SimpleNamespace(device=torch.device(device), distributed_type=kind)
+        return compile_mode(Settings(**settings), accelerator, accumulate)  # pyright: ignore[reportArgumentType]
+
+    assert mode() == mode(kind=DistributedType.MULTI_GPU) == "reduce-overhead"
+    assert mode("cpu") is mode(kind=DistributedType.FSDP) is mode(accumulate=2) is mode(cuda_graphs=False) is None
+
+
 @pytest.mark.gpu
 def test_cuda_graphs_give_the_bits_of_launches(run, monkeypatch):
-    """After a resume too; there are none where gradients accumulate, which a replay would overwrite."""
+    """After a resume too."""
     settings = {"epochs": 3, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.3, "ema_decay": 0.8}
-    modes, compile = [], torch.compile
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "compile", lambda *given, mode, **named: modes.append(mode) or compile(*given, **named))
-        launched = run("launched", **settings)
-        run("accumulated", micro_batch=4, max_steps=1)
-    assert modes == ["reduce-overhead", None]
+    launched = run("launched", **settings, cuda_graphs=False)
     with monkeypatch.context() as patch:
         after_step(patch, 5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit):
