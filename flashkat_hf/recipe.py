@@ -107,7 +107,7 @@ class Settings:
     ema_decay: float | None = setting(None, "of averaged weights, evaluated beside the raw ones; default: none")
     precision: Literal["no", "bf16"] | None = setting(None, "default: accelerate's, else bf16 on a GPU")
     compile: bool | None = setting(None, "torch.compile; default: on a GPU")
-    cuda_graphs: bool = setting(True, "replay a compiled step, where none is accumulated; needs some more memory")
+    cuda_graphs: bool = setting(True, "replay a compiled step where nothing is accumulated; takes more memory")
     seed: int = setting(0, "of weights, order, augmentation, mixing and stochastic depth")
     # what is shown and kept
     evaluate_epochs: int = setting(1, "evaluate after so many epochs, and after the last")
