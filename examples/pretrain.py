@@ -1,7 +1,7 @@
 """Train a FlashKAT from scratch by the paper's recipe, on one GPU, several, or several machines.
 
-    accelerate launch examples/pretrain.py --data imagenet --size small --micro_batch 256
-    accelerate launch examples/pretrain.py --data imagenet --size small --micro_batch 256 --resume
+    accelerate launch examples/pretrain.py --data imagenet --size small
+    accelerate launch examples/pretrain.py --data imagenet --size small --resume
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/pretrain.py --data imagenet --size base
 
 The recipes are examples/recipes/pretrain-tiny, -small and -base; a flag on the command line goes before a recipe's.
