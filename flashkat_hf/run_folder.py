@@ -83,8 +83,8 @@ class RunFolder:
         write_durably(self.path / "settings.json", as_json(about))
         self.metrics.write_text("")
 
-    def compare(self, about: dict[str, Any]) -> None:
-        """Whether a resumed run is the same run.
+    def compare(self, about: dict[str, Any]) -> dict[str, Any]:
+        """Whether a resumed run is the same run; returns what was noted of it when it began.
 
         Raises:
             ValueError: a setting that can change the result, the data or the number of processes differs; names all.
@@ -101,6 +101,7 @@ class RunFolder:
         if differ := [name for name in names if before.get(name) != about.get(name)]:
             texts = [f"{name} was {before.get(name)} and is {about.get(name)}" for name in differ]
             raise ValueError(f"--resume: {self.path} was made with other settings: {', '.join(texts)}")
+        return before
 
     def log(self, line: dict[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:

@@ -21,6 +21,7 @@ from .recipe import DATA, Settings
 from .run_folder import RunFolder, warn
 from .stopping import StopSignals
 from .trainer import Trainer, worker_processes
+from .training_state import Checkpoints
 
 
 def train(
@@ -75,9 +76,11 @@ def train(
         "data_fingerprint": data.fingerprint,
     }
     going_on = settings.resume and (folder.path / "settings.json").exists()
-    if going_on:
-        folder.compare(about)
+    before = folder.compare(about) if going_on else {}
     if going_on and (folder.path / "summary.json").exists():
+        kept = settings.keep_after_success or before.get("keep_after_success")
+        if accelerator.is_main_process and not kept:  # a kill came before the run could
+            Checkpoints(folder.checkpoints, settings.keep_checkpoints).remove()
         warn(f"{folder.path} is complete; nothing is left to do")
         return None
     accelerator.wait_for_everyone()  # until every process has checked

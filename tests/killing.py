@@ -79,10 +79,9 @@ def main(folder: Path, kills: int, workers: int) -> None:
     if in_child(settings(folder, "whole", workers=0)) != 0:
         raise SystemExit("the undisturbed run failed")
     seconds = time.perf_counter() - start
-    draw, killed, during, resumed, runs, attempts = random.Random(workers), 0, 0, 0, 1, 0
-    while killed < kills or not (folder / f"killed-{runs}" / "summary.json").exists():
-        if (folder / f"killed-{runs}" / "summary.json").exists():
-            runs += 1
+    draw, killed, during, resumed, runs, attempts, status = random.Random(workers), 0, 0, 0, 1, 0, None
+    while killed < kills or status != 0:
+        runs += status == 0
         run, attempts = settings(folder, f"killed-{runs}", workers), attempts + 1
         resumed += any((run.output / "checkpoints").glob("step-*"))
         if killed >= kills:

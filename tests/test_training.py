@@ -32,6 +32,7 @@ from flashkat_hf.recipe import Settings
 from flashkat_hf.run_folder import CONTENTS
 from flashkat_hf.trainer import Trainer, compile_mode
 from flashkat_hf.training import train
+from flashkat_hf.training_state import Checkpoints
 
 SUMMARY = (
     "data num_train_images num_test_images num_labels image_size epochs steps batch_size top1 top5 top1_raw top1_ema "
@@ -625,6 +626,19 @@ def test_resuming_what_has_not_begun_or_is_complete(run, capsys):
     run(resume=True, max_steps=2)
     assert "is complete; nothing is left to do" in capsys.readouterr().err
     assert contents(output) == before
+
+
+def test_a_run_killed_at_its_very_end_is_tidied(run, monkeypatch):
+    """Between its summary and the removal of its checkpoints; those that are to be kept stay."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "remove", lambda _: None)
+        output = run(checkpoint_steps=4)
+    assert (output / "checkpoints" / "step-4").exists()
+    run(checkpoint_steps=4, resume=True)
+    assert not (output / "checkpoints").exists()
+    output = run("kept", checkpoint_steps=4, keep_after_success=True)
+    run("kept", checkpoint_steps=4, resume=True)
+    assert (output / "checkpoints" / "step-4").exists()
 
 
 def test_a_corrupt_image_ends_the_run_unless_told_otherwise(run, tmp_path, capsys):
