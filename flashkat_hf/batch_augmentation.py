@@ -8,7 +8,7 @@ from PIL's by rounding, and by PyTorch's operations in bicubic rotations.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps, JpegImagePlugin
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .batch_decoding import Decoded, decoded, decoded_crops
+from .batch_operations import GEOMETRIC, OPERATIONS, augmented_by_operations
 from .images import Encoded, Sample, extra, header, unreadable
 
 try:
@@ -26,12 +26,7 @@ try:
 except ImportError:  # no triton: PyTorch's operations serve every device
     augmented = None
 
-OPERATIONS = (  # timm's functions, in the order of their numbers in a plan
-    "shear_x", "shear_y", "translate_x_rel", "translate_y_rel", "rotate", "auto_contrast", "equalize", "invert",
-    "solarize", "solarize_add", "posterize", "contrast", "brightness", "color", "sharpness",
-)  # fmt: skip
-GEOMETRIC = OPERATIONS[:5]
-NONE, BICUBIC = -1, 3  # no operation; PIL's number of the filter
+NONE = -1  # no operation
 NOISE, STRIDE = 2**22, 7919  # normal numbers for erased boxes; from one seed's place in them to the next
 AHEAD_BYTES = 2**26  # of files that are decoded at once, and of a batch's that are before it is needed
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
@@ -225,15 +220,12 @@ class BatchAugmentation(nn.Module):
             images = self._crops(batch)
         else:
             images = batch["pixel_values"].to(device, non_blocking=True, copy=True)
+        full, num_layers = self.full_plan(plan)
+        rest = num_layers, self.outside, self.mean, self.std, self.noise, STRIDE
         if augmented and images.is_cuda:
-            full, num_layers = self.full_plan(plan)
-            buffers = self.outside, self.mean, self.std, self.noise
-            pixels = augmented(images, full.to(device, non_blocking=True), num_layers, *buffers, STRIDE)
+            pixels = augmented(images, full.to(device, non_blocking=True), *rest)
         else:
-            for operations in plan[:, :-5].unflatten(1, (-1, 3)).unbind(1):
-                self._layer(images, operations)
-            pixels = (images.float() - self.mean) / self.std
-            self._erase(pixels, plan[:, -5:])
+            pixels = augmented_by_operations(images, full, *rest)
         return {"pixel_values": pixels, "labels": batch["labels"].to(device, non_blocking=True)}
 
     def decode(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -276,32 +268,6 @@ class BatchAugmentation(nn.Module):
         maps = self._maps(operations.flatten(0, 1)).unflatten(0, operations.shape[:2])
         return torch.cat((torch.cat((operations, maps), 2).flatten(1), plan[:, -5:]), 1), operations.shape[1]
 
-    def _layer(self, images: Tensor, operations: Tensor) -> None:
-        """One operation for each image, in place; `(batch, 3)` on the CPU: number, argument, filter.
-
-        Images of the same operation stand together, so that all that the device needs of the plan goes there at once.
-        """
-        numbers, arguments, filters = operations.unbind(1)
-        geometric = (numbers >= 0) & (numbers < len(GEOMETRIC))
-        kinds, order = torch.where(geometric, (filters == BICUBIC).float(), numbers).sort(stable=True)
-        starts = torch.searchsorted(kinds, torch.arange(len(OPERATIONS) + 1.0)).tolist()
-        table = torch.cat((order[:, None], arguments[order, None], self._maps(operations[order])), 1)
-        table = table.to(images.device, non_blocking=True)
-        index, arguments, maps = table[:, 0].long(), table[:, 1, None, None, None], table[:, 2:, None, None]
-
-        def replace(first: str, last: str, function: Callable[[Tensor, slice], Tensor]) -> None:
-            """What function makes of the images of these operations, and of their place in the table."""
-            there = slice(starts[OPERATIONS.index(first)], starts[OPERATIONS.index(last) + 1])
-            if there.start < there.stop:
-                images[index[there]] = function(images[index[there]], there)
-
-        bilinear, by_levels = starts[1] - starts[0], list(LEVELS)
-        ends = [starts[OPERATIONS.index(name) + 1] - starts[OPERATIONS.index(by_levels[0])] for name in by_levels]
-        replace(OPERATIONS[0], OPERATIONS[1], lambda images, there: self._moved(images, maps[there], bilinear))
-        replace(by_levels[0], by_levels[-1], lambda images, there: _through(ends, images, arguments[there]))
-        replace("color", "color", lambda images, there: _away_from(_gray(images), images.float(), arguments[there]))
-        replace("sharpness", "sharpness", lambda images, there: _away_from(*_smooth(images), arguments[there]))
-
     def _maps(self, operations: Tensor) -> Tensor:
         """Shears, translations and rotations as affine maps of the output's pixels to the input's, `(batch, 6)`."""
         height, width = self.size
@@ -313,102 +279,3 @@ class BatchAugmentation(nn.Module):
         to_x = cos, sin + shear_x, right * width + x - cos * x - sin * y
         to_y = shear_y - sin, cos, down * height + y + sin * x - cos * y
         return torch.stack((*to_x, *to_y), 1)
-
-    def _moved(self, images: Tensor, maps: Tensor, bilinear: int) -> Tensor:
-        """By the maps `(count, 6, 1, 1)`; the first `bilinear` images with that filter, the others bicubic."""
-        height, width = images.shape[2:]
-        rows = (torch.arange(height, device=images.device) + 0.5)[:, None]
-        columns = torch.arange(width, device=images.device) + 0.5
-        x, y = (maps[:, k] * columns + maps[:, k + 1] * rows + maps[:, k + 2] for k in (0, 3))
-        grid = torch.stack([2 * x / width - 1, 2 * y / height - 1], -1)
-        sampled = torch.cat([
-            functional.grid_sample(images[part].float(), grid[part], mode, "border", align_corners=False)
-            for part, mode in ((slice(bilinear), "bilinear"), (slice(bilinear, None), "bicubic"))
-        ])  # fmt: skip
-        inside = ((x >= 0) & (x < width) & (y >= 0) & (y < height))[:, None]
-        return torch.where(inside, sampled.clamp(0, 255), self.outside).to(torch.uint8)  # PIL rounds down
-
-    def _erase(self, pixels: Tensor, boxes: Tensor) -> None:
-        """Noise in the boxes, from a place in the buffer that an image's own seed gives."""
-        index = boxes[:, 2].nonzero()[:, 0]
-        if not len(index):
-            return
-        boxes, index = boxes[index].to(pixels.device, non_blocking=True), index.to(pixels.device, non_blocking=True)
-        top, left, rows, columns, seed = boxes.long()[:, :, None, None, None].unbind(1)
-        _, channels, height, width = pixels.shape
-        y, x = torch.arange(height, device=pixels.device)[:, None], torch.arange(width, device=pixels.device)
-        inside = (y >= top) & (y < top + rows) & (x >= left) & (x < left + columns)
-        count = torch.arange(channels * height * width, device=pixels.device).view(channels, height, width)
-        noise = self.noise[(seed * STRIDE + count) % len(self.noise)]
-        pixels[index] = torch.where(inside, noise, pixels[index])
-
-
-def _through(ends: Sequence[int], images: Tensor, arguments: Tensor) -> Tensor:
-    """Each level replaced by what its operation's table has for it; `ends` of each of the `LEVELS`' images in a row."""
-    levels, tables, start = torch.arange(256, device=images.device).expand(1, 1, -1), [], 0
-    for table, end in zip(LEVELS.values(), ends, strict=True):
-        if start < end:
-            made = table(images[start:end], arguments[start:end, 0], levels).clamp(0, 255)
-            tables.append(made.to(torch.uint8).expand(end - start, 3, -1))  # PIL rounds down
-        start = end
-    return torch.cat(tables).gather(2, images.flatten(2).long()).view_as(images)
-
-
-def _auto_contrast(images: Tensor, _: Tensor, levels: Tensor) -> Tensor:
-    low, high = (extreme.double()[..., None] for extreme in images.flatten(2).aminmax(dim=2))  # as PIL calculates
-    scale = 255 / (high - low)
-    return torch.where(high > low, levels * scale - low * scale, levels)
-
-
-def _equalize(images: Tensor, _: Tensor, levels: Tensor) -> Tensor:
-    flat = images.flatten(2).long()
-    counts = flat.new_zeros(*flat.shape[:2], 256).scatter_add_(2, flat, flat.new_ones(1).expand_as(flat))
-    last = counts.gather(2, flat.amax(2, keepdim=True))
-    step = (flat.shape[2] - last) // 255
-    tables = (step // 2 + counts.cumsum(2) - counts) // step.clamp(min=1)
-    return torch.where(step > 0, tables, levels)
-
-
-def _solarize_add(_: Tensor, arguments: Tensor, levels: Tensor) -> Tensor:
-    return torch.where(levels < 128, (levels + arguments).clamp(max=255), levels)
-
-
-def _posterize(_: Tensor, arguments: Tensor, levels: Tensor) -> Tensor:
-    return levels & (256 - 2 ** (8 - arguments.clamp(max=8))).long()
-
-
-def _contrast(images: Tensor, arguments: Tensor, levels: Tensor) -> Tensor:
-    mean = (_gray(images).mean((2, 3)) + 0.5).floor()[..., None]
-    return _away_from(mean, levels.float(), arguments)
-
-
-LEVELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # of images, arguments, levels
-    "auto_contrast": _auto_contrast,
-    "equalize": _equalize,
-    "invert": lambda images, arguments, levels: 255 - levels,
-    "solarize": lambda images, arguments, levels: torch.where(levels < arguments, levels, 255 - levels),
-    "solarize_add": _solarize_add,
-    "posterize": _posterize,
-    "contrast": _contrast,
-    "brightness": lambda images, arguments, levels: _away_from(0.0, levels.float(), arguments),
-}
-
-
-def _away_from(start: Tensor | float, pixels: Tensor, arguments: Tensor) -> Tensor:
-    """PIL's enhancements: away from a faded version, which is the result at factor 0."""
-    return (start + arguments * (pixels - start)).clamp(0, 255).to(torch.uint8)  # PIL rounds down
-
-
-def _gray(images: Tensor) -> Tensor:
-    red, green, blue = images.int().unbind(1)
-    return ((19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16)[:, None].float()
-
-
-def _smooth(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Each pixel averaged with its neighbours, where the border stays, and the pixels."""
-    pixels = images.float()
-    kernel = pixels.new_ones(3, 1, 3, 3)
-    kernel[:, :, 1, 1] = 5
-    smoothed = pixels.clone()
-    smoothed[:, :, 1:-1, 1:-1] = (functional.conv2d(pixels, kernel / 13, groups=3) + 0.5).floor()
-    return smoothed, pixels

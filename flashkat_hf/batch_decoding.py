@@ -4,6 +4,7 @@ import functools
 import io
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -70,7 +71,7 @@ def decoded(data: Tensor, files: Tensor, device: torch.device) -> Decoded:
     own, decoder = _decoding_stream(device), _hardware_decoder(device)
     places, memory = torch.cat((files[:, :1], files[:, 2:4]), 1), []
     left = torch.ones(len(files), dtype=torch.bool)
-    with _one_at_a_time, torch.cuda.stream(own):
+    with _one_at_a_time, torch.cuda.stream(own), _unfilled():
         if decoder is not None:
             for part in _parts(files[:, 4] > 0):
                 try:
@@ -126,17 +127,26 @@ def _by_torchvision(data: Tensor, files: Tensor, device: torch.device) -> list[T
     """All at once.
 
     On a GPU it writes at once, even if the current stream has still to read what was in that memory before: that must
-    be a stream's on which nothing else runs, not even deterministic mode's fill. And it reads the files when it comes
-    to it: they are kept until the next call, which waits for it first.
+    be a stream's on which nothing else runs. And it reads the files when it comes to it: they are kept until the next
+    call, which waits for it first.
     """
-    functions, deterministic = extra("torchvision.io"), cast(Any, torch.utils.deterministic)
+    functions = extra("torchvision.io")
     parts = [data[start : start + length] for start, length in files[:, :2].tolist()]
-    fills, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False
     try:
         return functions.decode_jpeg(parts, functions.ImageReadMode.RGB, device)
     finally:
-        deterministic.fill_uninitialized_memory = fills
         _in_reading[:] = parts
+
+
+@contextmanager
+def _unfilled() -> Iterator[None]:
+    """Without deterministic mode's fill of new memory, which decoders do not wait for."""
+    deterministic = cast(Any, torch.utils.deterministic)
+    fills, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, False
+    try:
+        yield
+    finally:
+        deterministic.fill_uninitialized_memory = fills
 
 
 def _parts(chosen: Tensor) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """JPEG files decoded by the decoders that NVIDIA's data-center GPUs have beside their multiprocessors, by nvJPEG.
 
-Torchvision's `decode_jpeg` uses them too, but lets nvJPEG work on streams of its own, which share the GPU's queues with
-a training step: each image waits for several of its kernels. Here all work is on the current stream.
+Torchvision's `decode_jpeg` uses them too, but lets nvJPEG pipeline its work, which gets little done beside a training
+step. Without that each decoder has a stream in nvJPEG, on which a file is one copy and one kernel.
 """
 
 import ctypes
@@ -42,10 +42,11 @@ class HardwareDecoder:
             self._call("nvjpegJpegStateCreate", self.handle, byref(self.state))
 
     def __call__(self, data: Tensor, files: Tensor) -> tuple[Tensor, Tensor]:
-        """Decode on the current stream, and wait for it.
+        """Decode, and wait for it.
 
-        The threads of a process take turns in Python, and each call from it may have to wait for its turn: there are
-        few of them here, and none for each file.
+        nvJPEG's streams write at once: nothing may still have to be done in the memory of the current stream. The
+        threads of a process take turns in Python, and each call from it may have to wait for its turn: there are few of
+        them here, and none for each file.
 
         Args:
             data: `(num_bytes,)` uint8 on the CPU.

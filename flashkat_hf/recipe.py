@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from .augmentation import Augmentation
+from .measurement import cores
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 # What cannot change the weights; a resumed run may have other values.
@@ -156,9 +158,14 @@ class Settings:
             self.learning_rate = 1e-4 if self.model else 3e-3 if self.size == "micro" else 5e-4
 
     @property
+    def in_memory(self) -> bool:
+        """Whether the images are there, so that nothing is read: the digits."""
+        return self.data in (None, "digits")
+
+    @property
     def data_name(self) -> str:
         """A word for the data, for file names."""
-        if self.data in (None, "digits"):
+        if self.in_memory:
             return "digits"
         return Path(str(self.data)).resolve().name or "data"
 
@@ -181,6 +188,13 @@ class Settings:
         if (self.mixup or self.cutmix) and micro % 2:
             raise ValueError(f"--micro_batch: mixing pairs images, so {micro} of a device at a time must be even")
         return micro, self.batch_size // (micro * num_processes)
+
+    def worker_processes(self) -> int:
+        """How many of them read images for each process."""
+        if self.workers is not None:
+            return self.workers
+        share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return min(1, max(0, share - 1)) if self.in_memory else min(16, max(1, share))
 
 
 class _Parser(HfArgumentParser):

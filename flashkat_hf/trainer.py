@@ -6,7 +6,6 @@ A run is a function of its settings and data. Each update seeds the random numbe
 
 import copy
 import math
-import os
 import statistics
 import sys
 import time
@@ -27,7 +26,7 @@ from .evaluation import evaluate
 from .images import ImageData, extra
 from .initial_model import build_model, merged, save_model
 from .loading import EvalBatches, TrainBatches
-from .measurement import Meter, commit, cores, device_name, loading_rate, versions
+from .measurement import Meter, commit, device_name, loading_rate, versions
 from .modeling_flashkat import FlashKATLayer
 from .optimization import AveragedWeights, Mixing, Schedule, make_optimizer, seed_update, trainable, whole_weights
 from .recipe import Settings
@@ -95,7 +94,7 @@ class Trainer:
 
     def _load_data(self) -> None:
         settings, data = self.settings, self.data
-        self.workers = worker_processes(settings)
+        self.workers = settings.worker_processes()
         options = {
             "batch_size": self.micro_batch,
             "rank": self.accelerator.process_index,
@@ -105,7 +104,7 @@ class Trainer:
         transform = training_transform(self.processor, settings.augmentation)
         epochs = {"epochs": settings.epochs, "seed": settings.seed}
         self.batches = TrainBatches(data.train, transform, workers=self.workers, **epochs, **options)
-        workers = 0 if settings.data in (None, "digits") else self.workers
+        workers = 0 if settings.in_memory else self.workers
         transform = evaluation_transform(self.processor)
         self.test_batches = EvalBatches(data.test, transform, workers=workers, **options)
         rest = batch_transform(self.processor, settings.augmentation)
@@ -386,14 +385,6 @@ def compile_mode(settings: Settings, accelerator: Accelerator, accumulate: int) 
     known = accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
     serve = known and accelerator.device.type == "cuda" and accumulate == 1
     return "reduce-overhead" if serve and settings.cuda_graphs else None
-
-
-def worker_processes(settings: Settings) -> int:
-    """How many of them read images for each process."""
-    if settings.workers is not None:
-        return settings.workers
-    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(1, max(0, share - 1)) if settings.data in (None, "digits") else min(16, max(1, share))
 
 
 def score(results: dict[str, Any]) -> float:

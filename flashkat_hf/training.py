@@ -20,7 +20,7 @@ from .images import Examples
 from .recipe import DATA, Settings
 from .run_folder import RunFolder, warn
 from .stopping import StopSignals
-from .trainer import Trainer, worker_processes
+from .trainer import Trainer
 from .training_state import Checkpoints
 
 
@@ -60,12 +60,11 @@ def train(
         raise ValueError(
             f"--batch_size: {settings.batch_size} is more than the {data.train.num_images} training images"
         )
-    in_memory = settings.data in (None, "digits")
-    settings.augmentation = settings.augmentation.resolved(accelerator.device, in_memory)
+    settings.augmentation = settings.augmentation.resolved(accelerator.device, settings.in_memory)
     compiled = accelerator.device.type == "cuda" if settings.compile is None else settings.compile
     readers = None
     if not isinstance(data.train, Examples):  # a stream, whose order follows from them
-        readers = max(1, min(worker_processes(settings), data.train.most_workers(accelerator.num_processes)))
+        readers = max(1, min(settings.worker_processes(), data.train.most_workers(accelerator.num_processes)))
     about = settings.to_dict() | {
         "precision": accelerator.mixed_precision,
         "compile": compiled,

@@ -13,7 +13,7 @@ try:  # transformers takes what checkpoint code imports elsewhere for a requirem
 except ImportError:
     raise
 
-# Numbers of the operations, as in batch_augmentation.OPERATIONS; those before are geometric.
+# Numbers of the operations, as in batch_operations.OPERATIONS; those before are geometric.
 AUTO_CONTRAST, EQUALIZE, INVERT, SOLARIZE, SOLARIZE_ADD, POSTERIZE, CONTRAST, BRIGHTNESS, COLOR, SHARPNESS = map(
     tl.constexpr, range(5, 15)
 )

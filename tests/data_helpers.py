@@ -1,4 +1,4 @@
-"""Small labelled images whose pixels say which they are, in every form that `open_data` reads."""
+"""Small labelled images whose pixels say which they are, in every form that `open_data` reads; and pictures."""
 
 import io
 import json
@@ -6,11 +6,15 @@ import tarfile
 from pathlib import Path
 
 import numpy
+import timm.data.auto_augment as auto_augment
+import torch
 from PIL import Image
 from torch import Tensor
 
 from flashkat_hf import make_image_processor
-from flashkat_hf.augmentation import evaluation_transform
+from flashkat_hf.augmentation import evaluation_transform, posterize
+from flashkat_hf.batch_augmentation import Draws, drawing
+from flashkat_hf.loading import seeded
 
 CLASSES = ["ant", "bee", "cow"]
 PROCESSOR = make_image_processor(8, crop=1.0)
@@ -85,3 +89,30 @@ def smooth_picture(seed: int, size: tuple[int, int]) -> Image.Image:
     """As photographs are, in full range; of width and height."""
     pixels = numpy.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=numpy.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+def stacked(images: list[Image.Image]) -> Tensor:
+    return torch.stack([torch.from_numpy(numpy.array(image)).permute(2, 0, 1) for image in images]).contiguous()
+
+
+def one_operation(
+    name: str, bicubic: bool, fill: list[int], size: tuple[int, int], count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures `(count, 3, height, width)` uint8, what timm's operation makes of them with PIL, and the plans for it.
+
+    At magnitudes over the whole range.
+    """
+    options = {"img_mean": tuple(fill), "magnitude_std": 4.0}
+    options["interpolation"] = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+    operation = auto_augment.AugmentOp(name, prob=1.0, magnitude=5, hparams=options)
+    if name == "Posterize":
+        operation.aug_fn = posterize
+    images, expected, plans = [smooth_picture(seed, size[::-1]) for seed in range(count)], [], []
+    for seed, image in enumerate(images):
+        with seeded(seed):
+            expected.append(operation(image))
+    layer = drawing(auto_augment.RandAugment([operation], num_layers=1))
+    for seed in range(count):
+        with seeded(seed):
+            plans.append(Draws(layer, None, size).plan())
+    return stacked(images), stacked(expected), torch.stack(plans)

@@ -146,3 +146,14 @@ def test_recipes_are_what_yaml_says():
         for name, value in yaml.safe_load(path.read_text()).items():
             kind = {item.name: item.type for item in fields(Settings)}.get(name)
             assert kind not in (int, float) or isinstance(value, int | float), (path, name)
+
+
+def test_worker_processes_follow_the_cores(monkeypatch):
+    """Shared by the processes of a machine; the digits are in memory."""
+    monkeypatch.setattr("flashkat_hf.recipe.cores", lambda: 12)
+    assert (Settings(data="photos").worker_processes(), Settings().worker_processes()) == (12, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert (Settings(data="photos").worker_processes(), Settings().worker_processes()) == (1, 0)
+    assert Settings(data="photos", workers=5).worker_processes() == 5
+    monkeypatch.setattr("flashkat_hf.recipe.cores", lambda: 512)
+    assert Settings(data="photos").worker_processes() == 16

@@ -1,14 +1,11 @@
 """The kernels that carry out plans, by their launcher: PIL's pixels, and those of PyTorch's operations."""
 
-import numpy
 import pytest
 import timm.data.auto_augment as auto_augment
 import torch
-from data_helpers import smooth_picture
+from data_helpers import one_operation, smooth_picture, stacked
 from helpers import KERNEL_DEVICES
-from PIL import Image
 
-from flashkat_hf.augmentation import posterize
 from flashkat_hf.batch_augmentation import STRIDE, BatchAugmentation, Draws, drawing
 from flashkat_hf.loading import seeded
 from flashkat_hf.triton_augmentation import augmented
@@ -16,14 +13,6 @@ from flashkat_hf.triton_augmentation import augmented
 pytestmark = pytest.mark.parametrize("device", KERNEL_DEVICES)
 SIZE = (30, 36)  # no multiple of a block
 MODULE = BatchAugmentation((0.5, 0.4, 0.3), (0.2, 0.3, 0.25), SIZE)
-
-
-def picture(seed: int) -> Image.Image:
-    return smooth_picture(seed, SIZE[::-1])
-
-
-def stacked(images: list[Image.Image]) -> torch.Tensor:
-    return torch.stack([torch.from_numpy(numpy.array(image)).permute(2, 0, 1) for image in images]).contiguous()
 
 
 def carried_out(images: torch.Tensor, plans: torch.Tensor, device: str) -> torch.Tensor:
@@ -42,22 +31,10 @@ def levels(pixels: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("bicubic", [False, True])
 def test_an_operation_is_pils(name, bicubic, device):
     """Bicubic turns, too. A place that float32 rounds to the other side of a level, or of the border, is another's."""
-    options = {"img_mean": tuple(MODULE.fill), "magnitude_std": 4.0}
-    options["interpolation"] = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
-    operation = auto_augment.AugmentOp(name, prob=1.0, magnitude=5, hparams=options)
-    if name == "Posterize":
-        operation.aug_fn = posterize
-    images, expected, plans = [picture(seed) for seed in range(12)], [], []
-    for seed, image in enumerate(images):
-        with seeded(seed):
-            expected.append(operation(image))
-    layer = drawing(auto_augment.RandAugment([operation], num_layers=1))
-    for seed in range(12):
-        with seeded(seed):
-            plans.append(Draws(layer, None, SIZE).plan())
-    made = levels(carried_out(stacked(images), torch.stack(plans), device))
-    error = (made - stacked(expected)).abs().round()
-    assert not torch.equal(made.round(), stacked(images).float())
+    images, expected, plans = one_operation(name, bicubic, MODULE.fill, SIZE, count=12)
+    made = levels(carried_out(images, plans, device))
+    error = (made - expected).abs().round()
+    assert not torch.equal(made.round(), images.float())
     assert error.max() <= 1
     assert (error > 0).float().mean() < (0.005 if name.startswith(("Rotate", "Shear", "Translate")) else 1e-9)
 
@@ -66,7 +43,7 @@ def test_an_operation_is_pils(name, bicubic, device):
 def test_plans_are_carried_out_as_by_pytorch(num_layers, device):
     """Of layers with operations of all kinds and none, and erased boxes; cubic filters left out, which differ."""
     generator = torch.Generator().manual_seed(num_layers)
-    images = stacked([picture(seed) for seed in range(48)])
+    images = stacked([smooth_picture(seed, SIZE[::-1]) for seed in range(48)])
     plans = []
     for seed in range(48):
         with seeded(seed):
