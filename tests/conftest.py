@@ -1,19 +1,25 @@
 """Every test starts from one seed, in deterministic mode, with fresh memory filled with NaN."""
 
 import os
+import random
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from helpers import micro_config
 from hub_server import HubServer
 from huggingface_hub import close_session, constants, hf_api
+from small_runs import make_images, small_run
 
 from flashkat_hf import FlashKATForImageClassification, make_image_processor
 from flashkat_hf.cards import write_card
 from flashkat_hf.remote_code import write_code
+from flashkat_hf.training import train
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products; read when CUDA starts
 
@@ -91,3 +97,38 @@ def bare_folder(_saved, tmp_path):
 def model_folder(_complete, tmp_path):
     """A copy of a micro model's folder with code and card."""
     return shutil.copytree(_complete, tmp_path / "model")
+
+
+@pytest.fixture
+def _one_run(request, monkeypatch) -> Iterator[None]:
+    """On the CPU unless marked, one thread, and all that a run seeds and sets put back."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", str(request.node.get_closest_marker("gpu") is None).lower())
+    num_threads, states = torch.get_num_threads(), (random.getstate(), numpy.random.get_state())
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+    random.setstate(states[0])
+    numpy.random.set_state(states[1])
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def run(images, tmp_path, _one_run):
+    """Train on the images, or what `data` says; the folder of the run."""
+
+    def run(name: str = "run", **settings) -> Path:
+        output = tmp_path / name
+        values = {"data": images, **settings}
+        callback = values.pop("on_model", None)
+        try:
+            train(small_run(values.pop("data"), output, **values), callback)
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+        return output
+
+    return run

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 
 from flashkat_hf.augmentation import Augmentation
 from flashkat_hf.recipe import Settings
+from flashkat_hf.trainer import Trainer
 
 TIMES = ("images_per_second", "data_images_per_second", "step_images_per_second")
 
@@ -40,3 +43,23 @@ def metrics(output: Path) -> list[dict]:
 
 def losses(output: Path) -> list[float]:
     return [line["loss"] for line in metrics(output) if line.get("kind") == "step"]
+
+
+def weights(output: Path, name: str = "last") -> dict[str, Tensor]:
+    return load_file(output / name / "model.safetensors")
+
+
+def after_step(monkeypatch, step: int, action) -> None:
+    """Call `action(trainer)` when a run has made update `step`."""
+    update = Trainer._update
+
+    def updated(trainer, batches) -> None:
+        update(trainer, batches)
+        if trainer.progress.step == step:
+            action(trainer)
+
+    monkeypatch.setattr(Trainer, "_update", updated)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,95 +1,29 @@
 """The loop: what an update is, what a run leaves, how it ends, and what is refused before it starts."""
 
-import errno
 import json
 import math
 import os
-import random
 import re
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy
 import pytest
 import torch
-from accelerate import DistributedType
-from accelerate.state import AcceleratorState, GradientState
-from data_helpers import write_shards
-from safetensors.torch import load_file
-from small_runs import losses, make_images, metrics, small_run
+from small_runs import after_step, losses, metrics, weights
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from flashkat_hf import trainer as loop
 from flashkat_hf.images import open_image
-from flashkat_hf.loading import TrainBatches
 from flashkat_hf.measurement import loading_rate
-from flashkat_hf.recipe import Settings
 from flashkat_hf.run_folder import CONTENTS
-from flashkat_hf.trainer import Trainer, compile_mode
-from flashkat_hf.training import train
-from flashkat_hf.training_state import Checkpoints
+from flashkat_hf.trainer import Trainer
 
 SUMMARY = (
     "data num_train_images num_test_images num_labels image_size epochs steps batch_size top1 top5 top1_raw top1_ema "
     "weights best_epoch images_per_second data_images_per_second step_images_per_second peak_memory_gib device "
     "num_processes precision compiled started_from seed skipped_updates skipped_images seconds versions commit"
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_run(request, monkeypatch) -> Iterator[None]:
-    """On the CPU unless marked, one thread, and all that a run seeds and sets put back."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", str(request.node.get_closest_marker("gpu") is None).lower())
-    num_threads, states = torch.get_num_threads(), (random.getstate(), numpy.random.get_state())
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-    random.setstate(states[0])
-    numpy.random.set_state(states[1])
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory) -> Path:
-    return make_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture
-def run(images, tmp_path):
-    """Train on the images, or what `data` says; the folder of the run."""
-
-    def run(name: str = "run", **settings) -> Path:
-        output = tmp_path / name
-        values = {"data": images, **settings}
-        callback = values.pop("on_model", None)
-        try:
-            train(small_run(values.pop("data"), output, **values), callback)
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
-        return output
-
-    return run
-
-
-def weights(output: Path, name: str = "last") -> dict[str, torch.Tensor]:
-    return load_file(output / name / "model.safetensors")
-
-
-def after_step(monkeypatch, step: int, action) -> None:
-    """Call `action(trainer)` when a run has made update `step`."""
-    update = Trainer._update
-
-    def updated(trainer, batches) -> None:
-        update(trainer, batches)
-        if trainer.progress.step == step:
-            action(trainer)
-
-    monkeypatch.setattr(Trainer, "_update", updated)
 
 
 def seen(monkeypatch, see) -> None:
@@ -107,10 +41,6 @@ def seen(monkeypatch, see) -> None:
         return model, processor
 
     monkeypatch.setattr(loop, "build_model", built)
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_bar_says_where_a_run_stands(run, capsys):
@@ -357,141 +287,6 @@ def test_evaluation_may_be_rarer(run):
     assert ["top1" in line for line in lines] == [False, True, True]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_ends_the_run_and_it_goes_on_to_the_bit(run, monkeypatch, capsys, number, code):
-    settings = {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.3, "ema_decay": 0.7, "micro_batch": 4}
-    whole = run("whole", **settings)
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        after_step(patch, 4, lambda _: os.kill(os.getpid(), number))
-        with pytest.raises(SystemExit) as ended:
-            run("stopped", **settings)
-    assert ended.value.code == code
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-    checkpoint = whole.with_name("stopped") / "checkpoints" / "step-4"
-    assert f"saved after step 4 in {checkpoint}; --resume goes on" in capsys.readouterr().err
-    starts, epoch = [], TrainBatches.epoch
-    monkeypatch.setattr(TrainBatches, "epoch", lambda self, *at: starts.append(at) or epoch(self, *at))
-    stopped = run("stopped", resume=True, **settings)
-    assert starts == [(1, 2)]  # the second epoch, after one update of two micro-batches
-    assert metrics(stopped) == metrics(whole)
-    for name in ("best", "last"):
-        assert all(torch.equal(tensor, weights(stopped, name)[key]) for key, tensor in weights(whole, name).items())
-    assert not checkpoint.exists()
-
-
-def test_a_signal_at_the_last_update_leaves_the_evaluation_to_be_done(run, monkeypatch):
-    whole = run("whole")
-    with monkeypatch.context() as patch:
-        after_step(patch, 6, lambda _: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(SystemExit):
-            run("stopped")
-    assert not whole.with_name("stopped").joinpath("last").exists()
-    assert metrics(run("stopped", resume=True)) == metrics(whole)
-
-
-def test_a_second_ctrl_c_does_not_wait(run, monkeypatch):
-    after_step(monkeypatch, 2, lambda _: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
-    with pytest.raises(KeyboardInterrupt):
-        run()
-
-
-def test_checkpoints_by_steps_and_by_time(run, monkeypatch):
-    saved = []
-    save = Trainer._save
-    monkeypatch.setattr(Trainer, "_save", lambda trainer: saved.append(trainer.progress.step) or save(trainer))
-    output = run("steps", checkpoint_steps=2, keep_checkpoints=5, keep_after_success=True)
-    assert saved == [2, 4]
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-2", "step-4"]
-    saved.clear()
-    run("minutes", checkpoint_minutes=1e-9)
-    assert saved == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_the_run(run, monkeypatch, value):
-    """The message names step, rate and checkpoint; the checkpoint is from before; --resume leaves the update out."""
-    step = Trainer._update
-
-    def spoilt(trainer, batches) -> None:
-        if trainer.progress.step == 3:
-            batches = iter([{**batch, "pixel_values": batch["pixel_values"] * value} for batch in [next(batches)]])
-        step(trainer, batches)
-
-    monkeypatch.setattr(Trainer, "_update", spoilt)
-    settings = {"checkpoint_steps": 2, "log_steps": 100, "epochs": 3}
-    with pytest.raises(
-        ValueError, match=r"^the loss is nan at step 4, learning rate 0.000\d+; last good check\S+ \S+/step-2;"
-    ):
-        run("bad", **settings)
-    monkeypatch.setattr(loop, "evaluate", lambda *_: {"top1": 0.5, "top5": 1.0, "count": 6})
-    output = run("bad", resume=True, skip_nonfinite=True, **settings)
-    assert json.loads((output / "summary.json").read_text())["skipped_updates"] == 1
-    assert all(tensor.isfinite().all() for tensor in weights(output).values())
-    lines = [line for line in metrics(output) if "kind" not in line]
-    assert all(math.isfinite(line["loss"]) for line in lines)
-
-
-def test_weights_that_are_not_finite_are_not_saved(run, monkeypatch):
-    """Though no loss has shown it yet."""
-
-    def spoil(trainer) -> None:
-        trainer.model.classifier.bias.data[0] = math.inf
-
-    after_step(monkeypatch, 4, spoil)
-    with pytest.raises(
-        ValueError, match=r"the weights are not finite after step 4, .*: \S+/step-2; lower --learning_rate"
-    ):
-        run(checkpoint_steps=2)
-    with pytest.raises(
-        ValueError, match=r"not finite after step 4, .*; last good checkpoint: none; .* --skip_nonfinite"
-    ):
-        run("other", max_steps=4)
-
-
-def test_a_full_disk_names_the_last_good_checkpoint(run, monkeypatch, tmp_path):
-    def fill(trainer) -> None:
-        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(error))
-
-    with monkeypatch.context() as patch:
-        after_step(patch, 3, fill)
-        with pytest.raises(OSError, match=r"No space left on device; last good checkpoint: \S+/step-2$"):
-            run("full", checkpoint_steps=2)
-    monkeypatch.undo()
-    assert metrics(run("full", checkpoint_steps=2, resume=True)) == metrics(run("whole"))
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A function that mounts a file system of so many kilobytes, or gives it another size."""
-    path = tmp_path / "disk"
-    path.mkdir()
-
-    def mount(kilobytes: int) -> Path:
-        options = f"{'remount,' if path.is_mount() else ''}size={kilobytes}k"
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], check=False).returncode:
-            pytest.skip("mounting needs root")
-        return path
-
-    yield mount
-    if path.is_mount():
-        subprocess.run(["umount", path], check=True)
-
-
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting needs root on Linux")
-@pytest.mark.parametrize("kilobytes", [400, 1600, 2800, 3600])
-def test_a_disk_that_is_really_full(run, small_disk, kilobytes):
-    """While best/ is written, or the first, or the second checkpoint; with more room the run goes on to the bit."""
-    small_disk(kilobytes)
-    settings = {"checkpoint_steps": 2, "epochs": 3}
-    full = r"^[^\n]*(No space left on device|perhaps the disk is full)[^\n]*; last good checkpoint: (none|\S+/step-\d)$"
-    with pytest.raises(OSError, match=full):
-        run("disk/run", **settings)
-    small_disk(20_000)
-    assert metrics(run("disk/run", resume=True, **settings)) == metrics(run("whole", **settings))
-
-
 def test_trackers_get_the_same_numbers(run):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     output = run(trackers=["tensorboard"])
@@ -531,240 +326,6 @@ def test_ways_to_fine_tune(run, others):
         assert {"flashkat.layers.0.mlp.act2.numerator", "flashkat.layers.3.attention.qkv.weight"} <= moved
         assert ("flashkat.layers.0.norm1.weight" in moved) is ("lora_rank" not in others)
     assert (output / "best" / "adapter").exists() is ("lora_rank" in others)
-
-
-def test_an_existing_output_is_refused_and_kept(run):
-    output = run(max_steps=1)
-    before = contents(output)
-    for message, settings in (
-        (r"run exists; --resume goes on with it, --overwrite replaces it, or name another", {}),
-        (r"--batch_size: 48 is more than the 24 training images", {"overwrite": True, "batch_size": 48}),
-        (r"--model: .*nowhere is not a folder", {"overwrite": True, "size": None, "model": str(output / "nowhere")}),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run(**settings)
-        assert contents(output) == before
-    (output / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"run also holds what others wrote: notes.txt"):
-        run(overwrite=True)
-    (output / "notes.txt").unlink()
-    run(max_steps=2, overwrite=True)
-    assert json.loads((output / "summary.json").read_text())["steps"] == 2
-
-
-def test_what_is_no_run_is_not_overwritten(run, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.tex").write_text("mine")
-    for settings in ({}, {"overwrite": True}, {"resume": True}):
-        with pytest.raises(ValueError, match="run exists"):
-            run(**settings)
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="file exists and is not a folder"):
-        run("file", overwrite=True)
-    with pytest.raises(ValueError, match=r"--output: .*file/below cannot be made, .*file is not a folder"):
-        run("file/below")
-
-
-def test_an_output_that_cannot_be_written(run, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda *_: False)  # as root, who may, runs the tests
-    with pytest.raises(ValueError, match=r"--output: .*run cannot be made, .* is not a folder that can be written to"):
-        run()
-
-
-def stopped(run, monkeypatch) -> None:
-    with monkeypatch.context() as patch:
-        after_step(patch, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(SystemExit):
-            run()
-
-
-def test_another_run_is_not_gone_on_with(run, monkeypatch, images, tmp_path):
-    stopped(run, monkeypatch)
-    output = tmp_path / "run"
-    before = contents(output)
-    built = []
-    monkeypatch.setattr(loop, "build_model", lambda *_: built.append(1))
-    for message, settings in (
-        (r"other settings: epochs was 2 and is 3$", {"epochs": 3, "warmup_epochs": 0.2}),
-        (r"other settings: mixup was 0.0 and is 0.8, seed was 0 and is 1$", {"mixup": 0.8, "seed": 1}),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run(resume=True, **settings)
-    other = make_images(tmp_path / "other", train=13)
-    with pytest.raises(ValueError, match=r"--resume: .*run was trained on other data than .*other"):
-        run(resume=True, data=other)
-    assert built == []
-    assert contents(output) == before
-    (output / "settings.json").write_text("{")
-    with pytest.raises(ValueError, match=r"--resume: cannot read .*settings.json"):
-        run(resume=True)
-
-
-def test_what_cannot_change_the_weights_may_differ(run, monkeypatch):
-    whole = run("whole")
-    stopped(run, monkeypatch)
-    output = run(resume=True, workers=1, checkpoint_steps=1, log_steps=2)
-    assert all(torch.equal(tensor, weights(output)[name]) for name, tensor in weights(whole).items())
-
-
-def test_a_stream_goes_on_with_as_many_workers(run, monkeypatch, tmp_path):
-    """Its order follows from their number."""
-    data = write_shards(tmp_path / "shards", [12, 12], [3])
-    with monkeypatch.context() as patch:
-        after_step(patch, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(SystemExit):
-            run(data=data, workers=2)
-    with pytest.raises(ValueError, match=r"made with other settings: stream_workers was 2 and is 1$"):
-        run(data=data, workers=0, resume=True)
-    run(data=data, workers=2, resume=True)
-
-
-def test_resuming_what_has_not_begun_or_is_complete(run, capsys):
-    """So that a job that is started again may always say --resume."""
-    output = run(resume=True, max_steps=2)
-    before = contents(output)
-    run(resume=True, max_steps=2)
-    assert "is complete; nothing is left to do" in capsys.readouterr().err
-    assert contents(output) == before
-
-
-def test_a_run_killed_at_its_very_end_is_tidied(run, monkeypatch):
-    """Between its summary and the removal of its checkpoints; those that are to be kept stay."""
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "remove", lambda _: None)
-        output = run(checkpoint_steps=4)
-    assert (output / "checkpoints" / "step-4").exists()
-    run(checkpoint_steps=4, resume=True)
-    assert not (output / "checkpoints").exists()
-    output = run("kept", checkpoint_steps=4, keep_after_success=True)
-    run("kept", checkpoint_steps=4, resume=True)
-    assert (output / "checkpoints" / "step-4").exists()
-
-
-def test_a_corrupt_image_ends_the_run_unless_told_otherwise(run, tmp_path, capsys):
-    """Its header is whole, so that it is found only when it is decoded."""
-    data = make_images(tmp_path / "photos")
-    bad = data / "train" / "red" / "3.png"
-    bad.write_bytes(bad.read_bytes()[:-200])
-    with pytest.raises(ValueError, match=rf"cannot read the image {bad}: [^\n]*truncated[^\n]*$"):
-        run("bad", data=data)
-    summary = json.loads((run("skipped", data=data, skip_corrupt=True) / "summary.json").read_text())
-    assert (summary["steps"], summary["skipped_images"]) == (6, 1)
-    assert metrics(tmp_path / "skipped")[-1]["skipped_images"] == 1
-    assert "left out: 1 images that could not be read" in capsys.readouterr().err
-
-
-def damage_classes(root: Path) -> None:
-    (root / "val" / "red").rename(root / "val" / "blue")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda root: (root / "val").rename(root / "test"), "val/ is missing"),
-        (lambda root: [path.unlink() for path in (root / "train" / "red").iterdir()], "red has no images"),
-        (lambda root: [(root / split / "red").rename(root / split[0]) for split in ("train", "val")], "only the class"),
-        (damage_classes, "classes that"),
-        (lambda root: (root / "train" / "red" / "1.png").write_text("no"), "cannot read the image .*1.png"),
-    ],
-)
-def test_bad_data_is_refused_before_the_model_is_built(run, tmp_path, monkeypatch, damage, message):
-    damage(make_images(tmp_path / "photos"))
-    monkeypatch.setattr(loop, "build_model", None)
-    with pytest.raises(ValueError, match=message) as caught:
-        run(data=tmp_path / "photos")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"batch_size": 48}, "--batch_size: 48 is more than the 24 training images"),
-        ({"micro_batch": 1, "cutmix": 1.0}, "--micro_batch: mixing pairs images"),
-        ({"trackers": ["wandb"]}, "--trackers: wandb is missing: pip install wandb"),
-    ],
-)
-def test_settings_that_do_not_serve_are_refused_before_the_model_is_built(
-    run, tmp_path, monkeypatch, settings, message
-):
-    monkeypatch.setattr(loop, "build_model", None)
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=message):
-        run(**settings)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_precision_that_is_not_ours(run, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    with pytest.raises(ValueError, match="--precision: fp8 is not supported, no or bf16 are"):
-        run()
-
-
-def test_training_is_in_mixed_precision_and_evaluation_is_not(run, monkeypatch):
-    dtypes = []
-    build = loop.build_model
-
-    def built(settings, class_names):
-        model, processor = build(settings, class_names)
-        model.classifier.register_forward_hook(lambda *given: dtypes.append((model.training, given[2].dtype)))
-        return model, processor
-
-    monkeypatch.setattr(loop, "build_model", built)
-    run(precision="bf16", max_steps=1)
-    assert set(dtypes) == {(True, torch.bfloat16), (False, torch.float32)}
-
-
-def test_a_compiled_run(run, monkeypatch):
-    """The training pass goes through torch.compile; the result is the plain one's to rounding."""
-    compiled = []
-    compile = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda *given, **named: compiled.append(1) or compile(*given, **named, backend="aot_eager")
-    )
-    output = run("compiled", compile=True, max_steps=3)
-    assert compiled == [1]
-    assert losses(output) == pytest.approx(losses(run("plain", max_steps=3)), rel=1e-4)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_a_run_is_compiled_in_bfloat16_and_measured(run):
-    output = run(max_steps=3, ema_decay=0.5, mixup=0.8)
-    summary = json.loads((output / "summary.json").read_text())
-    assert (summary["precision"], summary["compiled"], summary["device"]) == (
-        "bf16",
-        True,
-        torch.cuda.get_device_name(),
-    )
-    assert summary["peak_memory_gib"] > 0
-    assert 0 < summary["images_per_second"] <= summary["step_images_per_second"] * 1.01
-    plain = run("plain", max_steps=3, ema_decay=0.5, mixup=0.8, compile=False)
-    assert losses(output) == pytest.approx(losses(plain), rel=0.05)
-
-
-def test_cuda_graphs_where_they_serve():
-    """Gradients that accumulate would be overwritten by the next replay."""
-
-    def mode(device="cuda", kind=DistributedType.NO, accumulate=1, **settings) -> str | None:
-        accelerator = SimpleNamespace(device=torch.device(device), distributed_type=kind)
-        return compile_mode(Settings(**settings), accelerator, accumulate)  # pyright: ignore[reportArgumentType]
-
-    assert mode() == mode(kind=DistributedType.MULTI_GPU) == "reduce-overhead"
-    assert mode("cpu") is mode(kind=DistributedType.FSDP) is mode(accumulate=2) is mode(cuda_graphs=False) is None
-
-
-@pytest.mark.gpu
-def test_cuda_graphs_give_the_bits_of_launches(run, monkeypatch):
-    """After a resume too."""
-    settings = {"epochs": 3, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.3, "ema_decay": 0.8}
-    launched = run("launched", **settings, cuda_graphs=False)
-    with monkeypatch.context() as patch:
-        after_step(patch, 5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(SystemExit):
-            run("replayed", **settings)
-    replayed = run("replayed", resume=True, **settings)
-    assert losses(replayed) == losses(launched)
-    assert all(torch.equal(tensor, weights(replayed)[name]) for name, tensor in weights(launched).items())
 
 
 def test_the_digits_leave_samples(run):
