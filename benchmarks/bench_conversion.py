@@ -1,10 +1,13 @@
-"""What a ViT loses when it becomes a FlashKAT: by the original's swish start, by ours, and by ours calibrated.
+"""What a ViT loses when it becomes a FlashKAT.
+
+By the original's swish start, by ours, and by ours calibrated.
 
 timm ViTs are trained on scikit-learn's digits (kept in --weights, which later runs read), converted with
-`flashkat_hf.convert`, and compared with themselves. The images: the 360 held-out digits; each of them ten times
-shifted, turned and scaled as in training; each ten times with Gaussian noise of standard deviation 0.1 of the pixels'
-range: 7,560 in all, none from the training split. Calibration sees training images alone. A result is one JSON line;
-errors are relative to the standard deviation of the source's logits over the 7,560 images.
+`flashkat_hf.convert`, and compared with themselves. The images: the 360 held-out digits; each of them ten
+times shifted, turned and scaled as in training; each ten times with Gaussian noise of standard deviation 0.1
+of the pixels' range: 7,560 in all, none from the training split. Calibration sees training images alone. A
+result is one JSON line; errors are relative to the standard deviation of the source's logits over the 7,560
+images.
 
     python benchmarks/bench_conversion.py --output benchmarks/results/conversion.jsonl  # about half an hour on one core
 """
@@ -26,11 +29,11 @@ from torch import Tensor
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 
 from flashkat_hf import FlashKATForImageClassification, convert, make_image_processor
-from flashkat_hf.augmentation import SIGNS, evaluation_transform, training_transform
-from flashkat_hf.calibration import NUM_IMAGES
-from flashkat_hf.data import load_digits
-from flashkat_hf.images import ImageData
-from flashkat_hf.loading import TrainBatches
+from flashkat_hf.conversion.calibration import NUM_IMAGES
+from flashkat_hf.data.augmentation import SIGNS, evaluation_transform, training_transform
+from flashkat_hf.data.batches import TrainBatches
+from flashkat_hf.data.samples import ImageData
+from flashkat_hf.data.sources import load_digits
 
 MODELS: dict[str, dict[str, Any]] = {
     "64x6": {"embed_dim": 64, "depth": 6, "num_heads": 4},
@@ -52,7 +55,9 @@ class Settings:
     output: Path = field(metadata={"help": "JSON lines are written here"})
     weights: Path = field(default=Path("runs/vits"), metadata={"help": "folder of the trained ViTs"})
     models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": "channels x layers"})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of weights, order, augmentation"})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "of weights, order, augmentation"}
+    )
     epochs: int = field(default=50, metadata={"help": "of the ViTs' training"})
     images: int = field(default=NUM_IMAGES, metadata={"help": "training images to calibrate with"})
     plot: Path | None = field(default=None, metadata={"help": "folder for a figure of each calibrated model"})
@@ -139,7 +144,9 @@ def measure(name: str, vit_file: Path, variant: str, batches: list[Tensor]) -> t
         )
         model = FlashKATForImageClassification.from_pretrained(Path(folder, "flashkat"))
     fits = report.calibration
-    worst = {f"act2_rms_{when}": max(getattr(fit, when) for fit in fits) for when in ("before", "after") if fits}
+    worst = {
+        f"act2_rms_{when}": max(getattr(fit, when) for fit in fits) for when in ("before", "after") if fits
+    }
     return model.eval(), worst
 
 
@@ -149,7 +156,9 @@ def plot(model, batches: list[Tensor], path: Path) -> None:
 
     inputs: list[Tensor] = []
     acts = [layer.mlp.act2 for layer in model.flashkat.layers]
-    handles = [act.register_forward_hook(lambda act, args, output: inputs.append(args[0].flatten())) for act in acts]
+    handles = [
+        act.register_forward_hook(lambda act, args, output: inputs.append(args[0].flatten())) for act in acts
+    ]
     with torch.no_grad():
         model(torch.cat(batches)[:64])
         for handle in handles:
@@ -165,7 +174,9 @@ def plot(model, batches: list[Tensor], path: Path) -> None:
 
 
 def main(settings: Settings) -> None:
-    torch.set_num_threads(1)  # two cores gain little on such small products, and lose much when others use them
+    torch.set_num_threads(
+        1
+    )  # two cores gain little on such small products, and lose much when others use them
     transformers.logging.disable_progress_bar()
     data, processor = load_digits(), make_image_processor(16, crop=1.0)
     images, labels = evaluation_images(data, processor), torch.tensor(data.test.labels)
@@ -181,7 +192,9 @@ def main(settings: Settings) -> None:
         "commit": settings.commit or subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
     }
     lines = []
-    print(f"{'ViT':10}{'seed':5} {'variant':38}{'rms error':>10}{'max error':>10}{'differ':>8}{'agreement':>11}")
+    print(
+        f"{'ViT':10}{'seed':5} {'variant':38}{'rms error':>10}{'max error':>10}{'differ':>8}{'agreement':>11}"
+    )
     for name in settings.models:
         for seed in settings.seeds:
             file = settings.weights / f"vit_{name}_{settings.epochs}epochs_seed{seed}.safetensors"

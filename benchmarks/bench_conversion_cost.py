@@ -2,8 +2,8 @@
 
     python benchmarks/bench_conversion_cost.py --output benchmarks/results/conversion_cost.jsonl
 
-The command runs in a process of its own, several times. Memory is the process's peak less that of one that only
-imports what the command needs, and less two copies of the weights: the source and the result.
+The command runs in a process of its own, several times. Memory is the process's peak less that of one that
+only imports what the command needs, and less two copies of the weights: the source and the result.
 """
 
 import json
@@ -20,7 +20,7 @@ import torch
 from transformers import HfArgumentParser
 
 from flashkat_hf import FlashKATConfig, FlashKATForImageClassification
-from flashkat_hf.naming import to_original
+from flashkat_hf.conversion.tensor_names import to_original
 
 IMPORTS = "import timm, transformers.models.vit, flashkat_hf.cli"
 
@@ -60,7 +60,9 @@ def main(settings: Settings) -> None:
         "seconds": round(median(seconds for seconds, _ in costs), 2),
         "seconds_of_imports": round(median(seconds for seconds, _ in idle), 2),
         "weights_gb": round(weights / 1e9, 3),
-        "extra_gb": round((max(peak for _, peak in costs) - min(peak for _, peak in idle) - 2 * weights) / 1e9, 3),
+        "extra_gb": round(
+            (max(peak for _, peak in costs) - min(peak for _, peak in idle) - 2 * weights) / 1e9, 3
+        ),
         "repeats": settings.repeats,
         "cores": os.cpu_count(),
         "torch": torch.__version__,

@@ -1,8 +1,8 @@
 """Images per second of the data side alone, in each of the ways that training batches can be made.
 
-JPEG files like photographs are made in a temporary folder, linked several times so that an epoch is long, and read as
-an image folder. Each way makes the recipe's batches, up to normalised tensors on the device, ahead in a thread as in
-training; the first are not timed. A result is one JSON line.
+JPEG files like photographs are made in a temporary folder, linked several times so that an epoch is long, and
+read as an image folder. Each way makes the recipe's batches, up to normalised tensors on the device, ahead in
+a thread as in training; the first are not timed. A result is one JSON line.
 
     python benchmarks/bench_data.py --output benchmarks/results/data.jsonl
 """
@@ -29,13 +29,17 @@ from PIL import Image
 from transformers import HfArgumentParser
 
 from flashkat_hf import make_image_processor
-from flashkat_hf.ahead import made_ahead, moved
-from flashkat_hf.augmentation import Augmentation, batch_transform, training_transform
 from flashkat_hf.data import open_data
-from flashkat_hf.loading import TrainBatches
-from flashkat_hf.measurement import cores
+from flashkat_hf.data.augmentation import Augmentation, batch_transform, training_transform
+from flashkat_hf.data.batches import TrainBatches
+from flashkat_hf.data.prefetch import made_ahead, moved
+from flashkat_hf.training.speed import cores
 
-WAYS = ("nothing", "augmentation", "decoding")  # what the device does for whole batches: `Augmentation.on_device`
+WAYS = (
+    "nothing",
+    "augmentation",
+    "decoding",
+)  # what the device does for whole batches: `Augmentation.on_device`
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,9 @@ class Settings:
     workers: list[int] = field(
         default_factory=list, metadata={"help": "numbers of processes; default: one a core, half"}
     )
-    ways: list[str] = field(default_factory=lambda: list(WAYS), metadata={"help": "nothing, augmentation, decoding"})
+    ways: list[str] = field(
+        default_factory=lambda: list(WAYS), metadata={"help": "nothing, augmentation, decoding"}
+    )
     device: str = field(default="", metadata={"help": "default: the GPU, if there is one"})
     commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
 

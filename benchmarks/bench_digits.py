@@ -3,15 +3,17 @@
     python benchmarks/bench_digits.py --output benchmarks/results/digits.jsonl               # micro, on a CPU
     python benchmarks/bench_digits.py --size tiny --output benchmarks/results/digits_224.jsonl   # 224 pixels, on a GPU
 
-Runs are processes' own matter, so seeds can go side by side, each into a file, as on a GPU that one does not fill:
+Runs are processes' own matter, so seeds can go side by side, each into a file, as on a GPU that one does not
+fill:
 
     for seed in 0 1 2; do
         python benchmarks/bench_digits.py --size tiny --seeds $seed --output runs/$seed.jsonl \
             --settings epochs=30 workers=4 compile=no &
     done; wait; cat runs/?.jsonl > benchmarks/results/digits_224.jsonl
 
-Both are trained by `flashkat_hf.training.train` with the recipe `finetune-digits`; the ViT is timm's, with the same
-patches, width, depth, heads and MLP. A line for each run, and at the end mean and spread over the seeds.
+Both are trained by `flashkat_hf.training.train` with the recipe `finetune-digits`; the ViT is timm's, with
+the same patches, width, depth, heads and MLP. A line for each run, and at the end mean and spread over the
+seeds.
 """
 
 import json
@@ -28,10 +30,10 @@ from transformers import HfArgumentParser
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from flashkat_hf import FlashKATConfig, make_image_processor
-from flashkat_hf.initial_model import MICRO
-from flashkat_hf.modeling_flashkat import image_classification_loss
-from flashkat_hf.recipe import Settings, parse
+from flashkat_hf.model.modeling_flashkat import image_classification_loss
 from flashkat_hf.training import train
+from flashkat_hf.training.initial_model import MICRO
+from flashkat_hf.training.recipe import Settings, parse
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 
@@ -39,11 +41,16 @@ RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 @dataclass(frozen=True)
 class Arguments:
     output: Path = field(metadata={"help": "JSON lines are written here"})
-    size: Literal["micro", "tiny"] = field(default="micro", metadata={"help": "tiny: at 224 pixels, for a GPU"})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of the runs of each model"})
+    size: Literal["micro", "tiny"] = field(
+        default="micro", metadata={"help": "tiny: at 224 pixels, for a GPU"}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "of the runs of each model"}
+    )
     models: list[str] = field(default_factory=lambda: ["flashkat", "vit"], metadata={"help": "flashkat, vit"})
     settings: list[str] = field(
-        default_factory=list, metadata={"help": "of the recipe for both models, as epochs=30 learning_rate=1e-3"}
+        default_factory=list,
+        metadata={"help": "of the recipe for both models, as epochs=30 learning_rate=1e-3"},
     )
     commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
 
@@ -70,7 +77,9 @@ class ViT(VisionTransformer):
         )
         self.config = config
 
-    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> ImageClassifierOutput:
         logits = super().forward(pixel_values)
         loss = None if labels is None else image_classification_loss(labels, logits, self.config)
         return ImageClassifierOutput(loss=loss, logits=logits)
@@ -82,7 +91,9 @@ class ViT(VisionTransformer):
 def build_vit(settings: Settings, class_names: list[str]):
     others = {"num_labels": len(class_names), "drop_path_rate": settings.drop_path}
     micro = settings.size == "micro"
-    config = FlashKATConfig(**MICRO, **others) if micro else FlashKATConfig.from_size(str(settings.size), **others)
+    config = (
+        FlashKATConfig(**MICRO, **others) if micro else FlashKATConfig.from_size(str(settings.size), **others)
+    )
     return ViT(config), make_image_processor(config.image_size, 1.0)
 
 

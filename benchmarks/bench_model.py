@@ -1,14 +1,19 @@
-"""Throughput of FlashKAT beside timm's ViT of the same size: training step, inference, latency; on a GPU or a CPU.
+"""Throughput of FlashKAT beside timm's ViT of the same size: training step, inference, latency.
 
-A training step is forward, cross-entropy, backward and fused AdamW on synthetic images, under bfloat16 autocast on a
-GPU and in float32 on a CPU; inference has bfloat16 weights on a GPU. The providers take turns, so what else the machine
-does meets them alike; a result is the median over the turns, one JSON line with the machine, the versions, the commit.
+On a GPU or a CPU.
 
-On a GPU a turn is `--turn` steps in a row between two events, behind one step that is not timed: the GPU never waits
-for the host to launch the next step, as in training. What the host takes for one call shows in the latency: inference
-at batch size 1 is timed call by call on the host's clock, each waited for. On a CPU, too, each step is timed alone.
+A training step is forward, cross-entropy, backward and fused AdamW on synthetic images, under bfloat16
+autocast on a GPU and in float32 on a CPU; inference has bfloat16 weights on a GPU. The providers take turns,
+so what else the machine does meets them alike; a result is the median over the turns, one JSON line with the
+machine, the versions, the commit.
 
-What docs/performance.md shows, on a GPU; each command adds its lines, so that one can be repeated or left out:
+On a GPU a turn is `--turn` steps in a row between two events, behind one step that is not timed: the GPU
+never waits for the host to launch the next step, as in training. What the host takes for one call shows in
+the latency: inference at batch size 1 is timed call by call on the host's clock, each waited for. On a CPU,
+too, each step is timed alone.
+
+What docs/performance.md shows, on a GPU; each command adds its lines, so that one can be repeated or left
+out:
 
     R=benchmarks/results
     python benchmarks/bench_model.py --append --output $R/model.jsonl --modes compiled
@@ -17,8 +22,9 @@ What docs/performance.md shows, on a GPU; each command adds its lines, so that o
     python benchmarks/bench_model.py --append --output $R/latency.jsonl --task inference --batch_sizes 1 \
         --modes graphs --turn 50
 
-Scaling: in eager mode against the batch size, where launches show; compiled, which costs half a minute a shape and
-model, at three batch sizes and two larger images. Dynamic shapes would compile once, into other kernels:
+Scaling: in eager mode against the batch size, where launches show; compiled, which costs half a minute a
+shape and model, at three batch sizes and two larger images. Dynamic shapes would compile once, into other
+kernels:
 
     python benchmarks/bench_model.py --append --output $R/scaling.jsonl --sizes small --modes eager \
         --providers flashkat_hf "timm ViT" --batch_sizes 1 4 16 64 256 512
@@ -27,14 +33,16 @@ model, at three batch sizes and two larger images. Dynamic shapes would compile 
     python benchmarks/bench_model.py --append --output $R/scaling.jsonl --sizes small --modes compiled eager \
         --providers flashkat_hf "timm ViT" --batch_sizes 64 --image_sizes 384 512
 
-The original code, from clones (`peers.py`); KAT runs at 32 images at most, since a step of it takes that long:
+The original code, from clones (`peers.py`); KAT runs at 32 images at most, since a step of it takes that
+long:
 
     python benchmarks/bench_model.py --append --output $R/model.jsonl --peer PATH --providers "FlashKAT, original"
     python benchmarks/bench_model.py --append --output $R/model.jsonl --peer PATH --providers "KAT, original" \
         --modes eager --turn 1 --turns 3
 
-Compiling takes most of the time, on one core. With `--lock FILE` several of these programs, and of `profile_step.py`,
-run side by side on one GPU: they make their steps together and time them alone, one program after the other.
+Compiling takes most of the time, on one core. With `--lock FILE` several of these programs, and of
+`profile_step.py`, run side by side on one GPU: they make their steps together and time them alone, one
+program after the other.
 
 On a CPU:
 
@@ -63,7 +71,7 @@ from torch.nn.functional import cross_entropy
 from transformers import HfArgumentParser
 
 from flashkat_hf import FlashKATConfig, FlashKATForImageClassification
-from flashkat_hf.modeling_flashkat import FlashKATPatchProjection
+from flashkat_hf.model.modeling_flashkat import FlashKATPatchProjection
 
 BATCH_SIZES = {"tiny": 1024, "small": 512, "base": 256}  # training step on a GPU
 LARGEST_BATCH = {peers.KAT: 32}
@@ -113,10 +121,16 @@ class Provided:
     providers: list[str] | None = field(
         default=None, metadata={"help": "; ".join([*PROVIDERS, *peers.SOURCES]) + "; default: all there are"}
     )
-    peer: Path | None = field(default=None, metadata={"help": "folder with clones of the original repositories"})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu"})
+    peer: Path | None = field(
+        default=None, metadata={"help": "folder with clones of the original repositories"}
+    )
+    device: str = field(
+        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu"}
+    )
     commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
-    lock: Path | None = field(default=None, metadata={"help": "file that programs side by side take turns by"})
+    lock: Path | None = field(
+        default=None, metadata={"help": "file that programs side by side take turns by"}
+    )
 
     def __post_init__(self):
         refuse(self.device not in ("cuda", "cpu"), f"--device: {self.device!r} is neither cuda nor cpu")
@@ -136,7 +150,9 @@ class Provided:
     def makers(self) -> dict[str, Callable[[str, int], torch.nn.Module]]:
         """Functions of size and image size, by provider; the originals only with --peer."""
         originals = peers.SOURCES if self.peer is not None else ()
-        return PROVIDERS | {name: partial(peers.make, self.peer, name, num_labels=LABELS) for name in originals}
+        return PROVIDERS | {
+            name: partial(peers.make, self.peer, name, num_labels=LABELS) for name in originals
+        }
 
     def chosen(self) -> list[str]:
         return self.providers or list(self.makers())
@@ -145,12 +161,20 @@ class Provided:
 @dataclass(frozen=True, kw_only=True)
 class Settings(Provided):
     task: Literal["train", "inference"] = field(default="train", metadata={"help": "what a step is"})
-    sizes: list[str] = field(default_factory=lambda: list(BATCH_SIZES), metadata={"help": ", ".join(BATCH_SIZES)})
-    modes: list[str] = field(default_factory=lambda: ["compiled", "eager"], metadata={"help": ", ".join(MODES)})
+    sizes: list[str] = field(
+        default_factory=lambda: list(BATCH_SIZES), metadata={"help": ", ".join(BATCH_SIZES)}
+    )
+    modes: list[str] = field(
+        default_factory=lambda: ["compiled", "eager"], metadata={"help": ", ".join(MODES)}
+    )
     batch_sizes: list[int] | None = field(default=None, metadata={"help": "default: by the model's size"})
     image_sizes: list[int] = field(default_factory=lambda: [224], metadata={"help": "pixels"})
-    turn: int | None = field(default=None, metadata={"help": "steps of a turn; default: 5 on a GPU, 1 on a CPU"})
-    turns: int | None = field(default=None, metadata={"help": "of each provider; default: 6 on a GPU, 20 on a CPU"})
+    turn: int | None = field(
+        default=None, metadata={"help": "steps of a turn; default: 5 on a GPU, 1 on a CPU"}
+    )
+    turns: int | None = field(
+        default=None, metadata={"help": "of each provider; default: 6 on a GPU, 20 on a CPU"}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -200,7 +224,10 @@ def about(settings: Provided) -> dict[str, str | None]:
 
 @contextmanager
 def results_file(settings: Provided) -> Iterator[Callable[[dict], None]]:
-    """A function that writes a result, with `about` the machine, and shows it; what it wrote survives a kill."""
+    """A function that writes a result, with `about` the machine, and shows it.
+
+    What it wrote survives a kill.
+    """
     facts = about(settings)
     try:
         settings.output.parent.mkdir(parents=True, exist_ok=True)
@@ -321,7 +348,9 @@ def measure(settings: Settings, size: str, mode: str, image_size: int, batch_siz
             try:
                 steps[provider] = warm_step(makers[provider], *case)
             except (torch.OutOfMemoryError, SystemExit) as error:
-                raise SystemExit(f"{provider}, {', '.join(map(str, case))}: {str(error).splitlines()[0]}") from error
+                raise SystemExit(
+                    f"{provider}, {', '.join(map(str, case))}: {str(error).splitlines()[0]}"
+                ) from error
             peaks[provider] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 2) if gpu else None
     single = not gpu or (settings.task, batch_size) == ("inference", 1)
     turn, turns = settings.turn or (5 if gpu else 1), settings.turns or (6 if gpu else 20)

@@ -1,16 +1,18 @@
 """Error of the coefficients' gradients against float64: our sums beside the original KAT kernel's.
 
-The original adds each element's term to its coefficient in memory by an atomic addition, in float32: one long running
-sum, emulated here in the order of memory (on a GPU the order changes from run to run). Ours is the operator as users
-call it: on a GPU the Triton kernel's sums in registers and one reduction, on a CPU the sums of `reference.py`. Inputs
-are normal, the coefficients those of the swish table with noise. A result is one JSON line: the mean absolute error
-over the draws and coefficients, relative to the gradients' mean absolute value.
+The original adds each element's term to its coefficient in memory by an atomic addition, in float32: one long
+running sum, emulated here in the order of memory (on a GPU the order changes from run to run). Ours is the
+operator as users call it: on a GPU the Triton kernel's sums in registers and one reduction, on a CPU the sums
+of `reference.py`. Inputs are normal, the coefficients those of the swish table with noise. A result is one
+JSON line: the mean absolute error over the draws and coefficients, relative to the gradients' mean absolute
+value.
 
     python benchmarks/bench_precision.py --output benchmarks/results/precision.jsonl  # two minutes on one core
     python benchmarks/bench_precision.py --output benchmarks/results/precision_gpu.jsonl --peer PATH
 
-With --peer, a folder with clones (`peers.py`), the original kernels of FlashKAT and KAT themselves run on the GPU in
-place of the emulation. They get bfloat16 inputs as their own code does under autocast: converted to float32.
+With --peer, a folder with clones (`peers.py`), the original kernels of FlashKAT and KAT themselves run on the
+GPU in place of the emulation. They get bfloat16 inputs as their own code does under autocast: converted to
+float32.
 """
 
 import json
@@ -33,16 +35,24 @@ from flashkat_hf import START_TABLES, rational
 @dataclass(frozen=True)
 class Settings:
     output: Path = field(metadata={"help": "JSON lines are written here"})
-    shape: list[int] = field(default_factory=lambda: [16, 197, 768], metadata={"help": "images, tokens, channels"})
+    shape: list[int] = field(
+        default_factory=lambda: [16, 197, 768], metadata={"help": "images, tokens, channels"}
+    )
     draws: int = field(default=100, metadata={"help": "random inputs"})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu"})
-    peer: Path | None = field(default=None, metadata={"help": "folder with clones of the original repositories"})
+    device: str = field(
+        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cuda or cpu"}
+    )
+    peer: Path | None = field(
+        default=None, metadata={"help": "folder with clones of the original repositories"}
+    )
     commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
 
 
 def gradients(x: Tensor, grad_y: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Of numerator and denominator side by side, `(8, 10)` float64."""
-    tables = tuple(table.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_() for table in tables)
+    tables = tuple(
+        table.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_() for table in tables
+    )
     found = torch.autograd.grad(rational(x, *tables), tables, grad_y)
     return torch.cat(found, dim=1).double().cpu()
 
@@ -57,7 +67,9 @@ def original(rational: Callable, x: Tensor, grad_y: Tensor, tables: tuple[Tensor
 def running_sums(x: Tensor, grad_y: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """The same by one running float32 sum for each coefficient, element by element in the order of memory."""
     a, b = (table.float().cpu()[:, :, None] for table in tables)
-    x, grad_y = (tensor.float().cpu().view(-1, 8, tensor.shape[-1] // 8).transpose(0, 1) for tensor in (x, grad_y))
+    x, grad_y = (
+        tensor.float().cpu().view(-1, 8, tensor.shape[-1] // 8).transpose(0, 1) for tensor in (x, grad_y)
+    )
     x, grad_y = x.flatten(1), grad_y.flatten(1)  # (8, elements)
     q = 1 + sum(b[:, k].abs() * x.abs() ** (k + 1) for k in range(4))
     f = sum(a[:, k] * x**k for k in range(6)) / q
@@ -78,7 +90,9 @@ def methods(peer: Path | None) -> dict[str, Callable[[Tensor, Tensor, tuple[Tens
 
 def main(settings: Settings) -> None:
     if len(settings.shape) != 3 or settings.shape[-1] % 8 or min(settings.shape) < 1:
-        raise SystemExit(f"--shape: {settings.shape} must be three positive numbers, the last a multiple of 8")
+        raise SystemExit(
+            f"--shape: {settings.shape} must be three positive numbers, the last a multiple of 8"
+        )
     if settings.draws < 1:
         raise SystemExit(f"--draws: {settings.draws} must be at least 1")
     if settings.device == "cuda" and not torch.cuda.is_available():

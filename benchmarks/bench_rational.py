@@ -1,13 +1,15 @@
-"""Bandwidth of the rational, forward and backward, beside PyTorch's GELU and the compiled reference; needs a GPU.
+"""Bandwidth of the rational, forward and backward, beside PyTorch's GELU and the compiled reference.
 
-Each provider is checked against the float64 reference before it is timed. A result is one JSON line with the GPU, the
-versions and the commit; `of_copy` is its bandwidth over that of a large device copy in the same run.
+Needs a GPU.
+
+Each provider is checked against the float64 reference before it is timed. A result is one JSON line with the
+GPU, the versions and the commit; `of_copy` is its bandwidth over that of a large device copy in the same run.
 
     python benchmarks/bench_rational.py --output benchmarks/results/rational.jsonl
     python benchmarks/bench_rational.py --output benchmarks/results/rational.jsonl --peer PATH
 
-With --peer, a folder with clones (`peers.py`), the original FlashKAT's kernels are measured too: in float32 alone,
-which they compute in and return, under autocast as well.
+With --peer, a folder with clones (`peers.py`), the original FlashKAT's kernels are measured too: in float32
+alone, which they compute in and return, under autocast as well.
 """
 
 import json
@@ -24,8 +26,8 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from flashkat_hf import rational
-from flashkat_hf.coefficients import start_table
-from flashkat_hf.reference import rational_decomposed, rational_gradients, rational_value
+from flashkat_hf.model.coefficients import start_table
+from flashkat_hf.model.reference import rational_decomposed, rational_gradients, rational_value
 
 PROVIDERS: dict[str, Callable] = {
     "flashkat_hf": rational,
@@ -40,7 +42,9 @@ class Settings:
     output: Path = field(metadata={"help": "JSON lines are written here"})
     batch_size: int = field(default=1024, metadata={"help": "images of 197 tokens"})
     channels: list[int] = field(default_factory=lambda: [768, 3072], metadata={"help": "channels of x"})
-    dtypes: list[str] = field(default_factory=lambda: ["bfloat16", "float32"], metadata={"help": "dtypes of x"})
+    dtypes: list[str] = field(
+        default_factory=lambda: ["bfloat16", "float32"], metadata={"help": "dtypes of x"}
+    )
     repeats: int = field(default=5, metadata={"help": "the median of so many medians"})
     peer: Path | None = field(default=None, metadata={"help": "folder with a clone of the original FlashKAT"})
     commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
@@ -76,18 +80,23 @@ def check(provider: str, dtype: torch.dtype) -> None:
     gradients = torch.autograd.grad(y, leaves, grad_y)
     doubles = [leaf.detach().double() for leaf in leaves]
     exact = [rational_value(*doubles), *rational_gradients(grad_y.double(), *doubles)]
-    # of a rounding to dtype, or of float32 arithmetic, which the original does with powers instead of Horner's rule
+    # of a rounding to dtype, or of float32 arithmetic, which the original does with powers instead of
+    # Horner's rule
     tolerance = 1e-4 if provider == peers.FLASHKAT else max(4 * torch.finfo(dtype).eps, 1e-5)
     for actual, expected in zip((y.detach(), *gradients[:1]), exact[:2], strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
     for actual, expected in zip(gradients[1:], exact[2:], strict=True):
-        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+        torch.testing.assert_close(
+            actual.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
+        )
 
 
 def measure(provider: str, channels: int, dtype: torch.dtype, settings: Settings) -> dict[str, float]:
     """Milliseconds of the forward pass and of the backward pass alone."""
     torch.compiler.reset()  # each shape and dtype compiles anew, and meets no limit on recompiling
-    x, grad_y = (torch.randn(settings.batch_size, TOKENS, channels, device="cuda").to(dtype) for _ in range(2))
+    x, grad_y = (
+        torch.randn(settings.batch_size, TOKENS, channels, device="cuda").to(dtype) for _ in range(2)
+    )
     leaves = [tensor.requires_grad_() for tensor in (x, *swish_tables())]
     run = partial(PROVIDERS[provider], *leaves)
     with torch.no_grad():
@@ -121,7 +130,9 @@ def main(settings: Settings) -> None:
                 check(provider, dtype)
                 for channels in settings.channels:
                     for direction, ms in measure(provider, channels, dtype, settings).items():
-                        tensors = 2 if direction == "forward" else 3  # read x, write y; read x and grad_y, write grad_x
+                        tensors = (
+                            2 if direction == "forward" else 3
+                        )  # read x, write y; read x and grad_y, write grad_x
                         num_bytes = tensors * settings.batch_size * TOKENS * channels * dtype.itemsize
                         result = {
                             "provider": provider,

@@ -1,12 +1,14 @@
-"""Throughput of the trainer with the pretraining recipe: from JPEG files against synthetic data, and over two GPUs.
+"""Throughput of the trainer with the pretraining recipe.
+
+From JPEG files against synthetic data, and over two GPUs.
 
     python benchmarks/bench_training.py --output benchmarks/results/training.jsonl
     python benchmarks/bench_training.py --append --output benchmarks/results/training.jsonl --cases "synthetic fsdp2"
     python benchmarks/bench_training.py --size micro --batch_size 8 --images 64 --output /dev/null   # tries it on a CPU
 
-One GPU reads JPEG files that are made for it, and the same batch again and again (synthetic); two GPUs do so with DDP,
-and train on synthetic data with FSDP2, whose model one process then loads. Each case is a run of its own, a JSON line,
-and a row of the table; an epoch counts from the second on, when everything is compiled.
+One GPU reads JPEG files that are made for it, and the same batch again and again (synthetic); two GPUs do so
+with DDP, and train on synthetic data with FSDP2, whose model one process then loads. Each case is a run of
+its own, a JSON line, and a row of the table; an epoch counts from the second on, when everything is compiled.
 """
 
 import json
@@ -26,9 +28,8 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, HfArgumentParser
 
 import flashkat_hf  # noqa: F401 - registers the model
-from flashkat_hf import trainer
-from flashkat_hf.recipe import parse
-from flashkat_hf.training import train
+from flashkat_hf.training import train, trainer
+from flashkat_hf.training.recipe import parse
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 FSDP2 = {
@@ -49,13 +50,19 @@ class Arguments:
     batch_size: int = field(default=512, metadata={"help": "for each GPU"})
     images: int = field(default=2048, metadata={"help": "JPEG files to train on"})
     copies: int = field(default=24, metadata={"help": "names that each file has in the folder"})
-    cases: list[str] | None = field(default=None, metadata={"help": f"{'; '.join(CASES)}; default: all that can run"})
+    cases: list[str] | None = field(
+        default=None, metadata={"help": f"{'; '.join(CASES)}; default: all that can run"}
+    )
     append: bool = field(default=False, metadata={"help": "add to the output file instead of starting it"})
     steps: int = field(default=30, metadata={"help": "of an epoch with synthetic data"})
     epochs: int = field(default=3, metadata={"help": "of each run; the first is not counted"})
-    processes: int | None = field(default=None, metadata={"help": "of the second part; default: GPUs, 2 at most"})
+    processes: int | None = field(
+        default=None, metadata={"help": "of the second part; default: GPUs, 2 at most"}
+    )
     on_device: str = field(default="auto", metadata={"help": "what the GPU does to images in the jpeg case"})
-    workers: int | None = field(default=None, metadata={"help": "processes that read images; default: the trainer's"})
+    workers: int | None = field(
+        default=None, metadata={"help": "processes that read images; default: the trainer's"}
+    )
     commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
     case: str | None = field(default=None, metadata={"help": "used by the script itself"})
     data: str | None = field(default=None, metadata={"help": "likewise"})
@@ -93,7 +100,14 @@ def work(arguments: Arguments) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     flags = ["--data", str(arguments.data), "--output", str(arguments.folder), "--size", arguments.size]
     flags += ["--batch_size", str(arguments.batch_size * world), "--epochs", str(arguments.epochs)]
-    flags += ["--warmup_epochs", "0", "--evaluate_epochs", str(arguments.epochs), "--checkpoint_minutes", "1000"]
+    flags += [
+        "--warmup_epochs",
+        "0",
+        "--evaluate_epochs",
+        str(arguments.epochs),
+        "--checkpoint_minutes",
+        "1000",
+    ]
     if arguments.workers is not None:
         flags += ["--workers", str(arguments.workers)]
     if not torch.cuda.is_available():
@@ -110,7 +124,15 @@ def measure(case: str, processes: int, data: str, arguments: Arguments, extra: d
     """Run a case in processes of its own; its rates, and what it ran on."""
     with tempfile.TemporaryDirectory() as folder:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *(launch if processes > 1 else []), __file__, "--case", case, "--data", data]
+        command = [
+            sys.executable,
+            *(launch if processes > 1 else []),
+            __file__,
+            "--case",
+            case,
+            "--data",
+            data,
+        ]
         command += ["--folder", f"{folder}/run", "--output", os.devnull]
         for name in ("size", "batch_size", "steps", "epochs", "on_device", "workers"):
             if (value := getattr(arguments, name)) is not None:
@@ -123,10 +145,13 @@ def measure(case: str, processes: int, data: str, arguments: Arguments, extra: d
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         epochs = [line for line in lines if "kind" not in line][1:]
         settings = json.loads((run / "settings.json").read_text())
-        AutoModelForImageClassification.from_pretrained(run / "last")  # one process loads what several have made
+        AutoModelForImageClassification.from_pretrained(
+            run / "last"
+        )  # one process loads what several have made
     rates = {rate: round(statistics.median(line[rate] for line in epochs), 1) for rate in RATES}
     about = {
-        name: summary[name] for name in ("peak_memory_gib", "precision", "compiled", "device", "versions", "commit")
+        name: summary[name]
+        for name in ("peak_memory_gib", "precision", "compiled", "device", "versions", "commit")
     }
     return {
         "case": case,
@@ -146,7 +171,10 @@ def chosen_cases(arguments: Arguments, processes: int) -> list[str]:
     Raises:
         SystemExit: one was asked for that it cannot run.
     """
-    alone, many = CASES[:2], CASES[2:] if torch.cuda.is_available() else CASES[2:4]  # accelerate's FSDP2 is for GPUs
+    alone, many = (
+        CASES[:2],
+        CASES[2:] if torch.cuda.is_available() else CASES[2:4],
+    )  # accelerate's FSDP2 is for GPUs
     possible = [*alone, *(many if processes > 1 else ())]
     if impossible := [case for case in arguments.cases or () if case not in possible]:
         raise SystemExit(
@@ -162,11 +190,16 @@ def main(arguments: Arguments) -> None:
     processes = arguments.processes or max(1, min(2, torch.cuda.device_count()))
     cases = chosen_cases(arguments, processes)
     results = []
-    with tempfile.TemporaryDirectory() as folder, arguments.output.open("a" if arguments.append else "w") as lines:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        arguments.output.open("a" if arguments.append else "w") as lines,
+    ):
         read = any("jpeg" in case for case in cases)
         copies = arguments.copies if read else 1
         images = arguments.images if read else arguments.batch_size * processes  # only counted there
-        make_folder(Path(folder), Photographs(arguments.output, images, copies, batch_size=arguments.batch_size))
+        make_folder(
+            Path(folder), Photographs(arguments.output, images, copies, batch_size=arguments.batch_size)
+        )
         for case in cases:
             count = 1 if case in CASES[:2] else processes
             results.append(measure(case, count, folder, arguments, FSDP2 if "fsdp2" in case else {}))

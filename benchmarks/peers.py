@@ -1,7 +1,10 @@
-"""The original FlashKAT and KAT, read from clones that `--peer` names; nothing of them is part of this repository.
+"""The original FlashKAT and KAT, read from clones that `--peer` names.
 
-The folder holds the repositories under the names that `git clone` gives them: `FlashKAT` (OSU-STARLAB/FlashKAT), `kat`
-(Adamdad/kat) and `rational_kat_cu` (Adamdad/rational_kat_cu). Their kernels need a GPU and compute in float32.
+Nothing of them is part of this repository.
+
+The folder holds the repositories under the names that `git clone` gives them: `FlashKAT`
+(OSU-STARLAB/FlashKAT), `kat` (Adamdad/kat) and `rational_kat_cu` (Adamdad/rational_kat_cu). Their kernels
+need a GPU and compute in float32.
 """
 
 import importlib.util
@@ -16,21 +19,28 @@ import torch
 from torch import Tensor
 
 FLASHKAT, KAT = "FlashKAT, original", "KAT, original"
-SOURCES = {FLASHKAT: ("FlashKAT", "FlashKAT"), KAT: ("kat", "rational_kat_cu")}  # the model, the package of its kernels
+SOURCES = {
+    FLASHKAT: ("FlashKAT", "FlashKAT"),
+    KAT: ("kat", "rational_kat_cu"),
+}  # the model, the package of its kernels
 
 
 @cache
 def load(folder: Path, peer: str) -> ModuleType:
-    """The module with a peer's models, under a name of its own; their packages stay importable by themselves alone.
+    """The module with a peer's models, under a name of its own.
 
-    Both repositories call the module `katransformer`. Importing it replaces nothing of ours: the search path is as
-    before, and so is whatever they patch of `torch.nn.init`.
+    Their packages stay importable by themselves alone.
+
+    Both repositories call the module `katransformer`. Importing it replaces nothing of ours: the search path
+    is as before, and so is whatever they patch of `torch.nn.init`.
     """
     model, kernels = (folder / name for name in SOURCES[peer])
     source = model / "katransformer.py"
     for path in (source, kernels):
         if not path.exists():
-            raise SystemExit(f"--peer: {path} is missing; {folder} must hold clones called {', '.join(names())}")
+            raise SystemExit(
+                f"--peer: {path} is missing; {folder} must hold clones called {', '.join(names())}"
+            )
     name = f"peer_{model.name.lower()}"
     spec = importlib.util.spec_from_file_location(name, source)
     module = importlib.util.module_from_spec(spec)
@@ -57,8 +67,8 @@ def names() -> list[str]:
 def make(folder: Path, peer: str, size: str, image_size: int, num_labels: int) -> torch.nn.Module:
     """A peer's model in the configuration that was released: eight groups, one numerator for all of them.
 
-    The weights keep PyTorch's start: the original's takes a minute of factorisations at base, and the speed does not
-    depend on it.
+    The weights keep PyTorch's start: the original's takes a minute of factorisations at base, and the speed
+    does not depend on it.
     """
     module, prefix = load(folder, peer), "flash_" if peer == FLASHKAT else ""
     groups = {"m": 6, "n": 4, "num_groups": 1, "den_groups": 8} if peer == FLASHKAT else {}

@@ -1,7 +1,9 @@
-"""Draw docs/throughput.png and docs/scaling.png from the results files; `render.py` does so when they have changed.
+"""Draw docs/throughput.png and docs/scaling.png from the results files.
 
-A picture carries the SHA-256 of its results file as "Source", so that a check tells an old picture from a new one
-without drawing it. Needs matplotlib.
+`render.py` does so when they have changed.
+
+A picture carries the SHA-256 of its results file as "Source", so that a check tells an old picture from a new
+one without drawing it. Needs matplotlib.
 """
 
 import hashlib
@@ -18,19 +20,29 @@ OTHERS = "#9a9a9a"
 
 
 def throughput(results: list[dict]):
-    """Images per second in training: a panel for each size, a bar for each provider, compiled where it was measured."""
+    """Images per second in training.
+
+    A panel for each size, a bar for each provider, compiled where it was measured.
+    """
     from matplotlib.figure import Figure
 
     sizes = list(dict.fromkeys(result["size"] for result in results))
     providers = list(dict.fromkeys(result["provider"] for result in results))
-    found = {(result["provider"], result["size"], result["mode"]): result["images_per_s"] for result in results}
-    modes = {name: "compiled" if any((name, s, "compiled") in found for s in sizes) else "eager" for name in providers}
+    found = {
+        (result["provider"], result["size"], result["mode"]): result["images_per_s"] for result in results
+    }
+    modes = {
+        name: "compiled" if any((name, s, "compiled") in found for s in sizes) else "eager"
+        for name in providers
+    }
     figure = Figure(figsize=(10, 0.9 + 0.35 * len(providers)), layout="constrained")
     for axes, size in zip(figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0], sizes, strict=True):
         values = [found.get((name, size, modes[name]), 0.0) for name in providers]
         labels = [f"{name}, {modes[name]}" for name in providers]
         bars = axes.barh(labels, values, color=[COLOURS.get(name, OTHERS) for name in providers])
-        axes.bar_label(bars, [f"{value:,.0f}" if value else "not measured" for value in values], padding=3, fontsize=8)
+        axes.bar_label(
+            bars, [f"{value:,.0f}" if value else "not measured" for value in values], padding=3, fontsize=8
+        )
         axes.set_xlim(0, 1.3 * max(values))
         axes.set_title(size, fontsize=10)
         axes.tick_params(labelsize=8)
@@ -57,7 +69,10 @@ def scaling(results: list[dict]):
             points = sorted((result[key], result["images_per_s"]) for result in line)
             style = "o-" if mode == "compiled" else "o--"
             axes.plot(
-                *zip(*points, strict=True), style, color=COLOURS.get(provider, OTHERS), label=f"{provider}, {mode}"
+                *zip(*points, strict=True),
+                style,
+                color=COLOURS.get(provider, OTHERS),
+                label=f"{provider}, {mode}",
             )
         if key == "batch_size":
             axes.set_xscale("log", base=2)
@@ -106,7 +121,9 @@ def update(check: bool) -> None:
     for picture, (results, plot) in PICTURES.items():
         if not is_current(ROOT / picture, ROOT / results):
             if check:
-                raise SystemExit(f"{picture} is not drawn from {results} as it is: run python benchmarks/render.py")
+                raise SystemExit(
+                    f"{picture} is not drawn from {results} as it is: run python benchmarks/render.py"
+                )
             draw(ROOT / picture, ROOT / results, plot)
 
 

@@ -1,14 +1,17 @@
-"""Where the time of a training step goes on a GPU: its kernels by class, and how far ours are from their roofline.
+"""Where the time of a training step goes on a GPU.
+
+Its kernels by class, and how far ours are from their roofline.
 
     R=benchmarks/results
     python benchmarks/profile_step.py --append --output $R/profile.jsonl --size small
     python benchmarks/profile_step.py --append --output $R/profile.jsonl --size small --peer PATH \
         --providers "FlashKAT, original"
 
-A provider's step is timed as in `bench_model.py` (`wall_ms`) and then traced for a few steps. A result is one JSON line
-for each kernel and provider, milliseconds and calls of one step, and one called "total". A kernel of ours also has the
-time that it cannot go below, `floor_ms`: what it must move, at the bandwidth of a large copy in the same run, or what
-it must multiply, at the speed of a large bfloat16 matrix product, whichever takes longer.
+A provider's step is timed as in `bench_model.py` (`wall_ms`) and then traced for a few steps. A result is one
+JSON line for each kernel and provider, milliseconds and calls of one step, and one called "total". A kernel
+of ours also has the time that it cannot go below, `floor_ms`: what it must move, at the bandwidth of a large
+copy in the same run, or what it must multiply, at the speed of a large bfloat16 matrix product, whichever
+takes longer.
 """
 
 import json
@@ -37,13 +40,13 @@ from bench_model import (
 from torch.profiler import ProfilerActivity
 from transformers import HfArgumentParser
 
-from flashkat_hf.configuration_flashkat import SIZES
+from flashkat_hf.model.configuration_flashkat import SIZES
 
 IMAGE_SIZE, TOKENS, SHOWN = 224, 197, 110
 
-# The first pattern that a kernel's name holds says its class. What torch.compile generates (triton_poi, _red, _per) is
-# named after all that it fuses, so only a layer norm in it counts. Our norm kernels count as norm, act1 in
-# them too.
+# The first pattern that a kernel's name holds says its class. What torch.compile generates (triton_poi, _red,
+# _per) is named after all that it fuses, so only a layer norm in it counts. Our norm kernels count as norm,
+# act1 in them too.
 CLASSES = (
     ("matrix products", r"^rational_mlp_forward"),  # with act2 in it
     ("rational", r"rational|gather_sums"),
@@ -59,13 +62,18 @@ OTHER = "other"
 
 
 class Traffic(NamedTuple):
-    """What a kernel must move and multiply for a token, each tensor once; tables and partial sums are left out."""
+    """What a kernel must move and multiply for a token, each tensor once.
+
+    Tables and partial sums are left out.
+    """
 
     hidden: int = 0  # numbers of two bytes (bfloat16) for each channel of the residual stream
     intermediate: int = 0  # the same for each channel between the MLP's linear maps
     row: int = 0  # float32 numbers for each token
     head: int = 0  # float32 numbers for each token and head
-    products: int = 0  # products of (tokens, tokens) with (tokens, head_dim), or as costly ones, for each head
+    products: int = (
+        0  # products of (tokens, tokens) with (tokens, head_dim), or as costly ones, for each head
+    )
     maps: int = 0  # linear maps between the channels of the residual stream and those of the MLP
 
 
@@ -74,11 +82,17 @@ TRAFFIC = {
     "rational_backward_kernel": Traffic(intermediate=3),  # grad_y, x; grad_x
     "rational_mlp_backward_kernel": Traffic(intermediate=4),  # grad_y, x; grad_x, y
     "rational_mlp_forward_kernel": Traffic(hidden=1, intermediate=2, maps=1),  # x; product, y
-    "norm_forward_kernel": Traffic(hidden=4, row=2),  # residual, branch; total, y; mean, rstd (compiled: with act1)
+    "norm_forward_kernel": Traffic(
+        hidden=4, row=2
+    ),  # residual, branch; total, y; mean, rstd (compiled: with act1)
     "norm_backward_kernel": Traffic(hidden=4, row=2),  # grad_total, grad_y, total; grad; mean, rstd
     "packed_attention_forward_kernel": Traffic(hidden=4, head=1, products=2),  # q, k, v; y; lse
-    "packed_attention_queries_kernel": Traffic(hidden=6, head=3, products=3),  # also y and lse; grad_q, statistics
-    "packed_attention_keys_kernel": Traffic(hidden=6, head=2, products=4),  # q, k, v, grad_y; two gradients; statistics
+    "packed_attention_queries_kernel": Traffic(
+        hidden=6, head=3, products=3
+    ),  # also y and lse; grad_q, statistics
+    "packed_attention_keys_kernel": Traffic(
+        hidden=6, head=2, products=4
+    ),  # q, k, v, grad_y; two gradients; statistics
     **dict.fromkeys(("resize_width_kernel", "resize_height_kernel"), Traffic()),  # of the data side
     **dict.fromkeys(("level_tables_kernel", "operations_kernel", "normalize_kernel"), Traffic()),  # likewise
     "gather_sums_kernel": Traffic(),  # partial sums: a few MB
@@ -97,7 +111,10 @@ class Settings(Provided):
         refuse_unknown("--size", [self.size], BATCH_SIZES)
         refuse_unknown("--mode", [self.mode], MODES)
         refuse(self.steps < 1, f"--steps: {self.steps} must be at least 1")
-        refuse(self.batch_size is not None and self.batch_size < 1, f"--batch_size: {self.batch_size} must be positive")
+        refuse(
+            self.batch_size is not None and self.batch_size < 1,
+            f"--batch_size: {self.batch_size} must be positive",
+        )
         refuse(self.device == "cpu", "--device: a profile of kernels needs a GPU")
 
 
@@ -107,7 +124,9 @@ def kernel_class(name: str) -> str:
 
 def short_name(name: str) -> str:
     """Without a leading `void` and long template arguments."""
-    return name.removeprefix("void ").replace("at::native::", "").replace("(anonymous namespace)::", "")[:SHOWN]
+    return (
+        name.removeprefix("void ").replace("at::native::", "").replace("(anonymous namespace)::", "")[:SHOWN]
+    )
 
 
 def kernel_times(trace: dict, steps: int) -> list[dict]:
@@ -129,7 +148,10 @@ def kernel_times(trace: dict, steps: int) -> list[dict]:
 
 
 def work(kernel: str, size: str, batch_size: int) -> tuple[int, int] | None:
-    """Bytes that one call must move and operations that it must make; None for a kernel that the table lacks."""
+    """Bytes that one call must move and operations that it must make.
+
+    None for a kernel that the table lacks.
+    """
     traffic = TRAFFIC.get(re.sub(r"_\d+$", "", kernel))  # torch.compile numbers the kernels that it sees
     if traffic is None:
         return None
@@ -176,7 +198,9 @@ def main(settings: Settings) -> None:
             batch_size = min(batch_size, LARGEST_BATCH.get(provider, batch_size))
             make = settings.makers()[provider]
             with beside_others(settings):
-                step = warm_step(make, "train", settings.size, settings.mode, batch_size, IMAGE_SIZE, settings.device)
+                step = warm_step(
+                    make, "train", settings.size, settings.mode, batch_size, IMAGE_SIZE, settings.device
+                )
             with alone(settings):
                 [wall] = together(step, turn=10)
                 kernels = kernel_times(traced(step, settings.steps), settings.steps)
@@ -191,7 +215,13 @@ def main(settings: Settings) -> None:
             }
             total = round(sum(kernel["ms"] for kernel in kernels), 3)
             calls = round(sum(kernel["calls"] for kernel in kernels), 2)
-            whole = {"kernel": "total", "class": "total", "calls": calls, "ms": total, "wall_ms": round(wall, 3)}
+            whole = {
+                "kernel": "total",
+                "class": "total",
+                "calls": calls,
+                "ms": total,
+                "wall_ms": round(wall, 3),
+            }
             write(case | whole | rates)
             for kernel in kernels:
                 if needed := work(kernel["kernel"], settings.size, batch_size):

@@ -1,4 +1,6 @@
-"""Write the documents' tables and pictures from the results files; with --check, fail when one says something else.
+"""Write the documents' tables and pictures from the results files.
+
+With --check, fail when one says something else.
 
 python benchmarks/render.py [--check]
 """
@@ -115,8 +117,13 @@ PERFORMANCE = "docs/performance.md"
 
 def training_table(results: list[dict]) -> str:
     """A row for each case of the trainer, beside synthetic data on one GPU by the same commit."""
-    one = {result["commit"]: result["images_per_second"] for result in results if result["case"] == "synthetic"}
-    rows = ["| pretraining recipe | GPUs | images/s | step side | of one GPU, synthetic | commit |", "|---" * 6 + "|"]
+    one = {
+        result["commit"]: result["images_per_second"] for result in results if result["case"] == "synthetic"
+    }
+    rows = [
+        "| pretraining recipe | GPUs | images/s | step side | of one GPU, synthetic | commit |",
+        "|---" * 6 + "|",
+    ]
     for result in results:
         case = ", ".join(result[name] for name in ("case", "on_device") if name in result)
         commit, rate = result["commit"], result["images_per_second"]

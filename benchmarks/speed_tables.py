@@ -13,7 +13,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def by_case(results: list[dict], *keys: str) -> dict[tuple, dict]:
-    """The results by the values of `keys`; two of one case are an error, since a table could show only one."""
+    """The results by the values of `keys`.
+
+    Two of one case are an error, since a table could show only one.
+    """
     cases = {}
     for result in results:
         case = tuple(result[key] for key in keys)
@@ -42,13 +45,17 @@ def measured(results: list[dict], script: str) -> str:
 def model_table(results: list[dict], unit: str = "images_per_s") -> str:
     """A row for each provider and mode, a column for each size; then ours over each other provider.
 
-    `unit` is "images_per_s", where a ratio above 1 is ours faster, or "ms", where one below 1 is. What was measured on
-    different machines is not compared.
+    `unit` is "images_per_s", where a ratio above 1 is ours faster, or "ms", where one below 1 is. What was
+    measured on different machines is not compared.
     """
     throughput = unit == "images_per_s"
     cases = by_case(results, "mode", "provider", "size")
-    modes, providers, sizes = (distinct(result[key] for result in results) for key in ("mode", "provider", "size"))
-    batches = {size: next(result["batch_size"] for result in results if result["size"] == size) for size in sizes}
+    modes, providers, sizes = (
+        distinct(result[key] for result in results) for key in ("mode", "provider", "size")
+    )
+    batches = {
+        size: next(result["batch_size"] for result in results if result["size"] == size) for size in sizes
+    }
 
     def cell(mode: str, provider: str, size: str) -> str:
         result = cases.get((mode, provider, size))
@@ -65,7 +72,11 @@ def model_table(results: list[dict], unit: str = "images_per_s") -> str:
         if ours is None or other is None or ours["machine"] != other["machine"]:
             return ""
         text = f"{ours[unit] / other[unit]:.2f}"
-        if not throughput or None in (ours["peak_gib"], other["peak_gib"]) or ours["batch_size"] != other["batch_size"]:
+        if (
+            not throughput
+            or None in (ours["peak_gib"], other["peak_gib"])
+            or ours["batch_size"] != other["batch_size"]
+        ):
             return text
         return f"{text} (memory {ours['peak_gib'] / other['peak_gib']:.2f})"
 
@@ -83,7 +94,11 @@ def model_table(results: list[dict], unit: str = "images_per_s") -> str:
     title = f"{task}, {'images/s' if throughput else 'ms'}"
     pixels = ", ".join(str(size) for size in distinct(result["image_size"] for result in results))
     turns = distinct(result.get("turn", 1) for result in results)
-    how = "each step timed alone" if turns == [1] else f"the mean of {' or '.join(map(str, turns))} steps in a row"
+    how = (
+        "each step timed alone"
+        if turns == [1]
+        else f"the mean of {' or '.join(map(str, turns))} steps in a row"
+    )
     note = f"Median over turns, {how}; {pixels} pixels. {measured(results, 'benchmarks/bench_model.py')}."
     return table([title, *(f"{size}, batch {batches[size]}" for size in sizes)], rows) + "\n\n" + note
 
@@ -121,7 +136,9 @@ def profile_table(results: list[dict]) -> str:
     names.sort(key=lambda name: -max(sums[name, *case] for case in totals))
     rows = [[name, *(f"{sums[name, *case]:.2f}" for case in totals)] for name in names]
     rows.append(["all kernels", *(f"{total['ms']:.2f}" for total in totals.values())])
-    rows.append(["step, as measured without the profiler", *(f"{total['wall_ms']:.2f}" for total in totals.values())])
+    rows.append(
+        ["step, as measured without the profiler", *(f"{total['wall_ms']:.2f}" for total in totals.values())]
+    )
     rows.append(["kernels", *(f"{total['calls']:.0f}" for total in totals.values())])
     first = results[0]
     note = f"{first['size']}, batch {first['batch_size']}; {measured(results, 'benchmarks/profile_step.py')}."
@@ -156,7 +173,9 @@ def kernel_table(results: list[dict]) -> str:
     parts = []
     for provider, mode in distinct((result["provider"], result["mode"]) for result in results):
         found = [result for result in results if (result["provider"], result["mode"]) == (provider, mode)]
-        kernels = sorted((kernel for kernel in found if kernel["kernel"] != "total"), key=lambda kernel: -kernel["ms"])
+        kernels = sorted(
+            (kernel for kernel in found if kernel["kernel"] != "total"), key=lambda kernel: -kernel["ms"]
+        )
         rows = [
             [f"`{kernel['kernel'][:80]}`", kernel["class"], f"{kernel['calls']:.0f}", f"{kernel['ms']:.2f}"]
             for kernel in kernels[:TOP_KERNELS]
@@ -166,7 +185,10 @@ def kernel_table(results: list[dict]) -> str:
 
 
 def precision_table(results: list[dict]) -> str:
-    """Relative error of the coefficients' gradients: a row for each method, mean and largest for each dtype."""
+    """Relative error of the coefficients' gradients.
+
+    A row for each method, mean and largest for each dtype.
+    """
     cases = by_case(results, "method", "dtype")
     methods, dtypes = (distinct(result[key] for result in results) for key in ("method", "dtype"))
     rows = [
@@ -182,10 +204,6 @@ def precision_table(results: list[dict]) -> str:
     header = ["error of the coefficients' gradients"]
     header += [f"{dtype}, {value}" for dtype in dtypes for value in ("mean", "largest of a draw")]
     shape = " x ".join(map(str, first["shape"]))
-    note = (
-        f"{first['draws']} draws of {shape} inputs, against float64, relative to the gradients' mean absolute value. "
-    )
-    note += (
-        f"{first['machine']}, torch {first['torch']}, commit {first['commit'][:7]}. `benchmarks/bench_precision.py`."
-    )
+    note = f"{first['draws']} draws of {shape} inputs, against float64, relative to the gradients' mean absolute value. "
+    note += f"{first['machine']}, torch {first['torch']}, commit {first['commit'][:7]}. `benchmarks/bench_precision.py`."
     return table(header, rows) + "\n\n" + note

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import pipeline
 
 from flashkat_hf.checkpoints import load_checkpoint
-from flashkat_hf.images import open_image
+from flashkat_hf.data.samples import open_image
 
 
 def main(model: str, images: list[Path], top_k: int) -> None:
@@ -31,5 +31,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument("images", type=Path, nargs="+", metavar="image", help="image file")
-    parser.add_argument("--top-k", "--top_k", type=int, default=3, help="labels to name for each image (default: 3)")
+    parser.add_argument(
+        "--top-k", "--top_k", type=int, default=3, help="labels to name for each image (default: 3)"
+    )
     main(**vars(parser.parse_args()))

@@ -1,4 +1,6 @@
-"""Top-1 and top-5 accuracy of a checkpoint on the test split of any data: a FlashKAT, or a plain ViT beside it.
+"""Top-1 and top-5 accuracy of a checkpoint on the test split of any data.
+
+A FlashKAT, or a plain ViT beside it.
 
     python examples/evaluate.py runs/digits/best                                # on scikit-learn's digits
     accelerate launch examples/evaluate.py runs/tiny/best --data imagenet --batch-size 256
@@ -21,11 +23,11 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import logging
 
-from flashkat_hf.augmentation import evaluation_transform
 from flashkat_hf.checkpoints import load_checkpoint
 from flashkat_hf.data import open_data
-from flashkat_hf.evaluation import evaluate, match_classes
-from flashkat_hf.loading import EvalBatches
+from flashkat_hf.data.augmentation import evaluation_transform
+from flashkat_hf.data.batches import EvalBatches
+from flashkat_hf.training.evaluation import evaluate, match_classes
 
 TIMM = ("hf-hub:", "local-dir:")
 
@@ -121,16 +123,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", choices=("test", "train"), default="test", help="which half of the data")
     parser.add_argument("--batch-size", type=int, default=64, help="images of one process (default: 64)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images, for each process")
-    parser.add_argument("--mixed-precision", action="store_true", help="as accelerate is set; default: the model's own")
+    parser.add_argument(
+        "--mixed-precision", action="store_true", help="as accelerate is set; default: the model's own"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    parser.add_argument("--streaming", action="store_true", help="read a data set of the Hub without downloading it")
+    parser.add_argument(
+        "--streaming", action="store_true", help="read a data set of the Hub without downloading it"
+    )
     parser.add_argument("--skip-corrupt", action="store_true", help="leave images out that cannot be read")
     parser.add_argument("--subset", help="configuration of a data set of the Hub")
     parser.add_argument("--revision", help="of a data set of the Hub")
     parser.add_argument("--image-column", help="default: found by its type")
     parser.add_argument("--label-column", help="default: found by its type")
-    parser.add_argument("--class-names", nargs="+", metavar="NAME", help="by index, where the data does not say")
+    parser.add_argument(
+        "--class-names", nargs="+", metavar="NAME", help="by index, where the data does not say"
+    )
     parser.add_argument("--train-split", help="name of the training split (default: train)")
     parser.add_argument("--test-split", help="name of the test split (default: validation, val or test)")
     options = parser.parse_args(arguments)

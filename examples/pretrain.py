@@ -4,16 +4,16 @@
     accelerate launch examples/pretrain.py --data imagenet --size small --resume
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/pretrain.py --data imagenet --size base
 
-The recipes are examples/recipes/pretrain-tiny, -small and -base; a flag on the command line goes before a recipe's.
-docs/training.md says what is in them, what a run leaves, and how to launch on several machines.
+The recipes are examples/recipes/pretrain-tiny, -small and -base; a flag on the command line goes before a
+recipe's. docs/training.md says what is in them, what a run leaves, and how to launch on several machines.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from flashkat_hf.recipe import parse
 from flashkat_hf.training import train
+from flashkat_hf.training.recipe import parse
 
 HERE = Path(__file__).parent
 

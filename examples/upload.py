@@ -23,7 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         done = push(
-            options.folder, options.repo, private=options.private or None, what_if=options.what_if, report=print
+            options.folder,
+            options.repo,
+            private=options.private or None,
+            what_if=options.what_if,
+            report=print,
         )
     except ValueError as error:
         raise SystemExit(f"upload.py: {error}") from error

@@ -1,17 +1,19 @@
 """FlashKAT: the Kolmogorov-Arnold Transformer with fast group-rational kernels, as Hugging Face models."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
+from transformers.models.auto.image_processing_auto import (
+    AutoImageProcessor,
+)  # 5.17 hides it without torchvision
 
 from ._version import __version__
-from .calibration import calibrate
-from .coefficients import START_TABLES
-from .configuration_flashkat import FlashKATConfig
-from .conversion import convert
-from .layers import GRKANMlp, GroupRational
-from .modeling_flashkat import FlashKATForImageClassification, FlashKATModel, FlashKATPreTrainedModel
-from .ops import rational
-from .processing import IMAGE_PROCESSOR_CLASSES, make_image_processor
+from .checkpoints.image_processor import IMAGE_PROCESSOR_CLASSES, make_image_processor
+from .conversion.calibration import calibrate
+from .conversion.conversion import convert
+from .model.coefficients import START_TABLES
+from .model.configuration_flashkat import FlashKATConfig
+from .model.layers import GRKANMlp, GroupRational
+from .model.modeling_flashkat import FlashKATForImageClassification, FlashKATModel, FlashKATPreTrainedModel
+from .model.ops import rational
 
 __all__ = [
     "START_TABLES",

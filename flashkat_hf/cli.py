@@ -11,11 +11,11 @@ from huggingface_hub.utils import enable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging
 
-from .conversion import convert, export_original
-from .hub import Push, publish, push
-from .published import PUBLISHED
-from .sources import TRANSFORMS
-from .summary import describe
+from .checkpoints.description import describe
+from .checkpoints.published import PUBLISHED
+from .conversion.conversion import convert, export_original
+from .conversion.source import TRANSFORMS
+from .hub.upload import Push, publish, push
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(options.run(options))
     except ValueError as error:
-        print(f"{chr(10) * bars}flashkat {options.command}: {error}", file=sys.stderr)  # a bar may have been cut short
+        print(
+            f"{chr(10) * bars}flashkat {options.command}: {error}", file=sys.stderr
+        )  # a bar may have been cut short
         return 1
     except KeyboardInterrupt:
         print(f"flashkat {options.command}: interrupted; the same command again finishes it", file=sys.stderr)
@@ -53,7 +55,9 @@ def _add_convert(commands) -> None:
     parser.add_argument("source", help=f"file, folder, Hub id, or one of {', '.join(PUBLISHED)}")
     parser.add_argument("output", help="folder to make; with --to-original a .safetensors or .pth file")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
-    parser.add_argument("--image-size", type=int, metavar="N", help="resize the positions for other images, bicubic")
+    parser.add_argument(
+        "--image-size", type=int, metavar="N", help="resize the positions for other images, bicubic"
+    )
     parser.add_argument("--num-labels", type=int, metavar="N", help="a fresh head")
     parser.add_argument(
         "--set",
@@ -62,8 +66,12 @@ def _add_convert(commands) -> None:
         metavar="FIELD=VALUE",
         help="a field of the config that the weights cannot tell, such as num_attention_heads=3; may be repeated",
     )
-    parser.add_argument("--transform", choices=TRANSFORMS, help="image transform, where the source's is not known")
-    parser.add_argument("--no-ema", action="store_true", help="of a training checkpoint, not the averaged weights")
+    parser.add_argument(
+        "--transform", choices=TRANSFORMS, help="image transform, where the source's is not known"
+    )
+    parser.add_argument(
+        "--no-ema", action="store_true", help="of a training checkpoint, not the averaged weights"
+    )
     parser.add_argument(
         "--calibrate",
         metavar="IMAGES",
@@ -71,7 +79,9 @@ def _add_convert(commands) -> None:
     )
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--no-verify", action="store_true", help="skip the proof; the report says so")
-    parser.add_argument("--to-original", action="store_true", help="write a FlashKAT folder's weights for the original")
+    parser.add_argument(
+        "--to-original", action="store_true", help="write a FlashKAT folder's weights for the original"
+    )
     parser.add_argument("--naming", choices=("kat", "flashkat"), help="with --to-original: whose names")
     parser.set_defaults(run=_convert)
 
@@ -91,7 +101,9 @@ def _convert(options: argparse.Namespace) -> str:
         }
         if extra := [name for name, value in given.items() if value]:
             raise ValueError(f"{extra[0]} has no meaning with --to-original")
-        text = export_original(options.source, options.output, naming=options.naming, overwrite=options.overwrite)
+        text = export_original(
+            options.source, options.output, naming=options.naming, overwrite=options.overwrite
+        )
         return f"{options.output}: {text}"
     if options.naming:
         raise ValueError("--naming has no meaning without --to-original")
@@ -174,7 +186,9 @@ def _push(options: argparse.Namespace) -> str:
 def _add_publish(commands) -> None:
     text = "convert a published KAT, prove it, write its card and push it"
     parser = commands.add_parser("publish", help=text, description=text)
-    parser.add_argument("name", choices=(*PUBLISHED, "all"), metavar="NAME", help=f"{', '.join(PUBLISHED)} or all")
+    parser.add_argument(
+        "name", choices=(*PUBLISHED, "all"), metavar="NAME", help=f"{', '.join(PUBLISHED)} or all"
+    )
     parser.add_argument("--namespace", required=True, help="your name, or an organisation of yours")
     _add_sending(parser)
     parser.set_defaults(run=_publish)

@@ -2,8 +2,9 @@
 
     python scripts/build_kernel_repository.py OUT
 
-OUT gets `build/torch-{cpu,cuda,rocm}/`, which `kernels.get_kernel` and `get_local_kernel` load, the sources in
-`torch-ext/` with `build.toml`, as kernel-builder takes them, and a card. The code is the package's own, copied.
+OUT gets `build/torch-{cpu,cuda,rocm}/`, which `kernels.get_kernel` and `get_local_kernel` load, the sources
+in `torch-ext/` with `build.toml`, as kernel-builder takes them, and a card. The code is the package's own,
+copied.
 """
 
 import argparse
@@ -17,7 +18,10 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 ROOT = Path(__file__).parent.parent
 SOURCES = Path(__file__).parent / "kernel_repository"
-NAME, VERSION = "flashkat-rational", 1  # the Hub's branches v1, v2, ...: raise it when a caller's code may break
+NAME, VERSION = (
+    "flashkat-rational",
+    1,
+)  # the Hub's branches v1, v2, ...: raise it when a caller's code may break
 BACKENDS = ("cpu", "cuda", "rocm")
 BUILD = f"""\
 [general]
@@ -32,8 +36,11 @@ backends = {json.dumps(BACKENDS)}
 
 
 def code() -> dict[str, bytes]:
-    """The files of a variant by name: the operators, all that they import, and what stands around them here."""
-    operators = ROOT / "flashkat_hf/fused_ops.py"  # on top of ops.py
+    """The files of a variant by name.
+
+    The operators, all that they import, and what stands around them here.
+    """
+    operators = ROOT / "flashkat_hf/model/fused_ops.py"  # on top of ops.py
     paths = [operators, *map(Path, get_relative_import_files(operators)), *SOURCES.glob("*.py")]
     return {path.name: path.read_bytes() for path in sorted(set(paths))}
 

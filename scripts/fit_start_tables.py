@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from torch.nn import functional
 
-from flashkat_hf.coefficients import START_TABLES, StartTable
-from flashkat_hf.reference import rational_reference
+from flashkat_hf.model.coefficients import START_TABLES, StartTable
+from flashkat_hf.model.reference import rational_reference
 
 Array = NDArray[np.float64]
 

@@ -17,11 +17,13 @@ from huggingface_hub import close_session, constants, hf_api
 from small_runs import make_images, small_run
 
 from flashkat_hf import FlashKATForImageClassification, make_image_processor
-from flashkat_hf.cards import write_card
-from flashkat_hf.remote_code import write_code
+from flashkat_hf.checkpoints.remote_code import write_code
+from flashkat_hf.hub.card import write_card
 from flashkat_hf.training import train
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products; read when CUDA starts
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # deterministic matrix products; read when CUDA starts
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[HubServer]:
         monkeypatch.setenv("HF_TOKEN", "hf_alice")
         monkeypatch.setenv("DISABLE_SAFETENSORS_CONVERSION", "1")
         waits: list[float] = []
-        for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "flashkat_hf.hub"):
+        for module in (
+            "huggingface_hub.utils._http",
+            "huggingface_hub.file_download",
+            "flashkat_hf.hub.upload",
+        ):
             monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=waits.append))
         server.waits = waits
         close_session()

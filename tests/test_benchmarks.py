@@ -1,4 +1,7 @@
-"""The pure parts of `benchmarks/`: byte counts and classes of kernels, settings, tables, pictures, the originals."""
+"""The pure parts of `benchmarks/`.
+
+Byte counts and classes of kernels, settings, tables, pictures, the originals.
+"""
 
 import json
 import re
@@ -7,23 +10,37 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-import bench_model  # noqa: E402
-import bench_training  # noqa: E402
-import peers  # noqa: E402
-import plot  # noqa: E402
-import profile_step  # noqa: E402
-import render  # noqa: E402
-import speed_tables  # noqa: E402
+import bench_model
+import bench_training
+import peers
+import plot
+import profile_step
+import render
+import speed_tables
 
-ABOUT = {"machine": "GPU", "precision": "bfloat16", "torch": "2", "triton": "3", "timm": "1", "commit": "0123456789"}
+ABOUT = {
+    "machine": "GPU",
+    "precision": "bfloat16",
+    "torch": "2",
+    "triton": "3",
+    "timm": "1",
+    "commit": "0123456789",
+}
 
 
 def result(provider: str, images_per_s: float, **other) -> dict:
-    case = {"task": "train", "size": "tiny", "mode": "compiled", "batch_size": 8, "image_size": 224, "turn": 5}
+    case = {
+        "task": "train",
+        "size": "tiny",
+        "mode": "compiled",
+        "batch_size": 8,
+        "image_size": 224,
+        "turn": 5,
+    }
     numbers = {"images_per_s": images_per_s, "ms": 8e3 / images_per_s, "peak_gib": 2.0}
     return {"provider": provider, **case, **numbers, **ABOUT, **other}
 
@@ -111,7 +128,7 @@ def test_work_of_a_kernel():
 
 
 def test_every_kernel_has_its_traffic():
-    source = "".join(path.read_text() for path in (ROOT / "flashkat_hf").glob("triton_*.py"))
+    source = "".join(path.read_text() for path in (ROOT / "flashkat_hf").rglob("triton_*.py"))
     assert profile_step.TRAFFIC.keys() == set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE))
 
 
@@ -142,10 +159,17 @@ def test_model_table():
 
 
 def test_latency_table():
-    results = [result(name, rate, task="inference", batch_size=1) for name, rate in (("flashkat_hf", 4e3), ("v", 2e3))]
+    results = [
+        result(name, rate, task="inference", batch_size=1)
+        for name, rate in (("flashkat_hf", 4e3), ("v", 2e3))
+    ]
     rows = speed_tables.latency_table(results).splitlines()
     assert rows[0] == "| inference, ms | tiny, batch 1 |"
-    assert rows[2:5] == ["| flashkat_hf, compiled | 2 |", "| v, compiled | 4 |", "| ours / v, compiled | 0.50 |"]
+    assert rows[2:5] == [
+        "| flashkat_hf, compiled | 2 |",
+        "| v, compiled | 4 |",
+        "| ours / v, compiled | 0.50 |",
+    ]
 
 
 def test_scaling_table():
@@ -186,7 +210,9 @@ def test_profile_tables():
         "| `packed` | 12 | 3.50 | 2.80 | products | 80% |",
         "",
     ]
-    assert "| `packed` | attention | 12 | 3.50 |\n| `rational_forward_kernel`" in speed_tables.kernel_table(results)
+    assert "| `packed` | attention | 12 | 3.50 |\n| `rational_forward_kernel`" in speed_tables.kernel_table(
+        results
+    )
 
 
 def test_precision_table():
@@ -212,7 +238,13 @@ def test_training_table():
     ]
     cases.append(("synthetic fsdp2", 2, 180, "c"))
     results = [
-        {"case": case, "processes": count, "images_per_second": rate, "step_images_per_second": rate, "commit": commit}
+        {
+            "case": case,
+            "processes": count,
+            "images_per_second": rate,
+            "step_images_per_second": rate,
+            "commit": commit,
+        }
         for case, count, rate, commit in cases
     ]
     rows = render.training_table([result | about for result in results]).splitlines()
@@ -234,7 +266,9 @@ def test_what_is_not_measured_stays_empty(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"file\.jsonl cannot be read"):
         render.render(full, "x", "file", str)
     (tmp_path / "benchmarks/results/file.jsonl").write_text('{"n": 1}\n')
-    assert render.render(full, "x", "file", lambda results: f"n is {results[0]['n']}") == full.replace("old", "n is 1")
+    assert render.render(full, "x", "file", lambda results: f"n is {results[0]['n']}") == full.replace(
+        "old", "n is 1"
+    )
     with pytest.raises(SystemExit, match="benchmark:y"):
         render.render(full, "y", "file", str)
 
@@ -243,7 +277,10 @@ def test_picture_tells_its_results(tmp_path):
     pytest.importorskip("matplotlib")
     results, picture = tmp_path / "r.jsonl", tmp_path / "p.png"
     assert plot.is_current(picture, results)  # nothing measured, nothing drawn
-    lines = [result("flashkat_hf", 10.0, batch_size=size, image_size=pixels) for size, pixels in ((8, 224), (4, 384))]
+    lines = [
+        result("flashkat_hf", 10.0, batch_size=size, image_size=pixels)
+        for size, pixels in ((8, 224), (4, 384))
+    ]
     for kind in (plot.throughput, plot.scaling):
         results.write_text("".join(json.dumps(line) + "\n" for line in lines))
         picture.unlink(missing_ok=True)
@@ -331,7 +368,9 @@ def test_original_code_is_loaded_by_itself(tmp_path):
     source.write_text("import package_of_kernels\n")
     with pytest.raises(SystemExit, match=r"needs a package that is not there: .*package_of_kernels"):
         peers.load(tmp_path, peers.KAT)
-    source.write_text("import torch, its_kernels\ntorch.nn.init.calculate_gain = None\nKAT = its_kernels.KAT\n")
+    source.write_text(
+        "import torch, its_kernels\ntorch.nn.init.calculate_gain = None\nKAT = its_kernels.KAT\n"
+    )
     (tmp_path / "rational_kat_cu/its_kernels.py").write_text("KAT = 'of the clone'\n")
     path, gain = list(sys.path), torch.nn.init.calculate_gain
     assert peers.load(tmp_path, peers.KAT).KAT == "of the clone"
@@ -348,7 +387,9 @@ def test_cases_that_are_unknown_or_cannot_run(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="--cases: png unknown; known are synthetic; jpeg; synthetic ddp"):
         training_arguments(tmp_path, cases=["jpeg", "png"])
     for case, processes in (("synthetic ddp", 1), ("synthetic fsdp2", 2)):
-        with pytest.raises(SystemExit, match=f"--cases: {case} cannot run here; with --processes {processes}: synth"):
+        with pytest.raises(
+            SystemExit, match=f"--cases: {case} cannot run here; with --processes {processes}: synth"
+        ):
             bench_training.main(training_arguments(tmp_path, cases=[case], processes=processes))
     assert not (tmp_path / "r.jsonl").exists()
     assert bench_training.chosen_cases(training_arguments(tmp_path), 1) == ["synthetic", "jpeg"]

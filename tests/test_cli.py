@@ -4,17 +4,14 @@ import os
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import original_state
+from helpers import ROOT, original_state
 from safetensors.torch import load_file
 
 from flashkat_hf import cli
 from flashkat_hf.cli import main, parse_settings
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -73,13 +70,19 @@ def test_settings():
     [
         ("convert lost OUT", "lost is no file, no folder, no Hub id"),
         ("convert KAT OUT --set heads", "--set heads: FIELD=VALUE is expected"),
-        ("convert KAT OUT --set num_attention_heads=2 --set num_attention_heads=4", "num_attention_heads is set twice"),
+        (
+            "convert KAT OUT --set num_attention_heads=2 --set num_attention_heads=4",
+            "num_attention_heads is set twice",
+        ),
         ("convert KAT OUT --set num_attention_heads=5", "must be a multiple of num_attention_heads"),
         ("convert KAT OUT --set num_attention_heads=two", "num_attention_heads"),
         ("convert KAT OUT --image-size 33", "must be a multiple of patch_size"),
         ("convert KAT KAT", "kat.pth exists"),
         ("convert KAT OUT --naming kat", "--naming has no meaning without --to-original"),
-        ("convert KAT OUT.pth --to-original --num-labels 3", "--num-labels has no meaning with --to-original"),
+        (
+            "convert KAT OUT.pth --to-original --num-labels 3",
+            "--num-labels has no meaning with --to-original",
+        ),
         ("convert KAT OUT.pth --to-original", "is not a folder"),
         ("info KAT", "is not a folder"),
     ],
@@ -99,7 +102,12 @@ def test_command_as_a_user_runs_it(tmp_path):
     """A process of its own: exit codes, one line, no traceback, no network; and the entry point exists."""
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"flashkat": "flashkat_hf.cli:main"}
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+    }
     command = [sys.executable, "-m", "flashkat_hf.cli", "convert", "kat-tiny", str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")

@@ -16,15 +16,15 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
+from helpers import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_runs import metrics
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from flashkat_hf import FlashKATPreTrainedModel
-from flashkat_hf.data import load_digits
+from flashkat_hf.data.sources import load_digits
 
-ROOT = Path(__file__).parent.parent
 PYTHONPATH = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 ENVIRONMENT = {  # one thread: tests may share the cores with others
     **os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
@@ -70,7 +70,9 @@ def assert_accuracy_is_the_pipelines(output: Path, printed: str) -> None:
     """The accuracy that was printed and noted is the pipeline's on the held-out images, to the last one."""
     test = load_digits().test
     answers = pipeline("image-classification", model=str(output / "best"))(list(test.images), top_k=1)
-    correct = sum(answer[0]["label"] == str(label) for answer, label in zip(answers, test.labels, strict=True))
+    correct = sum(
+        answer[0]["label"] == str(label) for answer, label in zip(answers, test.labels, strict=True)
+    )
     assert f"test accuracy {correct / 360:.2%} on 360 images" in printed
     assert json.loads((output / "summary.json").read_text())["top1"] == correct / 360
 
@@ -133,11 +135,15 @@ def test_classify_names_what_the_pipeline_names(trained, capsys):
     samples = sorted((output / "samples").iterdir())
     assert [path.name[:2] for path in samples] == [f"{digit}_" for digit in range(10)]
     classify.main(str(output / "best"), samples, top_k=2)
-    answers = pipeline("image-classification", model=str(output / "best"))([str(path) for path in samples], top_k=2)
+    answers = pipeline("image-classification", model=str(output / "best"))(
+        [str(path) for path in samples], top_k=2
+    )
     expected = [", ".join(f"{answer['label']} {answer['score']:.1%}" for answer in best) for best in answers]
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"{path}: {answer}" for path, answer in zip(samples, expected, strict=True)]
-    right = sum(line.partition(": ")[2].startswith(path.name[0]) for line, path in zip(lines, samples, strict=True))
+    right = sum(
+        line.partition(": ")[2].startswith(path.name[0]) for line, path in zip(lines, samples, strict=True)
+    )
     assert right >= 5
 
 
@@ -162,10 +168,24 @@ def test_accelerates_launcher_with_two_processes_and_mixed_precision(tmp_path):
 def test_fine_tuning_photos_from_a_saved_model(train, trained, photos, tmp_path, capsys):
     """The recipe for photos: two classes in place of ten, so that the head is new."""
     output = tmp_path / "photos-model"
-    train("--model", trained[0] / "best", "--data", photos, "--output", output, "--max_steps", 2, "--batch_size", 4)
+    train(
+        "--model",
+        trained[0] / "best",
+        "--data",
+        photos,
+        "--output",
+        output,
+        "--max_steps",
+        2,
+        "--batch_size",
+        4,
+    )
     settings = json.loads((output / "settings.json").read_text())
     assert (settings["learning_rate"], settings["crop"], settings["flip"]) == (1e-4, "random", 0.5)
-    assert AutoModelForImageClassification.from_pretrained(output / "last").config.id2label == {0: "green", 1: "red"}
+    assert AutoModelForImageClassification.from_pretrained(output / "last").config.id2label == {
+        0: "green",
+        1: "red",
+    }
     printed = capsys.readouterr().out
     assert "on 6 images" in printed
     assert printed.rstrip().endswith(f"classify.py {output / 'best'} IMAGE")
@@ -178,15 +198,26 @@ def test_pretraining_by_the_recipe(train, photos, tmp_path, capsys):
         "--data", photos, "--size", "tiny", "--image_size", 32, "--batch_size", 8, "--micro_batch", 4,
         "--max_steps", 2, "--output", output, script=pretrain,
     )  # fmt: skip
-    settings, summary = (json.loads((output / f"{name}.json").read_text()) for name in ("settings", "summary"))
-    recipe = {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.1, "ema_decay": 0.9999, "epochs": 300, "precision": "bf16"}
+    settings, summary = (
+        json.loads((output / f"{name}.json").read_text()) for name in ("settings", "summary")
+    )
+    recipe = {
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "drop_path": 0.1,
+        "ema_decay": 0.9999,
+        "epochs": 300,
+        "precision": "bf16",
+    }
     assert {name: settings[name] for name in recipe} == recipe
     assert (summary["steps"], summary["precision"]) == (2, "bf16")
     assert summary["top1_ema"] is not None
     assert "top-1 " in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"^pretrain.py: --data is needed: [^\n]*$"):
         train(script=pretrain)
-    with pytest.raises(SystemExit, match=r"^pretrain.py: --recipe: pretrain-micro is no file and none of [^\n]*$"):
+    with pytest.raises(
+        SystemExit, match=r"^pretrain.py: --recipe: pretrain-micro is no file and none of [^\n]*$"
+    ):
         train("--size", "micro", "--data", photos, script=pretrain)
 
 
@@ -195,7 +226,10 @@ def test_finetune_and_classify_fail_in_one_line(tmp_path, photos):
     (photos / "val" / "red").rename(photos / "val" / "blue")
     for arguments, message in (
         (["finetune.py", "--data", photos, "--output", tmp_path / "out"], f"{photos / 'train'} has classes "),
-        (["classify.py", tmp_path / "nowhere", ROOT / "README.md"], f"cannot read the image {ROOT / 'README.md'}: "),
+        (
+            ["classify.py", tmp_path / "nowhere", ROOT / "README.md"],
+            f"cannot read the image {ROOT / 'README.md'}: ",
+        ),
     ):
         result = command(sys.executable, ROOT / "examples" / arguments[0], *arguments[1:], cwd=tmp_path)
         assert result.returncode == 1
@@ -213,7 +247,10 @@ def test_accelerate_knows_the_configs(name, distributed_type):
     assert (config.distributed_type.value, config.mixed_precision) == (distributed_type, "bf16")
     if name == "fsdp2":
         assert config.fsdp_config["fsdp_version"] == 2
-        assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in FlashKATPreTrainedModel._no_split_modules
+        assert (
+            config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"]
+            in FlashKATPreTrainedModel._no_split_modules
+        )
 
 
 def test_an_unknown_flag_is_answered_with_the_nearest(train):
@@ -253,11 +290,15 @@ def break_weights(folder: Path, change) -> None:
         (lambda folder: os.truncate(folder / "model.safetensors", 20000), "[Ss]afetensors|incomplete|header"),
         (lambda folder: break_weights(folder, lambda _: {"w": torch.zeros(3)}), "holds none of .* tensors"),
         (
-            lambda folder: break_weights(folder, lambda t: {k: v for k, v in t.items() if "layers.1.norm1" not in k}),
+            lambda folder: break_weights(
+                folder, lambda t: {k: v for k, v in t.items() if "layers.1.norm1" not in k}
+            ),
             "lack|do not fit",
         ),
         (
-            lambda folder: break_weights(folder, lambda t: {k: v[:2] if "norm1" in k else v for k, v in t.items()}),
+            lambda folder: break_weights(
+                folder, lambda t: {k: v[:2] if "norm1" in k else v for k, v in t.items()}
+            ),
             "mismatch|do not fit",
         ),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "processor"),
@@ -286,7 +327,11 @@ def test_classify_checks_the_images_before_the_model(trained, tmp_path, monkeypa
     good = next((trained[0] / "samples").iterdir())
     broken = tmp_path / "broken.png"
     broken.write_bytes(good.read_bytes()[:60])
-    for image, reason in ((broken, "truncated"), (tmp_path / "none.png", "No such file"), (tmp_path, "directory")):
+    for image, reason in (
+        (broken, "truncated"),
+        (tmp_path / "none.png", "No such file"),
+        (tmp_path, "directory"),
+    ):
         with pytest.raises(SystemExit, match=rf"^classify.py: cannot read the image {image}: .*{reason}"):
             classify.main(str(trained[0] / "best"), [good, image], top_k=1)
     with pytest.raises(SystemExit, match="--top-k: 0 must be at least 1"):

@@ -1,4 +1,7 @@
-"""The repository of the operators alone: built, loaded by the `kernels` library, and used beside the package."""
+"""The repository of the operators alone.
+
+Built, loaded by the `kernels` library, and used beside the package.
+"""
 
 import json
 import os
@@ -6,16 +9,14 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from helpers import CASES, DATA
+from helpers import CASES, DATA, ROOT
 from kernels._rust import Build, Metadata
 
-from flashkat_hf.cards import LOCAL_PATH
+from flashkat_hf.hub.card import LOCAL_PATH
 
-ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts/build_kernel_repository.py"
 
 
@@ -39,7 +40,7 @@ def test_layout(repository):
         assert re.fullmatch(rf"_flashkat_rational_{variant.name[6:]}_[0-9a-f]{{7}}", metadata.id)
         identifiers.add(metadata.id)
         for path in variant.glob("*.py"):
-            source = ROOT / "flashkat_hf" / path.name
+            source = ROOT / "flashkat_hf/model" / path.name
             if path.name in ("__init__.py", "layers.py"):
                 source = ROOT / "scripts/kernel_repository" / path.name
             assert path.read_bytes() == source.read_bytes()
@@ -65,9 +66,13 @@ def test_use(repository, tmp_path):
         "case": CASES[0],
         "names": ["x", "numerator", "denominator", "grad_output", "y", "dx", "d_numerator", "d_denominator"],
     }
-    kept = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ}
+    kept = {
+        name: os.environ[name]
+        for name in ("PATH", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+        if name in os.environ
+    }
     result = subprocess.run(
-        [sys.executable, "-I", "-S", Path(__file__).with_name("isolated_kernel.py"), json.dumps(test)],
+        [sys.executable, "-I", "-S", ROOT / "tests/support/isolated_kernel.py", json.dumps(test)],
         env=kept | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)},
         capture_output=True,
         text=True,

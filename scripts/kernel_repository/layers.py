@@ -1,4 +1,7 @@
-"""Layers for `kernels.kernelize`: stateless, they work on the parameters of the module that they stand for."""
+"""Layers for `kernels.kernelize`.
+
+Stateless, they work on the parameters of the module that they stand for.
+"""
 
 from torch import Tensor, nn
 

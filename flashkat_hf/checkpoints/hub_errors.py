@@ -1,0 +1,151 @@
+"""What went wrong with the Hub, in one sentence that says what to do."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import get_token
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+HTTP_ERROR = HfHubHTTPError.__bases__[0]  # httpx's or httpx2's, whichever huggingface_hub uses
+TRY_AGAIN = (408, 429, 500, 502, 503, 504)
+
+
+class HubError(ValueError):
+    """The Hub refused, or cannot be reached.
+
+    Attributes:
+        transient: trying again later may help.
+        retry_after: seconds that the Hub wants to be left alone, or None.
+        moved: the branch got another commit meanwhile.
+        lost: no answer came, so the request may have been carried out.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        transient: bool = False,
+        retry_after: float | None = None,
+        moved: bool = False,
+        lost: bool = False,
+    ):
+        super().__init__(message)
+        self.transient, self.retry_after, self.moved, self.lost = transient, retry_after, moved, lost
+
+
+@contextmanager
+def explained(action: str, repo_id: str, token: str | None = None) -> Iterator[None]:
+    """Turn whatever huggingface_hub, its HTTP client or hf_xet raises into a `HubError`.
+
+    Args:
+        action: what was tried, such as "cannot push to alice/model".
+        repo_id: the repository, for the sentence.
+        token: the token in use, which is taken out of what a server may have echoed; default: the stored one.
+
+    Raises:
+        HubError: in one line.
+    """
+    try:
+        yield
+    except HubError:
+        raise
+    except Exception as error:
+        message = f"{action}: {explain(error, repo_id)}"
+        for secret in {token, get_token()} - {None, ""}:
+            message = message.replace(str(secret), "[token]")
+        cause = _innermost(error)
+        status = _status(cause)
+        lost = status is None and isinstance(cause, HTTP_ERROR | ConnectionError | TimeoutError)
+        raise HubError(
+            message,
+            transient=status in TRY_AGAIN or lost,
+            retry_after=_retry_after(cause),
+            moved=status == 412,
+            lost=lost,
+        ) from None  # the cause may carry headers of the request
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The error behind those that huggingface_hub wraps around failed uploads."""
+    while type(error) is RuntimeError and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
+
+
+def explain(error: BaseException, repo_id: str) -> str:
+    """What an error of huggingface_hub, its HTTP client or hf_xet means, and what to do, in one line."""
+    error = _innermost(error)
+    if isinstance(error, LocalTokenNotFoundError):
+        return NO_TOKEN
+    if isinstance(error, OfflineModeIsEnabled):
+        return "huggingface_hub is in offline mode; unset HF_HUB_OFFLINE"
+    if isinstance(error, HFValidationError):
+        return _one_line(error)
+    if (status := _status(error)) is not None:
+        return _explain_status(error, status, repo_id)
+    if isinstance(error, HTTP_ERROR | ConnectionError | TimeoutError):
+        what = (
+            "the Hub does not answer in time"
+            if "Timeout" in type(error).__name__
+            else "no connection to the Hub"
+        )
+        return f"{what} ({type(error).__name__}: {_one_line(error) or 'no details'}); try again later"
+    return f"{type(error).__name__}: {_one_line(error)}"
+
+
+NO_TOKEN = "there is no access token; log in with `hf auth login`, or set HF_TOKEN"
+
+
+def _explain_status(error: BaseException, status: int, repo_id: str) -> str:
+    said = error.server_message if isinstance(error, HfHubHTTPError) else ""
+    also = f" ({_one_line(said)})" if said else ""
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no such branch, tag or commit{also}"
+    if status == 401 and not isinstance(error, RepositoryNotFoundError):
+        return f"the Hub does not accept the access token{also}; log in again with `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, GatedRepoError):
+        return f"{repo_id} asks for consent on its page, and you have not given it{also}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{repo_id} does not exist, or is private and not yours{also}"
+    if status == 403:
+        return f"the access token gives no right to do this with {repo_id}{also}"
+    if status == 404:
+        return f"the Hub does not know what was asked for{also}"
+    if status == 409:
+        return f"the Hub reports a conflict (409){also}; try again"
+    if status == 412:
+        return f"somebody else committed to {repo_id} in the meantime; look at it and try again"
+    if status == 429:
+        wait = _retry_after(error)
+        return f"the Hub limits requests (429){also}; try again {f'in {wait:.0f} s' if wait is not None else 'later'}"
+    if status >= 500:
+        return f"the Hub has a problem ({status}){also}; try again later"
+    return f"the Hub refused it ({status}){also}"
+
+
+def _status(error: BaseException) -> int | None:
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code
+    found = re.search(
+        r"HTTP status (?:client|server) error \((\d{3})\b", str(error)
+    )  # hf_xet has only this text
+    return int(found[1]) if found else None
+
+
+def _retry_after(error: BaseException) -> float | None:
+    value = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    return float(value) if value.isdigit() else None
+
+
+def _one_line(text: object) -> str:
+    line = " ".join(str(text).split())
+    return line if len(line) <= 300 else f"{line[:300]}..."

@@ -1,0 +1,239 @@
+"""The proof of a conversion: the written folder against an evaluation of the source without any code of ours.
+
+A KAT runs in timm's VisionTransformer, with the MLP in a few lines of plain PyTorch, and its original state
+dict is loaded strictly; a ViT runs in timm's or transformers' own class. Everything is float64: what computes
+the same function agrees to rounding, and a wrong name, a swapped query and key or another epsilon does not
+hide behind it. A ViT runs twice: as it is, whose difference to the result is what the activation's start
+table costs, and with the result's tables as activations, which must agree to rounding.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..model.configuration_flashkat import FlashKATConfig
+from ..model.modeling_flashkat import FlashKATForImageClassification
+from .source import Source, timm_model
+from .tensor_names import NAMINGS, has_layer_scale, source_names, strip_prefix
+
+IMAGES = 4
+ROUNDING = 1e-9  # of float64 through a deep network with fifth powers, relative to the largest output
+FOLDED_ROUNDING = 1e-5  # of float32 weights that layer scale was multiplied into
+NEEDS_TIMM = (
+    "timm, which evaluates the source, is missing: pip install 'flashkat_hf[train]', or give --no-verify"
+)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How the result compares with the source on a fixed batch.
+
+    Attributes:
+        outputs: what was compared, "logits" or, without the source's head, "pooled features".
+        difference: largest absolute difference to the source.
+        spread: standard deviation of the source's outputs.
+        agreement: part of the images with the same largest output.
+        rounding: largest difference relative to the largest output, where the result must agree to rounding:
+            to a KAT, or to a ViT with the result's start tables as activations.
+    """
+
+    outputs: str
+    difference: float
+    spread: float
+    agreement: float
+    rounding: float
+
+
+class PlainRational(nn.Module):
+    """The formula as it is read, term by term; its coefficients under the names of the source."""
+
+    def __init__(
+        self, numerator: Tensor, denominator: Tensor, names: tuple[str, str] = ("numerator", "denominator")
+    ):
+        super().__init__()
+        self.names = names
+        for name, table in zip(names, (numerator, denominator), strict=True):
+            self.register_parameter(name, nn.Parameter(table))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = (self.get_parameter(name) for name in self.names)
+        groups = x.reshape(*x.shape[:-1], len(b), -1)
+        p, q = torch.zeros_like(groups), torch.ones_like(groups)
+        for k in range(6):
+            p += a[:, k, None] * groups**k
+        for k in range(4):
+            q += b[:, k, None].abs() * groups.abs() ** (k + 1)
+        return (p / q).reshape(x.shape)
+
+
+class PlainKATMlp(nn.Module):
+    """KAT's MLP in the shape that timm's VisionTransformer asks for."""
+
+    def __init__(self, in_features: int, hidden_features: int, *, rows: int, groups: int, names, **ignored):
+        super().__init__()
+        self.act1 = PlainRational(torch.empty(rows, 6), torch.empty(groups, 4), names)
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.act2 = PlainRational(torch.empty(rows, 6), torch.empty(groups, 4), names)
+        self.fc2 = nn.Linear(hidden_features, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act2(self.fc1(self.act1(x))))
+
+
+@torch.no_grad()
+def verify(source: Source, config: FlashKATConfig, folder: Path, fresh_head: bool = False) -> Proof:
+    """Compare a written folder with its source, whose positions have been resized if the result's were.
+
+    Args:
+        source: with the state dict that the result must compute.
+        config: of the result; sizes and number of heads of both.
+        folder: the result, loaded as a user would.
+        fresh_head: the result has another head than the source: the pooled features are compared.
+
+    Raises:
+        ValueError: the result does not compute the source's function, or gives numbers that are not finite;
+            or the library that evaluates the source is missing.
+    """
+    images = torch.randn(
+        IMAGES,
+        config.num_channels,
+        config.image_size,
+        config.image_size,
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float64,
+    )
+    pooled = fresh_head or not config.num_labels
+    model = _source_model(source, config, pooled)
+    same = expected = _outputs(model, images)
+    if "KAT" not in source.title:
+        _install_tables(model, folder)
+        same = _outputs(model, images)
+    del model  # one model in float64 at a time
+    result: Any = FlashKATForImageClassification.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="sdpa"
+    )
+    output = result.flashkat(images).pooler_output if pooled else result(images).logits
+    rounding = ((output - same).abs().max() / same.abs().max()).item()
+    folded = has_layer_scale(source.state)
+    if not rounding <= (FOLDED_ROUNDING if folded else ROUNDING):  # NaN too
+        raise ValueError(
+            f"{source.name} converted does not compute the same function: largest relative difference {rounding:.2g} "
+            "on a fixed batch; nothing is written"
+        )
+    return Proof(
+        outputs="pooled features" if pooled else "logits",
+        difference=(output - expected).abs().max().item(),
+        spread=expected.std().item(),
+        agreement=(output.argmax(-1) == expected.argmax(-1)).double().mean().item(),
+        rounding=rounding,
+    )
+
+
+def _outputs(model: nn.Module, images: Tensor) -> Tensor:
+    outputs = model(images)
+    return getattr(outputs, "logits", outputs)  # transformers' wraps them
+
+
+def _source_model(source: Source, config: FlashKATConfig, pooled: bool) -> nn.Module:
+    state = {name: tensor.double() for name, tensor in strip_prefix(source.state).items()}
+    if source.title.startswith("transformers"):
+        return _transformers_vit(source, config, state, pooled)
+    try:
+        from timm.models.vision_transformer import VisionTransformer
+    except ImportError as error:
+        raise ValueError(NEEDS_TIMM) from error
+    if pooled:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    grid = config.image_size // config.patch_size
+    arguments = {
+        "img_size": config.image_size,
+        "num_classes": 0 if pooled else config.num_labels,
+        "global_pool": "avg" if config.pooling == "mean" else "token",
+    }
+    if source.architecture:
+        model = timm_model(source.architecture, source.config, **arguments)
+    else:
+        mlp = {}
+        if "KAT" in source.title:
+            table = NAMINGS[source.title]
+            names = [
+                source_names(f"flashkat.layers.0.mlp.act1.{part}", table)[0].rpartition(".")[2]
+                for part in ("numerator", "denominator")
+            ]
+            rows, groups = config.num_numerator_groups, config.num_groups
+            mlp["mlp_layer"] = partial(PlainKATMlp, rows=rows, groups=groups, names=tuple(names))
+        with torch.device("meta"):
+            model = VisionTransformer(
+                **arguments,  # pyright: ignore[reportArgumentType]
+                **mlp,
+                patch_size=config.patch_size,
+                in_chans=config.num_channels,
+                embed_dim=config.hidden_size,
+                depth=config.num_hidden_layers,
+                num_heads=config.num_attention_heads,
+                mlp_ratio=config.intermediate_size / config.hidden_size,
+                qkv_bias=config.qkv_bias,
+                init_values=1.0 if has_layer_scale(state) else None,
+                no_embed_class=state["pos_embed"].shape[1] == grid**2,
+                norm_layer=partial(nn.LayerNorm, eps=config.layer_norm_eps),  # pyright: ignore[reportArgumentType]
+                weight_init="skip",
+            )
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def _transformers_vit(
+    source: Source, config: FlashKATConfig, state: Mapping[str, Tensor], pooled: bool
+) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    same = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "image_size",
+        "patch_size",
+    )
+    values: dict[str, Any] = {
+        name: getattr(config, name) for name in (*same, "num_channels", "layer_norm_eps", "qkv_bias")
+    }
+    values |= {
+        "hidden_act": source.config.get("hidden_act", "gelu"),
+        "num_labels": 0 if pooled else config.num_labels,
+    }
+    vit_config = ViTConfig(**values, attn_implementation="sdpa")  # pyright: ignore[reportCallIssue]
+    if pooled:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
+    prefixed = {
+        name if name.startswith("classifier.") else f"vit.{name}": value for name, value in state.items()
+    }
+    model, info = ViTForImageClassification.from_pretrained(
+        None, config=vit_config, state_dict=prefixed, dtype=torch.float64, output_loading_info=True
+    )  # pyright: ignore[reportGeneralTypeIssues]
+    if lost := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):
+        raise ValueError(f"transformers' own ViT does not take the source's weights: {', '.join(lost[:5])}")
+    return model.eval()
+
+
+def _install_tables(model: nn.Module, folder: Path) -> None:
+    """Give each MLP of a ViT the activations of the written layer with the same index."""
+    mlps: list[Any] = [
+        module for module in model.modules() if hasattr(module, "fc1") and hasattr(module, "fc2")
+    ]
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        for index, mlp in enumerate(mlps):
+            act1, act2 = (
+                PlainRational(
+                    *(file.get_tensor(f"{name}.{part}").double() for part in ("numerator", "denominator"))
+                )
+                for name in (f"flashkat.layers.{index}.mlp.act1", f"flashkat.layers.{index}.mlp.act2")
+            )
+            mlp.fc1 = nn.Sequential(act1, mlp.fc1)
+            setattr(mlp, "activation_fn" if hasattr(mlp, "activation_fn") else "act", act2)

@@ -1,0 +1,391 @@
+"""State dicts of KAT, FlashKAT, timm's ViT and transformers' ViT in our names, and back.
+
+Pure: no files, no network.
+
+A table for each naming says which tensors make up one of ours; sizes are read off the weights, and the model
+with those sizes then says which tensors there must be, and of which shape: no more and no less.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.coefficients import start_table
+from ..model.configuration_flashkat import FlashKATConfig
+from ..model.modeling_flashkat import FlashKATForImageClassification
+
+State = dict[str, Tensor]
+
+# ours, less "flashkat." and ".weight" or ".bias", with * for the layer's index -> theirs; {} stands for
+# several, joined
+TIMM = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings": "patch_embed.proj",
+    "layers.*.norm1": "blocks.*.norm1",
+    "layers.*.attention.qkv": "blocks.*.attn.qkv",
+    "layers.*.attention.proj": "blocks.*.attn.proj",
+    "layers.*.norm2": "blocks.*.norm2",
+    "layers.*.mlp.fc1": "blocks.*.mlp.fc1",
+    "layers.*.mlp.fc2": "blocks.*.mlp.fc2",
+    "norm": "norm",  # fc_norm with mean pooling
+    "classifier": "head",
+}
+KAT = TIMM | {
+    f"layers.*.mlp.{act}.{part}": f"blocks.*.mlp.{act}.weight_{part}"
+    for act in ("act1", "act2")
+    for part in ("numerator", "denominator")
+}
+FLASHKAT = TIMM | {
+    f"layers.*.mlp.{act}.{part}": f"blocks.*.mlp.{act}.{part}_v"
+    for act in ("act1", "act2")
+    for part in ("numerator", "denominator")
+}
+VIT = {
+    "embeddings.cls_token": "embeddings.cls_token",
+    "embeddings.position_embeddings": "embeddings.position_embeddings",
+    "embeddings.patch_embeddings": "embeddings.patch_embeddings.projection",
+    "layers.*.norm1": "encoder.layer.*.layernorm_before",
+    "layers.*.attention.qkv": "encoder.layer.*.attention.attention.{query,key,value}",
+    "layers.*.attention.proj": "encoder.layer.*.attention.output.dense",
+    "layers.*.norm2": "encoder.layer.*.layernorm_after",
+    "layers.*.mlp.fc1": "encoder.layer.*.intermediate.dense",
+    "layers.*.mlp.fc2": "encoder.layer.*.output.dense",
+    "norm": "layernorm",
+    "classifier": "classifier",
+}
+VIT_IN_MEMORY = (
+    VIT
+    | {  # transformers 5 renames while it loads: a state dict of such a model, saved with torch.save
+        "layers.*.norm1": "layers.*.layernorm_before",
+        "layers.*.attention.qkv": "layers.*.attention.{q_proj,k_proj,v_proj}",
+        "layers.*.attention.proj": "layers.*.attention.o_proj",
+        "layers.*.norm2": "layers.*.layernorm_after",
+        "layers.*.mlp.fc1": "layers.*.mlp.fc1",
+        "layers.*.mlp.fc2": "layers.*.mlp.fc2",
+    }
+)
+NAMINGS = {  # by title; the first whose first layer is there is the source's
+    "KAT": KAT,
+    "FlashKAT": FLASHKAT,
+    "timm ViT": TIMM,
+    "transformers ViT": VIT,
+    "transformers 5 ViT": VIT_IN_MEMORY,
+}
+UNSUPPORTED = {  # what other relatives of ViT have, and FlashKATConfig has no field for
+    r"dist_token$|distillation_token$|head_dist\.": "a distillation token",
+    r"reg_token$|register_tokens$": "register tokens",
+    r"\.(q_norm|k_norm)\.": "normalised queries and keys",
+    r"^norm_pre\.|^pre_layrnorm\.": "a norm before the first block",
+    r"attn_pool\.": "attention pooling",
+    r"\.attn\.norm\.|\.mlp\.norm\.": "norms inside attention or MLP",
+    r"relative_position|rel_pos": "relative positions",
+    r"mlp\.(fc1_g|fc1_x|w12|weights_in)\b": "a gated MLP",
+    r"^pre_logits\.": "a layer before the head (pre_logits)",
+    r"lambda_[12]$": "layer scale in another naming",
+}
+READABLE = {  # fields of the config that the weights tell
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "qkv_bias",
+    "num_labels",
+}
+CONFIG_FIELDS = {field.name for field in fields(FlashKATConfig)} & set(FlashKATConfig.__annotations__)  # pyright: ignore[reportArgumentType]
+LAYER_SCALE = r"(blocks\.\d+)\.ls([12])\.gamma"
+
+
+def detect_naming(state: Mapping[str, Tensor]) -> str:
+    """The title in `NAMINGS` of a state dict, less `vit.` or `deit.` in front.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if any(name.startswith("flashkat.") for name in state):
+        raise ValueError("it is a FlashKAT of this package already; load it with from_pretrained")
+    for title, table in NAMINGS.items():
+        first = [
+            source_names(f"flashkat.layers.0.mlp.{part}", table)
+            for part in ("act1.denominator", "fc1.weight")
+        ]
+        if all(name in state for names in first for name in names):
+            return title
+    raise ValueError(
+        f"it is neither a KAT nor a ViT of timm's or transformers' naming: it has {len(state)} tensors, "
+        f"{_listing(state)}"
+    )
+
+
+def source_names(ours: str, table: Mapping[str, str], pooling: str = "cls") -> list[str]:
+    """The tensors of another naming that, joined along the first axis, make up one of ours.
+
+    None for new ones.
+    """
+    name = ours.removeprefix("flashkat.")
+    layer = re.search(r"\d+", name)
+    key, ending = re.sub(r"\d+", "*", name, count=1) if layer and name.startswith("layers.") else name, ""
+    if key not in table:
+        key, _, ending = key.rpartition(".")
+        ending = f".{ending}"
+    if key not in table:
+        return []
+    theirs = table[key] + ending
+    if layer:
+        theirs = theirs.replace("*", layer[0])
+    if key == "norm" and pooling == "mean":
+        theirs = f"fc_{theirs}"
+    if several := re.search(r"\{(.*)\}", theirs):
+        return [theirs.replace(several[0], one) for one in several[1].split(",")]
+    return [theirs]
+
+
+def to_flashkat(
+    state: Mapping[str, Tensor],
+    settings: Mapping[str, Any] | None = None,
+    hints: Mapping[str, Any] | None = None,
+) -> tuple[FlashKATConfig, State]:
+    """The config and our state dict of a KAT or ViT; tensors are shared with the source where they can be.
+
+    A ViT's activation becomes the start tables of the config: act1 identity and act2 gelu unless `settings`
+    say otherwise. Layer scale is multiplied into the maps before it, and a class token without a position
+    gets a zero one: the same function.
+
+    Args:
+        state: a state dict in one of `NAMINGS`, all tensors of a floating point dtype.
+        settings: fields of the config that the weights cannot tell, such as `num_attention_heads`.
+        hints: what the source's own config says; must agree with the weights, gives way to `settings`.
+
+    Returns:
+        `(FlashKATConfig, state dict)`, in the widest dtype of the source.
+
+    Raises:
+        ValueError: a tensor is missing, not expected, or of another shape or kind; the architecture is
+            another; a setting or hint contradicts the weights.
+    """
+    state = dict(state)
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} is no tensor of floating point numbers but {kind}")
+    state = strip_prefix(state)
+    title = detect_naming(state)
+    table = NAMINGS[title]
+    for pattern, feature in UNSUPPORTED.items():
+        if found := [name for name in state if re.search(pattern, name)]:
+            raise ValueError(f"it has {feature}, which a FlashKAT has not: {_listing(found)}")
+    if title == "timm ViT":
+        _fold_layer_scale(state)
+    elif has_layer_scale(state):
+        raise ValueError(
+            "it has layer scale (ls1.gamma, ls2.gamma), which is taken over from a plain ViT only"
+        )
+    read = _read_sizes(state, title)
+    config = _make_config(read, title, settings or {}, hints or {})
+    positions = source_names("flashkat.embeddings.position_embeddings", table)[0]
+    if state[positions].shape[1] == (config.image_size // config.patch_size) ** 2:
+        state[positions] = torch.cat((torch.zeros_like(state[positions][:, :1]), state[positions]), dim=1)
+    return config, _rename(state, config, table)
+
+
+def to_original(state: Mapping[str, Tensor], naming: str = "kat", pooling: str = "cls") -> State:
+    """Our state dict in the naming of the original code, for which it loads strictly; the tensors are shared.
+
+    Args:
+        state: of `FlashKATForImageClassification`.
+        naming: "kat" or "flashkat".
+        pooling: of the config.
+
+    Raises:
+        ValueError: unknown naming, a tensor without a name there, or numerators for each group under "kat".
+    """
+    tables = {"kat": KAT, "flashkat": FLASHKAT}
+    if naming not in tables:
+        raise ValueError(f"unknown naming {naming!r}; known are {', '.join(tables)}")
+    original = {}
+    for name, tensor in state.items():
+        if not (theirs := source_names(name, tables[naming], pooling)):
+            raise ValueError(f"{name} has no name in {naming}'s naming: it is no tensor of a FlashKAT")
+        if naming == "kat" and name.endswith(".numerator") and len(tensor) > 1:
+            raise ValueError(
+                f"KAT shares one numerator, but {name} has {len(tensor)} rows; use the naming flashkat"
+            )
+        original[theirs[0]] = tensor
+    return original
+
+
+def strip_prefix(state: Mapping[str, Tensor]) -> State:
+    """Less what wrappers and transformers put in front of names, and less the pooler that no classifier uses."""
+    for prefix in ("module.", "_orig_mod.", "vit.", "deit."):
+        if any(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    if (
+        "classifier.weight" not in state and "embeddings.cls_token" in state
+    ):  # a ViTModel; its tanh pooler is for heads
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("pooler.")}
+    return dict(state)
+
+
+def has_layer_scale(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict of timm's naming, with or without a wrapper's prefix, scales the residual branches."""
+    return any(re.search(LAYER_SCALE, name) for name in state)
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse what is no field of the config, or has an argument of its own.
+
+    Raises:
+        ValueError: with the names that there are.
+    """
+    if unknown := sorted(set(settings) - CONFIG_FIELDS):
+        known = ", ".join(sorted(CONFIG_FIELDS - READABLE | {"num_attention_heads"}))
+        raise ValueError(f"{unknown[0]} is no field of the config that can be set; known are {known}")
+
+
+def _fold_layer_scale(state: State) -> None:
+    """Multiply each gamma into the linear map whose output it scales; half precision becomes float32."""
+    for name in [name for name in state if re.fullmatch(LAYER_SCALE, name)]:
+        block, index = re.fullmatch(LAYER_SCALE, name).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        gamma = state.pop(name)
+        for part in ("weight", "bias"):
+            target = f"{block}.{'attn.proj' if index == '1' else 'mlp.fc2'}.{part}"
+            if target in state and state[target].shape[:1] == gamma.shape:
+                scale = gamma.to(torch.promote_types(gamma.dtype, torch.float32))
+                state[target] = state[target] * (scale[:, None] if part == "weight" else scale)
+            elif target in state:
+                raise ValueError(
+                    f"{name} {tuple(gamma.shape)} does not fit {target} {tuple(state[target].shape)}"
+                )
+
+
+def _read_sizes(state: Mapping[str, Tensor], title: str) -> dict[str, Any]:
+    """The fields of the config that the weights tell."""
+    table = NAMINGS[title]
+
+    def shape(ours: str, ndim: int) -> tuple[int, ...]:
+        name = source_names(ours, table)[0]
+        if name not in state:
+            raise ValueError(f"{name} is missing: not a whole {title}")
+        if state[name].ndim != ndim:
+            raise ValueError(f"{name} has shape {tuple(state[name].shape)}; {ndim} axes are expected")
+        return tuple(state[name].shape)
+
+    shape("flashkat.embeddings.cls_token", 3)
+    hidden_size, num_channels, patch_size, patch_width = shape(
+        "flashkat.embeddings.patch_embeddings.weight", 4
+    )
+    _, tokens, _ = shape("flashkat.embeddings.position_embeddings", 3)
+    if patch_size != patch_width:
+        raise ValueError(f"patches are {patch_size}x{patch_width} pixels; a FlashKAT's are square")
+    grid = math.isqrt(tokens)
+    if tokens not in (grid**2, grid**2 + 1):
+        raise ValueError(
+            f"{tokens} positions are no square of patches, with or without one for the class token"
+        )
+    stem = re.escape(source_names("flashkat.layers.0.mlp.fc1.weight", table)[0]).replace("0", r"(\d+)", 1)
+    layers = [int(match[1]) for name in state if (match := re.fullmatch(stem, name))]
+    head = source_names("classifier.weight", table)[0]
+    read = {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": max(layers) + 1,
+        "intermediate_size": shape("flashkat.layers.0.mlp.fc1.weight", 2)[0],
+        "image_size": grid * patch_size,
+        "patch_size": patch_size,
+        "num_channels": num_channels,
+        "qkv_bias": source_names("flashkat.layers.0.attention.qkv.bias", table)[0] in state,
+        "num_labels": len(state[head]) if head in state else 0,
+    }
+    if table is not VIT and table is not VIT_IN_MEMORY:
+        read["pooling"] = "mean" if "fc_norm.weight" in state and "norm.weight" not in state else "cls"
+    else:
+        read["pooling"] = "cls"
+    if title in ("KAT", "FlashKAT"):
+        rows, _ = shape("flashkat.layers.0.mlp.act1.numerator", 2)
+        groups, _ = shape("flashkat.layers.0.mlp.act1.denominator", 2)
+        if rows not in (1, groups):
+            raise ValueError(f"{rows} numerators for {groups} denominators; a FlashKAT has 1 or {groups}")
+        read |= {"num_groups": groups, "num_numerator_groups": rows}
+    return read
+
+
+def _make_config(read: dict[str, Any], title: str, settings: Mapping, hints: Mapping) -> FlashKATConfig:
+    check_settings(settings)
+    if not read["num_labels"]:  # a config of transformers or timm counts labels with or without a head
+        hints = {name: value for name, value in hints.items() if name not in ("num_labels", "id2label")}
+    for origin, stated in (("the settings say", settings), ("the source's config says", hints)):
+        for name in sorted(read.keys() & stated.keys()):
+            if stated[name] != read[name]:
+                raise ValueError(f"{origin} {name}={stated[name]}, but the weights {name}={read[name]}")
+    values: dict[str, Any] = {"act2_init": "swish" if title in ("KAT", "FlashKAT") else "gelu"}
+    values |= {
+        "layer_norm_eps": 1e-12 if title.startswith("transformers") else 1e-6,
+        **hints,
+        **settings,
+        **read,
+    }
+    if "num_attention_heads" not in values:
+        if read["hidden_size"] % 64:
+            raise ValueError(
+                f"the weights do not tell the number of heads, and {read['hidden_size']} channels are no multiple of "
+                "64: set num_attention_heads"
+            )
+        values["num_attention_heads"] = read["hidden_size"] // 64
+    try:
+        return FlashKATConfig(**values)
+    except Exception as error:  # huggingface_hub's, over several lines
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _rename(state: State, config: FlashKATConfig, table: Mapping[str, str]) -> State:
+    """Our tensors, each from its source or its start table; strict."""
+    with torch.device("meta"):
+        expected = FlashKATForImageClassification(config).state_dict()
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
+    if "layers.*.mlp.act1.numerator" not in table:
+        dtype = torch.promote_types(dtype, torch.float32)  # the start tables need it
+    missing, misshapen, unused, ours, storages = [], [], set(state), {}, set()
+    for name, meta in expected.items():
+        if not (names := source_names(name, table, config.pooling)):
+            act = name.split(".")[-2]
+            start = start_table(config.act1_init if act == "act1" else config.act2_init)
+            row = start.numerator if name.endswith("numerator") else start.denominator
+            ours[name] = torch.tensor(row, dtype=dtype).repeat(len(meta), 1)
+            continue
+        if absent := [theirs for theirs in names if theirs not in state]:
+            missing += absent
+            continue
+        unused -= set(names)
+        shape = (meta.shape[0] // len(names), *meta.shape[1:])
+        misshapen += [
+            f"{one} {tuple(state[one].shape)} instead of {shape}"
+            for one in names
+            if state[one].shape != shape
+        ]
+        if not misshapen:
+            tensor = state[names[0]] if len(names) == 1 else torch.cat([state[theirs] for theirs in names])
+            tensor = tensor.detach().to(dtype).contiguous()
+            place = tensor.untyped_storage().data_ptr()
+            if (
+                place in storages or tensor.untyped_storage().nbytes() != tensor.nbytes
+            ):  # views: files hold each alone
+                tensor = tensor.clone()
+            storages.add(tensor.untyped_storage().data_ptr())
+            ours[name] = tensor
+    problems = {"missing": missing, "unexpected": sorted(unused), "misshapen": misshapen}
+    if any(problems.values()):
+        counts = [f"{len(names)} {kind} ({_listing(names)})" for kind, names in problems.items() if names]
+        raise ValueError("the tensors do not fit: " + "; ".join(counts))
+    return ours
+
+
+def _listing(names, limit: int = 20) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,233 @@
+"""From an opened image to the model's input.
+
+Timm's transforms, with the image processor's sizes and statistics.
+
+Evaluation is timm's evaluation transform to the pixel. Training is timm's training transform with the
+recipe's values, or small moves for digits and other signs. `docs/data.md` says how `pipeline` differs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..messages import extra
+from .gpu.augmentation import BatchAugmentation, WorkerPart, in_batches
+from .gpu.decoding import decodes
+
+Transform = Callable[[Any], Any]
+CHOICES = {
+    "crop": ("random", "moves"),
+    "interpolation": ("random", "bilinear", "bicubic"),
+    "on_device": ("auto", "nothing", "augmentation", "decoding"),
+}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What training does to an image; the defaults are KAT's recipe.
+
+    Attributes:
+        crop: "random": a random part of the image, resized. "moves": shifts of up to a tenth, turns of up to
+            10 degrees and scalings of up to a tenth, for digits and other signs; the next three fields have
+            no meaning then.
+        crop_area: least and largest part of the image's area that a crop keeps.
+        crop_ratio: least and largest width / height of a crop.
+        interpolation: "bilinear", "bicubic", or "random": one of these two for each image.
+        flip: probability of a mirror image.
+        rand_augment: timm's RandAugment, as its configuration string; None for none.
+        color_jitter: strength for brightness, contrast and saturation; timm leaves it out beside RandAugment.
+        erasing: probability that a box of 0.02 to 1/3 of the area becomes noise.
+        on_device: what `batch_transform` does for whole batches: "nothing": worker processes do everything,
+            with PIL. "augmentation": RandAugment, normalisation and erasing. "decoding": that, and decoding
+            and cropping JPEGs. "auto": as much as the device and the recipe allow (`resolved`).
+    """
+
+    crop: str = "random"
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "random"
+    flip: float = 0.5
+    rand_augment: str | None = "rand-m9-mstd0.5"
+    color_jitter: float = 0.0
+    erasing: float = 0.25
+    on_device: str = "auto"
+
+    def __post_init__(self):
+        for name, known in CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
+        for name, largest in (("crop_area", 1.0), ("crop_ratio", float("inf"))):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= largest:
+                raise ValueError(
+                    f"{name} ({low}, {high}) must be two numbers above 0 and up to {largest}, least first"
+                )
+            object.__setattr__(self, name, (float(low), float(high)))  # YAML has lists
+        for name in ("flip", "erasing"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} ({value}) must be a probability")
+        if self.color_jitter < 0:
+            raise ValueError(f"color_jitter ({self.color_jitter}) must not be negative")
+        if self.rand_augment:
+            _check_rand_augment(self.rand_augment)
+        if self.on_device in ("augmentation", "decoding") and (self.crop == "moves" or self.color_jitter):
+            raise ValueError(f"on_device {self.on_device!r} knows neither the crop 'moves' nor color_jitter")
+
+    def resolved(self, device: torch.device, in_memory: bool) -> "Augmentation":
+        """The same with "auto" decided.
+
+        As much as possible on a GPU, unless the images are few and small in memory.
+        """
+        if self.on_device != "auto":
+            return self
+        unknown = self.crop == "moves" or self.color_jitter or not in_batches(self.rand_augment)
+        if device.type != "cuda" or in_memory or unknown:
+            return replace(self, on_device="nothing")
+        return replace(self, on_device="decoding" if decodes(device) else "augmentation")
+
+
+SIGNS = Augmentation(crop="moves", flip=0.0, rand_augment=None, erasing=0.0)  # for digits: never mirrored
+
+
+def _check_rand_augment(config: str) -> None:
+    if not config.startswith("rand-"):
+        raise ValueError(f"rand_augment {config!r} must be timm's, such as 'rand-m9-mstd0.5'")
+    try:
+        extra("timm.data.auto_augment").rand_augment_transform(config, {})
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"rand_augment {config!r} is not timm's form, such as 'rand-m9-mstd0.5'") from error
+
+
+def training_transform(processor, augmentation: Augmentation) -> Transform:
+    """The recipe's augmentation; draws from the global generators of random, numpy and torch.
+
+    Args:
+        processor: gives the crop size, mean and standard deviation.
+        augmentation: what is done.
+
+    Returns:
+        A function of an RGB image that returns `(channels, height, width)` float32; where `on_device` leaves
+        work to `batch_transform`, of a `Sample`, that returns what that takes.
+    """
+    size = (processor.crop_size["height"], processor.crop_size["width"])
+    if augmentation.crop == "moves":
+        return _moves(processor, augmentation, size)
+    if augmentation.on_device in ("auto", "nothing"):
+        return _timm_transform(processor, augmentation, size)
+    parts = _timm_transform(processor, augmentation, size, separate=True)
+    return WorkerPart(parts, size, decode=augmentation.on_device == "decoding")
+
+
+def _timm_transform(
+    processor, augmentation: Augmentation, size: tuple[int, int], separate: bool = False
+) -> Any:
+    """The recipe as timm makes it.
+
+    Or its three parts: crop and flip, RandAugment, normalisation and erasing.
+    """
+    made = extra("timm.data").create_transform(
+        size,
+        is_training=True,
+        scale=augmentation.crop_area,
+        ratio=augmentation.crop_ratio,
+        interpolation=augmentation.interpolation,
+        hflip=augmentation.flip,
+        auto_augment=augmentation.rand_augment,
+        color_jitter=augmentation.color_jitter or None,
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+        re_prob=augmentation.erasing,
+        re_mode="pixel",
+        separate=separate,
+    )
+    for transform in made if separate else [made]:
+        for operation in (one for part in transform.transforms for one in getattr(part, "ops", ())):
+            if operation.aug_fn.__name__ == "posterize":
+                operation.aug_fn = posterize
+    return made
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's, and black where no bits are kept: Pillow 13 refuses that, and RandAugment can ask for it."""
+    posterized = extra("timm.data.auto_augment").posterize
+    return posterized(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
+
+
+def _moves(processor, augmentation: Augmentation, size: tuple[int, int]) -> Transform:
+    """Scaled as evaluation scales, moved a little, then as the recipe goes on."""
+    transforms = extra("torchvision.transforms")
+    bilinear, bicubic = transforms.InterpolationMode.BILINEAR, transforms.InterpolationMode.BICUBIC
+    scaled = transforms.Resize(processor.size["shortest_edge"], bicubic)
+    moved = transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=bilinear)
+    flip = transforms.RandomHorizontalFlip(augmentation.flip)
+    _, *rest = _timm_transform(processor, augmentation, size, separate=True)
+    return transforms.Compose([scaled, moved, transforms.CenterCrop(size), flip, *rest])
+
+
+def batch_transform(processor, augmentation: Augmentation) -> nn.Module | None:
+    """What is left to do with a whole batch, or None: then `training_transform` has done everything.
+
+    Otherwise call the module, moved to the device, with each batch as `TrainBatches` gives it, on the CPU; it
+    returns `{"pixel_values", "labels"}` on the device.
+    """
+    if augmentation.on_device in ("auto", "nothing"):
+        return None
+    size = (processor.crop_size["height"], processor.crop_size["width"])
+    return BatchAugmentation(processor.image_mean, processor.image_std, size)
+
+
+def evaluation_transform(processor) -> Transform:
+    """What evaluation sees: `(channels, height, width)` float32 of an RGB image.
+
+    For a processor that resizes (to a shorter side, or to height and width), may crop the center, and
+    normalises, this is timm's evaluation transform with the same settings. Another processor does its work
+    itself.
+    """
+    if _WORK & vars(type(processor)).keys() or not all(hasattr(processor, name) for name in _SETTINGS):
+        return partial(_process, processor)
+    size, crop = processor.size or {}, processor.crop_size
+    plain = processor.do_resize and processor.do_rescale and processor.do_normalize and not processor.do_pad
+    resized = size.get("shortest_edge") or (size.get("height"), size.get("width"))
+    if (
+        not plain
+        or size.get("longest_edge")
+        or resized == (None, None)
+        or processor.rescale_factor != 1 / 255
+    ):
+        return partial(_process, processor)
+    transforms = extra("torchvision.transforms")
+    interpolation = transforms.InterpolationMode(Image.Resampling(int(processor.resample)).name.lower())
+    cropped = [transforms.CenterCrop((crop["height"], crop["width"]))] if processor.do_center_crop else []
+    normalised = [transforms.ToTensor(), transforms.Normalize(processor.image_mean, processor.image_std)]
+    return transforms.Compose([transforms.Resize(resized, interpolation), *cropped, *normalised])
+
+
+_WORK = {
+    "preprocess",
+    "_preprocess",
+    "resize",
+    "center_crop",
+    "rescale",
+    "normalize",
+}  # methods of a class of its own
+_SETTINGS = (
+    "size",
+    "crop_size",
+    "do_pad",
+    "do_resize",
+    "do_center_crop",
+    "do_rescale",
+    "do_normalize",
+    "resample",
+)
+
+
+def _process(
+    processor, image: Image.Image
+) -> Tensor:  # a module's function: workers started afresh can unpickle it
+    return processor(image, return_tensors="pt")["pixel_values"][0]

@@ -1,0 +1,1 @@
+"""Decoding, cropping and augmentation of whole batches on a device."""

@@ -1,0 +1,102 @@
+"""Files and folders that appear whole or not at all, and JSON. It knows no other file of the package."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .messages import one_line
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        ValueError: the file cannot be read, is not JSON or holds something else than an object; in one line.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def to_json(values: dict[str, Any], **options: Any) -> str:
+    """Return the text of a JSON file; `options` are those of `json.dumps`."""
+    return json.dumps(values, indent=2, **options) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's text in one step that survives a crash and a full disk.
+
+    Raises:
+        OSError: the file cannot be written; the old one stands.
+    """
+    new = path.with_name(f".{path.name}.new")
+    try:
+        with new.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Give a new folder beside `target` that takes its place, synced, at the end; after an error the old one stands.
+
+    What an earlier process left when it was killed in here is put right first (`restore`).
+    """
+    restore(target)
+    new, old = temporary_names(target)
+    try:
+        new.mkdir(parents=True)
+        yield new
+        sync_tree(new)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        sync(target.parent)
+    finally:
+        restore(target)
+
+
+def restore(target: Path) -> None:
+    """Undo a half-done `replacing`: the earlier folder comes back, and what was being made goes."""
+    new, old = temporary_names(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
+    for folder in (new, old):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring every file and folder below `folder`, and itself, to the disk."""
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            sync(Path(parent, name))
+        sync(Path(parent))
+
+
+def temporary_names(target: Path) -> tuple[Path, Path]:
+    """Return the hidden names beside `target` of what is being made and of what it replaces."""
+    return target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+
+
+def sync(path: Path) -> None:
+    """Bring a file or the entries of a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,29 @@
+"""What the package says to its user: errors in one line, warnings, missing packages. It knows no other file of it."""
+
+import importlib
+import sys
+from typing import Any
+
+
+def one_line(problem: object, longest: int = 300) -> str:
+    """Return an error or a text as one line: the system's reason of an OSError, else its text, else its class."""
+    text = getattr(problem, "strerror", None) or str(problem)
+    line = " ".join(str(text).split()) or type(problem).__name__
+    return line if len(line) <= longest else f"{line[:longest]}..."
+
+
+def warn(message: str) -> None:
+    """Write a line to standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def extra(module: str) -> Any:
+    """Import a module that comes with the extra `train`.
+
+    Raises:
+        ImportError: it is missing; the message has the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} is missing: pip install 'flashkat_hf[train]' ({error})") from error

@@ -1,0 +1,1 @@
+"""What a checkpoint carries: the formula, its kernels, operators, layers, the config and the model."""

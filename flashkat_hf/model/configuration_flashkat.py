@@ -1,0 +1,136 @@
+"""Configuration of a FlashKAT model: the field names of ViT's config, and the group-rational activations'."""
+
+from typing import TYPE_CHECKING, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .coefficients import start_table
+
+if (
+    TYPE_CHECKING
+):  # never runs, but transformers reads it: a config is saved with every file that its model needs
+    from .modeling_flashkat import FlashKATModel  # noqa: F401
+
+AUTO_MAP = {  # where a checkpoint's own code has what each Auto class makes
+    "AutoConfig": "configuration_flashkat.FlashKATConfig",
+    "AutoModel": "modeling_flashkat.FlashKATModel",
+    "AutoModelForImageClassification": "modeling_flashkat.FlashKATForImageClassification",
+}
+SIZES = {
+    "tiny": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},
+    "small": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
+    "base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+}
+
+
+@strict
+class FlashKATConfig(PreTrainedConfig):
+    """A Kolmogorov-Arnold Transformer for images.
+
+    The defaults are the base size, `from_size` gives the others.
+
+    Args:
+        hidden_size: channels of a token; a multiple of `num_groups` and of `num_attention_heads`.
+        num_hidden_layers: blocks.
+        num_attention_heads: heads of `hidden_size // num_attention_heads` channels.
+        intermediate_size: channels between the two linear maps of a block's MLP; a multiple of `num_groups`.
+        image_size: height and width in pixels; a multiple of `patch_size`.
+        patch_size: height and width of a patch in pixels.
+        num_channels: channels of the image.
+        layer_norm_eps: added to the variance in every layer norm.
+        qkv_bias: whether the query, key and value maps have a bias.
+        hidden_dropout_prob: dropout of the embeddings, of the attention's output and inside the MLP.
+        attention_probs_dropout_prob: dropout of the attention weights.
+        drop_path_rate: stochastic depth of the last block; grows linearly from 0 in the first.
+        num_groups: groups of channels that share one rational function.
+        num_numerator_groups: rows of each numerator: 1 (shared by the groups, as released) or `num_groups`.
+        act1_init: start table of the activation before the first linear map (`coefficients.START_TABLES`).
+        act2_init: start table of the activation before the second.
+        pooling: "cls" (final norm, then the cls token) or "mean" (mean of the patch tokens, then the norm).
+        initializer: start of the MLP's linear maps: "trunc_normal", as the released weights, or
+            "variance_preserving", as the paper describes it. The attention starts mimetic with both.
+        initializer_range: standard deviation of the truncated normal starts.
+
+    Raises:
+        StrictDataclassError: a value has the wrong type or contradicts another; the message has names and
+            values.
+
+    Source: Yang and Wang, Kolmogorov-Arnold Transformer, ICLR 2025.
+    """
+
+    model_type = "flashkat"
+    _auto_class = "AutoConfig"  # `save_pretrained` copies the code too, of a config and so of a model
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    num_groups: int = 8
+    num_numerator_groups: int = 1
+    act1_init: str = "identity"
+    act2_init: str = "swish"
+    pooling: Literal["cls", "mean"] = "cls"
+    initializer: Literal["trunc_normal", "variance_preserving"] = "trunc_normal"
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        kwargs["auto_map"] = {**(kwargs.get("auto_map") or {}), **AUTO_MAP}
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_size(cls, size: str, **overrides) -> "FlashKATConfig":
+        """The config of "tiny", "small" or "base" (5.7, 22 and 87 million parameters), with any fields overridden."""
+        if size not in SIZES:
+            raise ValueError(f"unknown size {size!r}; known sizes: {', '.join(SIZES)}")
+        return cls(**{**SIZES[size], **overrides})
+
+    def validate_sizes(self):
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "image_size",
+        ):
+            self._require(getattr(self, name) > 0, f"{name} must be positive", name)
+        for name in ("patch_size", "num_channels", "num_groups"):
+            self._require(getattr(self, name) > 0, f"{name} must be positive", name)
+        for name, divisor in (
+            ("hidden_size", "num_groups"),
+            ("intermediate_size", "num_groups"),
+            ("hidden_size", "num_attention_heads"),
+            ("image_size", "patch_size"),
+        ):
+            divides = getattr(self, name) % getattr(self, divisor) == 0
+            self._require(divides, f"{name} must be a multiple of {divisor}", name, divisor)
+        self._require(
+            self.num_numerator_groups in (1, self.num_groups),
+            "num_numerator_groups must be 1 or num_groups",
+            "num_numerator_groups",
+            "num_groups",
+        )
+
+    def validate_rates(self):
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            self._require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1)", name)
+        for name in ("layer_norm_eps", "initializer_range"):
+            self._require(getattr(self, name) > 0, f"{name} must be positive", name)
+
+    def validate_start_tables(self):
+        for name in (self.act1_init, self.act2_init):
+            start_table(name)
+
+    def _require(self, condition: bool, message: str, *names: str) -> None:
+        if not condition:
+            raise ValueError(
+                f"{message}; got " + ", ".join(f"{name}={getattr(self, name)}" for name in names)
+            )

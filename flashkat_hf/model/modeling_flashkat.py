@@ -1,0 +1,462 @@
+"""The FlashKAT model.
+
+A ViT whose MLPs are group-rational KANs, in the shape of today's transformers models.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .coefficients import second_moment
+from .configuration_flashkat import FlashKATConfig
+from .fused_ops import HALF, HEAD_DIMS, MAX_BATCH, MAX_TOKENS, add_norm_rational, packed_attention
+from .layers import GRKANMlp, GroupRational, fusible, hooked, pre_norm, working_dtype
+from .mimetic import mimetic_weights
+from .ops import decomposes
+
+# The default: as "sdpa", but by the kernel for short sequences where it wins (FlashKATAttention).
+AttentionInterface.register("packed", sdpa_attention_forward)
+
+
+class FlashKATPatchProjection(nn.Conv2d):
+    """A convolution whose stride is its kernel, as the matrix product that it is.
+
+    Same parameters, same function.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        patch_height, patch_width = self.kernel_size
+        batch, channels, height, width = input.shape
+        grid = (height // patch_height, width // patch_width)
+        patches = input.reshape(batch, channels, grid[0], patch_height, grid[1], patch_width)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, *grid, -1)
+        return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class FlashKATEmbeddings(nn.Module):
+    """Patch embeddings behind a cls token, plus learned positions."""
+
+    def __init__(self, config: FlashKATConfig):
+        super().__init__()
+        self.image_size, self.patch_size = config.image_size, config.patch_size
+        self.grid_size = config.image_size // config.patch_size
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.patch_embeddings = FlashKATPatchProjection(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embeddings = nn.Parameter(torch.empty(1, 1 + self.grid_size**2, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        self._check(pixel_values, interpolate_pos_encoding)
+        patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype))
+        positions = self.position_embeddings
+        if interpolate_pos_encoding:
+            positions = self.interpolate_pos_encoding(*patches.shape[-2:])
+        tokens = patches.flatten(2).transpose(1, 2)
+        tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens), dim=1)
+        return self.dropout(tokens + positions)
+
+    def interpolate_pos_encoding(self, grid_height: int, grid_width: int) -> Tensor:
+        """Positions `(1, 1 + grid_height * grid_width, hidden_size)` for another grid of patches, bicubic."""
+        cls_position, grid = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        grid = grid.unflatten(1, (self.grid_size, self.grid_size)).permute(0, 3, 1, 2)
+        grid = nn.functional.interpolate(
+            grid, size=(grid_height, grid_width), mode="bicubic", align_corners=False
+        )
+        return torch.cat((cls_position, grid.flatten(2).transpose(1, 2)), dim=1)
+
+    def _check(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> None:
+        num_channels = self.patch_embeddings.in_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
+            raise ValueError(
+                f"pixel_values must have shape (batch, {num_channels}, height, width), not {tuple(pixel_values.shape)}"
+            )
+        height, width = pixel_values.shape[-2:]
+        if not interpolate_pos_encoding and (height, width) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images are {height}x{width} but the model takes {self.image_size}x{self.image_size}; "
+                "resize them or pass interpolate_pos_encoding=True"
+            )
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"image size {height}x{width} must be a multiple of patch_size ({self.patch_size})"
+            )
+
+
+def convert_hint(name_or_path) -> str:
+    return f"a KAT, ViT or DeiT is converted first: flashkat convert {name_or_path} OUTPUT"
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[Tensor, Tensor]:
+    weights = torch.matmul(query, key.transpose(-2, -1)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class FlashKATAttention(nn.Module):
+    """Multi-head self-attention.
+
+    Query, key and value come from one matrix product, whose rows are q, k, v.
+    """
+
+    is_causal = False
+
+    def __init__(self, config: FlashKATConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self, hidden_states: Tensor, record_bias: bool = True, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tokens' mixture, and its weights where the implementation gives them.
+
+        Without `record_bias` the bias of `proj` gets no gradient here.
+        """
+        if self._packs(hidden_states):
+            bias = self.qkv.bias
+            packed = nn.functional.linear(
+                hidden_states, self.qkv.weight, None if bias is None else bias.detach()
+            )
+            output = packed_attention(packed, self.config.num_attention_heads, self.scaling, bias)
+            return self._project(output, record_bias), None
+        packed = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            packed.unbind()
+        )  # compiled, unpacking would select each, and pad each gradient with zeros
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation or "eager", eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            None,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self._project(output.flatten(-2), record_bias), weights
+
+    def _project(self, output: Tensor, record_bias: bool) -> Tensor:
+        if record_bias:
+            return self.dropout(self.proj(output))
+        return nn.functional.linear(output, self.proj.weight, self.proj.bias.detach())
+
+    def _packs(self, hidden_states: Tensor) -> bool:
+        """Whether the kernel for short sequences serves: it wins in half precision, on a GPU."""
+        return (
+            self.config._attn_implementation == "packed"
+            and fusible(hidden_states, self.qkv)
+            and not decomposes(hidden_states)
+            and working_dtype(hidden_states) in HALF
+            and hidden_states.shape[0] <= MAX_BATCH
+            and hidden_states.shape[1] <= MAX_TOKENS
+            and self.head_dim in HEAD_DIMS
+            and not (self.training and self.config.attention_probs_dropout_prob)
+        )
+
+
+class FlashKATDropPath(nn.Module):
+    """Stochastic depth: in training, drops a residual branch of each sample with probability `rate`.
+
+    Source: Huang et al., Deep Networks with Stochastic Depth, ECCV 2016.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return branch
+        keep = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(1 - self.rate)
+        return branch * keep / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3g}"
+
+
+class FlashKATLayer(GradientCheckpointingLayer):
+    """Pre-norm block: x + attention(norm1(x)), then x + mlp(norm2(x))."""
+
+    def __init__(self, config: FlashKATConfig, drop_path_rate: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = FlashKATAttention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = GRKANMlp(
+            config.hidden_size,
+            config.intermediate_size,
+            num_groups=config.num_groups,
+            num_numerator_groups=config.num_numerator_groups,
+            act1_init=config.act1_init,
+            act2_init=config.act2_init,
+            dropout=config.hidden_dropout_prob,
+        )
+        self.drop_path = FlashKATDropPath(drop_path_rate)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
+        norm, act = self.norm2, self.mlp.act1
+        hidden_states, x = pre_norm(self.norm1, hidden_states)
+        fused = fusible(hidden_states, norm, act)
+        # norm2's backward has the gradients of both branches, and can sum them for the last biases of both.
+        sums = fused and self._adds_whole_branches(hidden_states)
+        unrecorded = {"record_bias": False} if sums else {}
+        attended = self.drop_path(self.attention(x, **unrecorded, **kwargs)[0])
+        if fused:
+            parameters = norm.weight, norm.bias, act.numerator, act.denominator
+            biases = (self.attention.proj.bias, self.mlp.fc2.bias) if sums else ()
+            hidden_states, x = add_norm_rational(hidden_states, attended, *parameters, norm.eps, *biases)
+        else:
+            hidden_states = hidden_states + attended
+            x = norm(hidden_states)
+        return hidden_states + self.drop_path(self.mlp(x, activated=fused, **unrecorded))
+
+    def _adds_whole_branches(self, hidden_states: Tensor) -> bool:
+        """Whether the outputs of both branches' last linear maps are added as they are, and nobody listens."""
+        attention, mlp, drop_path = self.attention, self.mlp, self.drop_path
+        replaced = type(attention) is not FlashKATAttention or type(mlp) is not GRKANMlp
+        if replaced or hooked(attention) or hooked(mlp) or hooked(drop_path):
+            return False
+        dropping = self.training and (drop_path.rate or attention.dropout.p)
+        return not dropping and mlp.fused(hidden_states) and fusible(hidden_states, attention.proj)
+
+
+class FlashKATPreTrainedModel(PreTrainedModel):
+    """Start values, and what transformers needs to know of every FlashKAT model."""
+
+    config: FlashKATConfig
+    base_model_prefix = "flashkat"
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]  # noqa: RUF012
+    model_tags = ["flashkat", "kat", "kan"]  # noqa: RUF012 - transformers declares it so
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = (
+        False  # the loss is the micro-batch's mean: the trainer divides by the accumulation steps
+    )
+    _no_split_modules = ["FlashKATEmbeddings", "FlashKATLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": FlashKATLayer, "attentions": FlashKATAttention}  # noqa: RUF012
+    _input_embed_layer = "patch_embeddings"
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs
+    ):
+        """As transformers', but weights of another architecture are an error rather than a random model.
+
+        Raises:
+            ValueError: the checkpoint holds none of the tensors of this model's layers.
+            OSError: transformers finds no weights in a form that it knows, or the Hub cannot be reached.
+            RuntimeError: shapes differ from the config's.
+        """
+        hint = convert_hint(pretrained_model_name_or_path)
+        try:
+            loaded: tuple = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )  # pyright: ignore[reportAssignmentType]
+        except (OSError, RuntimeError) as error:
+            error.add_note(hint)
+            raise
+        model, info = loaded
+        layers = {name for name in model.state_dict() if "layers." in name}  # the originals have a norm, too
+        if layers <= set(info["missing_keys"]):
+            found = sorted(info["unexpected_keys"])
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds none of {cls.__name__}'s {len(layers)} layer tensors; "
+                f"it has {len(found)} others, such as {', '.join(found[:3])}; {hint}"
+            )
+        return (model, info) if output_loading_info else model
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        return super().get_correct_attn_implementation(requested_attention or "packed", is_init_check)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Custom code's modules without parameters of their own are skipped, for models that would refill what
+        # was loaded; ours fill through `initialization`, which does not, and attention starts as a whole.
+        super()._initialize_weights(module)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fill a module's parameters; what a checkpoint has filled is left alone and costs nothing.
+
+        As the released weights started: linear maps and positions truncated normal, biases 0, patch
+        projection as PyTorch's convolution, mimetic attention.
+        """
+        std = self.config.initializer_range
+        if isinstance(module, FlashKATPatchProjection):
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.get_parameter("bias"), -bound, bound)
+        elif isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, FlashKATEmbeddings):
+            init.trunc_normal_(module.position_embeddings, std=std)
+            init.normal_(module.cls_token, std=1e-6)
+        elif isinstance(module, GroupRational):
+            numerator, denominator = module.start()
+            init.copy_(module.numerator, numerator)
+            init.copy_(module.denominator, denominator)
+        elif isinstance(module, GRKANMlp) and self.config.initializer == "variance_preserving":
+            for act, linear in ((module.act1, module.fc1), (module.act2, module.fc2)):
+                init.normal_(linear.weight, std=(linear.in_features * second_moment(act.init)) ** -0.5)
+        elif isinstance(module, FlashKATAttention):
+            parts = module.qkv.weight, module.proj.weight
+            if not all(getattr(weight, "_is_hf_initialized", False) for weight in parts):
+                draw = mimetic_weights(self.config.hidden_size, module.head_dim, parts[0].device)
+                for weight, start in zip(parts, draw, strict=True):
+                    init.copy_(weight, start)
+        else:
+            super()._init_weights(module)
+
+
+class FlashKATModel(FlashKATPreTrainedModel):
+    """The transformer without a head: tokens and one pooled vector for each image."""
+
+    def __init__(self, config: FlashKATConfig):
+        super().__init__(config)
+        self.embeddings = FlashKATEmbeddings(config)
+        last = max(config.num_hidden_layers - 1, 1)
+        self.layers = nn.ModuleList(
+            FlashKATLayer(config, config.drop_path_rate * i / last) for i in range(config.num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: `(batch, num_channels, height, width)`, normalised.
+            interpolate_pos_encoding: accept another image size, with positions interpolated to it.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict` and the attention's own.
+
+        Returns:
+            `last_hidden_state` `(batch, 1 + patches, hidden_size)`, after the norm for cls pooling and before
+            it for mean pooling, and `pooler_output` `(batch, hidden_size)`.
+
+        Raises:
+            ValueError: wrong number of channels or image size.
+        """
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        hidden_states = hidden_states.to(
+            working_dtype(hidden_states)
+        )  # under autocast, as a model loaded in its dtype
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        if self.config.pooling == "mean":
+            pooled = self.norm(hidden_states[:, 1:].mean(dim=1))
+        else:
+            hidden_states = self.norm(hidden_states)
+            pooled = hidden_states[:, 0]
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+
+class FlashKATForImageClassification(FlashKATPreTrainedModel):
+    """FlashKATModel with a linear classifier on the pooled vector."""
+
+    def __init__(self, config: FlashKATConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.flashkat = FlashKATModel(config)
+        self.classifier = (
+            nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
+        )
+        self.loss_function = image_classification_loss
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: `(batch, num_channels, height, width)`, normalised.
+            labels: class indices `(batch,)`, or class probabilities `(batch, num_labels)` as mixup makes
+                them.
+            interpolate_pos_encoding: accept another image size, with positions interpolated to it.
+            **kwargs: as for `FlashKATModel`.
+
+        Returns:
+            `logits` `(batch, num_labels)` and, with labels, `loss`: the batch's mean cross-entropy.
+
+        Raises:
+            ValueError: wrong number of channels, image size or shape of labels.
+        """
+        outputs = self.flashkat(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def image_classification_loss(labels: Tensor, logits: Tensor, config: FlashKATConfig) -> Tensor:
+    """Mean cross-entropy with class indices or class probabilities, in float32.
+
+    Another `problem_type` as stock.
+
+    The stock loss takes probabilities for a multi-label problem, and notes so in the config.
+    """
+    if config.problem_type not in (None, "single_label_classification"):
+        return LOSS_MAPPING["ForImageClassification"](labels, logits, config)
+    if labels.shape != (logits.shape if labels.is_floating_point() else logits.shape[:1]):
+        raise ValueError(
+            f"labels must be class indices ({logits.shape[0]},) or class probabilities {tuple(logits.shape)}, "
+            f"not {labels.dtype} {tuple(labels.shape)}"
+        )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(
+        logits, labels.to(logits.dtype) if labels.is_floating_point() else labels
+    )

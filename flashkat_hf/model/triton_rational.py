@@ -1,0 +1,188 @@
+"""Triton kernels of the group rational, forward and backward, with one launcher each.
+
+Both see the contiguous tensor as segments (`triton_tiles.py`): segment i holds channels of one row and of
+group (i % segments_per_row) // segments_per_group. Only element types, tile sizes and pointer alignment are
+compiled in, so another batch size or hidden size runs the same kernel.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:  # transformers takes what checkpoint code imports elsewhere for a requirement
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
+
+from .triton_math import (
+    add_coefficient_terms,
+    load_denominator,
+    load_numerator,
+    no_sums,
+    quotient,
+    quotient_and_slope,
+    store_sums,
+)
+from .triton_sums import gather_sums
+from .triton_tiles import Tile, backward_tile, forward_tile
+
+SIZES = ("num_segments", "segments_per_row", "segments_per_group", "numerator_stride", "denominator_stride")
+
+
+@triton.jit(do_not_specialize=SIZES)
+def rational_forward_kernel(
+    x_ptr,  # (num_segments * WIDTH,), contiguous, any float
+    numerator_ptr,  # (1 or num_groups, 6), any float; numerator_stride is 0 when one row serves all groups
+    denominator_ptr,  # (1 or num_groups, 4), likewise
+    y_ptr,  # like x
+    num_segments: tl.int64,
+    segments_per_row: tl.int32,
+    segments_per_group: tl.int32,
+    numerator_stride: tl.int32,
+    denominator_stride: tl.int32,
+    SEGMENTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """y[i] = P_g(x[i]) / Q_g(x[i]), g the group of element i.
+
+    Grid (ceil(num_segments / SEGMENTS),). Memory: one read and one write of each element; the tables are a
+    few hundred bytes, stay in the cache and are read once for each segment. Arithmetic: float32.
+    """
+    first = tl.program_id(0).to(tl.int64) * SEGMENTS
+    segment = tl.arange(0, SEGMENTS)[:, None]
+    offset = first * WIDTH + segment * WIDTH + tl.arange(0, WIDTH)[None, :]
+    group = ((first % segments_per_row).to(tl.int32) + segment) % segments_per_row // segments_per_group
+    a = load_numerator(numerator_ptr + group * numerator_stride)
+    b = load_denominator(denominator_ptr + group * denominator_stride)
+    mask = segment < num_segments - first
+    y = quotient(tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32), a, b)
+    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def rational_backward_kernel(
+    grad_y_ptr,  # (num_segments * WIDTH,), contiguous, any float
+    x_ptr,  # like grad_y
+    numerator_ptr,  # (1 or num_groups, 6), any float; numerator_stride is 0 when one row serves all groups
+    denominator_ptr,  # (1 or num_groups, 4), likewise
+    grad_x_ptr,  # like x
+    partial_ptr,  # (10, num_programs, SEGMENTS) float32: the sums for a_0..a_5 and |b_1|..|b_4|
+    num_segments: tl.int64,
+    segments_per_row: tl.int32,
+    segments_per_group: tl.int32,
+    numerator_stride: tl.int32,
+    denominator_stride: tl.int32,
+    SEGMENTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """grad_x, and for each program and segment of its tile the sums over the segments that it met there.
+
+    Grid (num_programs,), with num_programs * SEGMENTS a multiple of segments_per_row: the step between a
+    program's tiles is whole rows, so a segment of the tile stays in one group and its coefficients and sums
+    stay in registers. The loop's loads run two tiles ahead. Memory: two reads and one write of each element.
+    Arithmetic: float32, about 48 instructions an element.
+    """
+    first = tl.program_id(0).to(tl.int64) * SEGMENTS
+    step = tl.num_programs(0).to(tl.int64) * SEGMENTS
+    segment = tl.arange(0, SEGMENTS)
+    offset = segment[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    group = (
+        ((first % segments_per_row).to(tl.int32) + segment[:, None]) % segments_per_row // segments_per_group
+    )
+    a = load_numerator(numerator_ptr + group * numerator_stride)
+    b = load_denominator(denominator_ptr + group * denominator_stride)
+    sums = no_sums(SEGMENTS)
+    for start in tl.range(first, num_segments, step, num_stages=3):
+        mask = (segment < num_segments - start)[:, None]
+        x = tl.load(x_ptr + start * WIDTH + offset, mask=mask, other=0.0).to(tl.float32)
+        grad_y = tl.load(grad_y_ptr + start * WIDTH + offset, mask=mask, other=0.0).to(tl.float32)
+        f, reciprocal, slope = quotient_and_slope(x, a, b)
+        u = grad_y * reciprocal
+        grad_x = u * slope
+        tl.store(grad_x_ptr + start * WIDTH + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        sums = add_coefficient_terms(sums, x, u, f, SEGMENTS, WIDTH)
+    store_sums(partial_ptr + first + segment, step, sums, None)
+
+
+def rational_forward(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Launch the forward kernel; arguments are valid and contiguous, `x` is `(..., hidden_size)`."""
+    y = torch.empty_like(x)
+    num_groups = max(numerator.shape[0], denominator.shape[0])
+    tile = forward_tile(x.numel(), x.shape[-1] // num_groups, x.element_size())
+    if x.numel():
+        with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType] - None is a no-op
+            traceable(rational_forward_kernel)[(tile.num_programs,)](
+                x,
+                numerator,
+                denominator,
+                y,
+                *_layout(x, numerator, denominator, tile),
+                num_warps=tile.num_warps,
+            )
+    return y
+
+
+def rational_backward(
+    grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward kernel and add up its partial sums, in a fixed order.
+
+    Arguments are valid and contiguous.
+    """
+    grad_x = torch.empty_like(x)
+    tile, layout, partial = backward_plan(x, numerator, denominator, programs_per_multiprocessor=12)
+    if x.numel():
+        with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType]
+            rational_backward_kernel[(tile.num_programs,)](
+                grad_y, x, numerator, denominator, grad_x, partial, *layout, num_warps=tile.num_warps
+            )
+    return (grad_x, *gather_sums((numerator, denominator), partial, None))
+
+
+def backward_plan(
+    x: Tensor, numerator: Tensor, denominator: Tensor, programs_per_multiprocessor: int
+) -> tuple[Tile, tuple[int, ...], Tensor]:
+    """Tile, the kernel's arguments from num_segments to WIDTH, and room for its sums `(10, rows, segments_per_row)`.
+
+    The programs' tiles in a row make whole rows. Without elements there are no programs, and the sums are
+    empty.
+    """
+    hidden_size, num_groups = x.shape[-1], max(numerator.shape[0], denominator.shape[0])
+    programs = programs_per_multiprocessor * num_multiprocessors(x.device)
+    tile = backward_tile(x.numel(), hidden_size, hidden_size // num_groups, x.element_size(), programs)
+    segments_per_row = hidden_size // tile.width
+    rows = tile.num_programs * tile.segments // segments_per_row
+    partial = torch.empty(10, rows, segments_per_row, dtype=torch.float32, device=x.device)
+    return tile, _layout(x, numerator, denominator, tile), partial
+
+
+def _layout(x: Tensor, numerator: Tensor, denominator: Tensor, tile: Tile) -> tuple[int, ...]:
+    """The kernels' arguments from num_segments to WIDTH."""
+    segments_per_row = x.shape[-1] // tile.width
+    return (
+        x.numel() // tile.width,
+        segments_per_row,
+        segments_per_row // max(numerator.shape[0], denominator.shape[0]),
+        0 if numerator.shape[0] == 1 else 6,
+        0 if denominator.shape[0] == 1 else 4,
+        tile.segments,
+        tile.width,
+    )
+
+
+def traceable(kernel: Any) -> Any:
+    """A kernel in an operator that `torch.compile` looks into, to launch the kernel itself.
+
+    Not the interpreter's.
+    """
+    return torch.library.wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+
+
+@lru_cache
+def num_multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 16  # Triton's interpreter; sums as short as a GPU's
+    return getattr(torch.get_device_module(device).get_device_properties(device), "multi_processor_count", 64)

@@ -1,0 +1,216 @@
+"""Triton kernels of an MLP's two linear maps with the rational between them, forward and backward.
+
+Forward applies the rational to the first map's product while that is in registers: it costs no read of
+memory, and without a backward pass to come the product itself is not written. Backward stands between the
+maps' own gradients: it writes what both need besides its input's gradient: y again, so that forward need not
+keep it, and the column sums of that gradient, which are those of the first map's bias.
+"""
+
+import torch
+from torch import Tensor
+
+try:  # transformers takes what checkpoint code imports elsewhere for a requirement
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
+
+from .triton_math import (
+    add_coefficient_terms,
+    load_denominator,
+    load_numerator,
+    no_sums,
+    quotient,
+    quotient_and_slope,
+    store_sums,
+)
+from .triton_rational import SIZES, backward_plan, traceable
+from .triton_sums import gather_sums
+from .triton_tiles import linear_tile
+
+
+@triton.jit
+def column_chunks(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
+    """A tile (ROWS, COLUMNS) as tiles (ROWS, CHUNK), from left to right; values stay in their threads."""
+    if COLUMNS == CHUNK:
+        return (x,)
+    else:
+        left, right = tl.split(x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
+        return column_chunks(left, ROWS, COLUMNS // 2, CHUNK) + column_chunks(
+            right, ROWS, COLUMNS // 2, CHUNK
+        )
+
+
+@triton.jit(do_not_specialize=("num_rows", "numerator_stride", "denominator_stride"))
+def rational_mlp_forward_kernel(
+    x_ptr,  # (num_rows, IN_FEATURES), contiguous, bfloat16 or float16
+    matrix_ptr,  # (OUT_FEATURES, IN_FEATURES), likewise
+    bias_ptr,  # (OUT_FEATURES,), any float
+    numerator_ptr,  # (1 or num_groups, 6), any float; numerator_stride is 0 when one row serves all groups
+    denominator_ptr,  # (1 or num_groups, 4), likewise
+    product_ptr,  # (num_rows, OUT_FEATURES), like x: x matrix^T + bias; untouched without KEEP
+    y_ptr,  # like product: the rational of it, as rounded
+    num_rows: tl.int64,
+    numerator_stride: tl.int32,
+    denominator_stride: tl.int32,
+    IN_FEATURES: tl.constexpr,
+    OUT_FEATURES: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """Y = rational(x matrix^T + bias) for ROWS rows and COLUMNS features.
+
+    Grid (row blocks * column blocks,), neighbours share the rows. CHUNK divides COLUMNS and GROUP_SIZE, so a
+    chunk of columns has one rational; COLUMNS divides OUT_FEATURES and STEP IN_FEATURES. Products in the
+    input's dtype with float32 sums. Rows beyond the last read the last one again and are not stored.
+    """
+    column_blocks: tl.constexpr = OUT_FEATURES // COLUMNS
+    first_column = tl.program_id(0) % column_blocks * COLUMNS
+    row = (tl.program_id(0) // column_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = first_column + tl.arange(0, COLUMNS)
+    feature = tl.arange(0, STEP)
+    x_ptr += tl.minimum(row, num_rows - 1)[:, None] * IN_FEATURES + feature[None, :]
+    matrix_ptr += column[:, None] * IN_FEATURES + feature[None, :]
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in tl.range(0, IN_FEATURES, STEP, num_stages=STAGES):
+        x, matrix = tl.load(x_ptr + first), tl.load(matrix_ptr + first)
+        product = tl.dot(x, tl.trans(matrix), product)
+    product = (product + tl.load(bias_ptr + column).to(tl.float32)[None, :]).to(y_ptr.dtype.element_ty)
+    chunks = column_chunks(product, ROWS, COLUMNS, CHUNK)
+    offset = row[:, None] * OUT_FEATURES + first_column + tl.arange(0, CHUNK)[None, :]
+    mask = (row < num_rows)[:, None]
+    for i in tl.static_range(COLUMNS // CHUNK):
+        group = (first_column + i * CHUNK) // GROUP_SIZE
+        a = load_numerator(numerator_ptr + group * numerator_stride)
+        b = load_denominator(denominator_ptr + group * denominator_stride)
+        y = quotient(chunks[i].to(tl.float32), a, b)
+        if KEEP:
+            tl.store(product_ptr + offset + i * CHUNK, chunks[i], mask=mask)
+        tl.store(y_ptr + offset + i * CHUNK, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def rational_mlp_backward_kernel(
+    grad_y_ptr,  # (num_segments * WIDTH,), contiguous, any float
+    x_ptr,  # like grad_y
+    numerator_ptr,  # (1 or num_groups, 6), any float; numerator_stride is 0 when one row serves all groups
+    denominator_ptr,  # (1 or num_groups, 4), likewise
+    grad_x_ptr,  # like x
+    y_ptr,  # like x
+    partial_ptr,  # (10, num_programs, SEGMENTS) float32: the sums for a_0..a_5 and |b_1|..|b_4|
+    column_ptr,  # (num_programs, SEGMENTS, WIDTH) float32: sums of grad_x
+    num_segments: tl.int64,
+    segments_per_row: tl.int32,
+    segments_per_group: tl.int32,
+    numerator_stride: tl.int32,
+    denominator_stride: tl.int32,
+    SEGMENTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """grad_x, y, and for each program the sums over the segments that it met, of coefficients and of columns.
+
+    Grid (num_programs,), with num_programs * SEGMENTS a multiple of segments_per_row, as in
+    `rational_backward_kernel`. Memory: two reads and two writes of each element. Arithmetic: float32, about
+    50 instructions an element.
+    """
+    first = tl.program_id(0).to(tl.int64) * SEGMENTS
+    step = tl.num_programs(0).to(tl.int64) * SEGMENTS
+    segment = tl.arange(0, SEGMENTS)
+    offset = segment[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    group = (
+        ((first % segments_per_row).to(tl.int32) + segment[:, None]) % segments_per_row // segments_per_group
+    )
+    a = load_numerator(numerator_ptr + group * numerator_stride)
+    b = load_denominator(denominator_ptr + group * denominator_stride)
+    sums = no_sums(SEGMENTS)
+    columns = tl.zeros([SEGMENTS, WIDTH], tl.float32)
+    for start in tl.range(first, num_segments, step, num_stages=3):
+        mask = (segment < num_segments - start)[:, None]
+        x = tl.load(x_ptr + start * WIDTH + offset, mask=mask, other=0.0).to(tl.float32)
+        grad_y = tl.load(grad_y_ptr + start * WIDTH + offset, mask=mask, other=0.0).to(tl.float32)
+        f, reciprocal, slope = quotient_and_slope(x, a, b)
+        u = grad_y * reciprocal
+        grad_x = u * slope
+        tl.store(y_ptr + start * WIDTH + offset, f.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_x_ptr + start * WIDTH + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        sums = add_coefficient_terms(sums, x, u, f, SEGMENTS, WIDTH)
+        columns += grad_x
+    store_sums(partial_ptr + first + segment, step, sums, None)
+    tl.store(column_ptr + first * WIDTH + offset, columns)
+
+
+def rational_mlp_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, numerator: Tensor, denominator: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel; arguments are valid and contiguous, and `linear_tile` has a tile for them.
+
+    Returns:
+        y `(..., out_features)` in x's dtype, and like it the product that it is the rational of; empty
+        without `keep`.
+    """
+    (out_features, in_features), num_rows = weight.shape, x.numel() // x.shape[-1]
+    group_size = out_features // max(numerator.shape[0], denominator.shape[0])
+    tile = linear_tile(in_features, out_features, group_size)
+    y = x.new_empty(*x.shape[:-1], out_features)
+    product = torch.empty_like(y) if keep else y.new_empty(0)
+    if num_rows:
+        grid = (triton.cdiv(num_rows, tile.rows) * (out_features // tile.columns),)
+        with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType]
+            traceable(rational_mlp_forward_kernel)[grid](
+                x,
+                weight,
+                bias,
+                numerator,
+                denominator,
+                product,
+                y,
+                num_rows,
+                0 if numerator.shape[0] == 1 else 6,
+                0 if denominator.shape[0] == 1 else 4,
+                in_features,
+                out_features,
+                group_size,
+                tile.rows,
+                tile.columns,
+                tile.step,
+                tile.chunk,
+                tile.stages,
+                keep,
+                num_warps=tile.num_warps,
+            )
+    return y, product
+
+
+def rational_mlp_backward(
+    grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch the kernel and add up its sums in a fixed order; arguments are valid and contiguous.
+
+    Returns:
+        grad_x and y like x, the column sums of grad_x `(hidden_size,)` in float32, and both tables'
+        gradients.
+    """
+    grad_x, y = torch.empty_like(x), torch.empty_like(x)
+    tile, layout, partial = backward_plan(x, numerator, denominator, programs_per_multiprocessor=4)
+    columns = torch.empty(1, partial.shape[1], x.shape[-1], dtype=torch.float32, device=x.device)
+    if x.numel():
+        with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType]
+            rational_mlp_backward_kernel[(tile.num_programs,)](
+                grad_y,
+                x,
+                numerator,
+                denominator,
+                grad_x,
+                y,
+                partial,
+                columns,
+                *layout,
+                num_warps=tile.num_warps,
+            )
+    *tables, columns = gather_sums((numerator, denominator), partial, columns)
+    return grad_x, y, columns.squeeze(0), *tables

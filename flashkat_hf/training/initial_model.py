@@ -1,0 +1,136 @@
+"""The model that a run starts from, ready to train, and the model that it leaves."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from torch import nn
+
+from ..checkpoints.image_processor import make_image_processor
+from ..checkpoints.loading import load_checkpoint
+from ..messages import extra
+from ..model.configuration_flashkat import FlashKATConfig
+from ..model.modeling_flashkat import FlashKATForImageClassification
+from .recipe import Settings
+
+MICRO = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "image_size": 16,
+    "patch_size": 4,
+}
+LINEAR, IN_FULL = ["qkv", "proj", "fc1", "fc2"], ["act1", "act2", "classifier"]  # with LoRA
+
+
+def build_model(settings: Settings, class_names: list[str]) -> tuple[nn.Module, Any]:
+    """The model, with a head for these classes, and its image processor.
+
+    What is random follows torch's generator.
+
+    Raises:
+        ValueError: in one line, the checkpoint or the image size does not serve.
+    """
+    if settings.model is None:
+        model, processor = _fresh(settings, class_names)
+    else:
+        model, processor = _pretrained(settings, class_names)
+        if settings.image_size not in (None, model.config.image_size):
+            resize(model, processor, settings.image_size)
+    if settings.gradient_checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if settings.freeze_backbone:
+        model.flashkat.requires_grad_(False)
+    if settings.lora_rank:
+        peft = extra("peft")
+        lora = peft.LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            target_modules=LINEAR,
+            modules_to_save=IN_FULL,
+        )
+        model = peft.get_peft_model(model, lora)
+    return model, processor
+
+
+def _fresh(settings: Settings, class_names: list[str]) -> tuple[FlashKATForImageClassification, Any]:
+    overrides = _labels(class_names) | {"drop_path_rate": settings.drop_path}
+    if settings.image_size:
+        overrides["image_size"] = settings.image_size
+    try:
+        if settings.size == "micro":
+            config = FlashKATConfig(**{**MICRO, **overrides})
+        else:
+            config = FlashKATConfig.from_size(settings.size or "tiny", **overrides)
+    except StrictDataclassClassValidationError as error:
+        raise ValueError(f"--image_size: {error.__cause__}") from error
+    crop = 1.0 if settings.augmentation.crop == "moves" else 0.875  # a sign fills its image
+    return FlashKATForImageClassification(config), make_image_processor(config.image_size, crop)
+
+
+def _pretrained(settings: Settings, class_names: list[str]) -> tuple[FlashKATForImageClassification, Any]:
+    try:
+        model, processor = load_checkpoint(str(settings.model), drop_path_rate=settings.drop_path)
+    except ValueError as error:
+        raise ValueError(f"--model: {error}") from error
+    config = model.config
+    same = [config.id2label.get(index) for index in range(config.num_labels)] == class_names
+    if settings.head == "keep" and config.num_labels != len(class_names):
+        raise ValueError(
+            f"--head: keep, but {settings.model} has {config.num_labels} labels, not {len(class_names)}"
+        )
+    fresh = settings.head == "fresh" or (settings.head == "auto" and not same)
+    for name, value in _labels(class_names).items():
+        setattr(config, name, value)
+    if fresh:
+        model.num_labels = len(class_names)
+        model.classifier = nn.Linear(config.hidden_size, len(class_names))
+        nn.init.trunc_normal_(model.classifier.weight, std=config.initializer_range)
+        nn.init.zeros_(model.classifier.bias)
+    return model, processor
+
+
+def _labels(class_names: list[str]) -> dict[str, Any]:
+    return {
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: i for i, name in enumerate(class_names)},
+    }
+
+
+def resize(model: FlashKATForImageClassification, processor: Any, image_size: int) -> None:
+    """Let a model and its processor take images of another size; positions are interpolated, bicubic.
+
+    Raises:
+        ValueError: `image_size` is not a multiple of the patch size.
+    """
+    embeddings, config = model.flashkat.embeddings, model.config
+    if image_size % config.patch_size:
+        raise ValueError(f"--image_size: {image_size} must be a multiple of the patches' {config.patch_size}")
+    grid = image_size // config.patch_size
+    with torch.no_grad():
+        positions = embeddings.interpolate_pos_encoding(grid, grid).contiguous()
+    embeddings.position_embeddings = nn.Parameter(positions)
+    edge = round(processor.size["shortest_edge"] * image_size / config.image_size)
+    processor.size = type(processor.size)(shortest_edge=edge)
+    processor.crop_size = type(processor.crop_size)(height=image_size, width=image_size)
+    config.image_size = embeddings.image_size = image_size
+    embeddings.grid_size = grid
+
+
+def merged(model: Any) -> Any:
+    """The model itself, or a copy of a LoRA model's with its updates merged in."""
+    return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def save_model(model: Any, processor: Any, folder: Path) -> None:
+    """Write what `from_pretrained` loads.
+
+    A LoRA model with its updates merged in, and the adapter beside it.
+    """
+    if hasattr(model, "merge_and_unload"):
+        model.save_pretrained(folder / "adapter")
+    merged(model).save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -1,0 +1,171 @@
+"""What changes the weights.
+
+Parameter groups, optimiser, schedule, mixed labels and averaged weights, all timm's.
+"""
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+
+from ..messages import extra
+from .recipe import Settings
+
+UNDECAYED = (
+    "*cls_token",
+    "*position_embeddings",
+    "*pos_embed",
+)  # and everything of one dimension: biases, norms
+COEFFICIENTS = ("*.numerator", "*.denominator")
+
+
+def seed_update(seed: int, rank: int, step: int) -> None:
+    """Seed Python, NumPy and PyTorch for one update, so that a resumed run draws what an uninterrupted one does."""
+    words = np.random.SeedSequence((seed, rank, step)).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]))
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decay_coefficients: bool = True, layer_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters by weight decay and, with `layer_decay`, by depth.
+
+    Matrices decay, and the rational coefficients unless told otherwise; biases, norms, positions and the cls
+    token do not. With `layer_decay` a group has an `lr_scale`: 1 for the head, and one power more for each
+    block further down, the embeddings last; the last norm goes with the last block.
+    """
+    optim = extra("timm.optim")
+    undecayed = UNDECAYED if decay_coefficients else UNDECAYED + COEFFICIENTS
+    if layer_decay is None:
+        return optim.param_groups_weight_decay(model, weight_decay, no_weight_decay_list=undecayed)
+    matcher = {
+        "stem": r".*flashkat\.embeddings\.",
+        "blocks": [(r".*flashkat\.layers\.(\d+)\.", None), (r".*flashkat\.norm\.", (99999,))],
+    }
+    setattr(model, "group_matcher", lambda coarse: matcher)  # noqa: B010 - where timm looks
+    try:
+        return optim.param_groups_layer_decay(model, weight_decay, undecayed, layer_decay=layer_decay)
+    finally:
+        del model.group_matcher
+
+
+def make_optimizer(model: nn.Module, settings: Settings, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW, fused where PyTorch has it."""
+    groups = parameter_groups(model, settings.weight_decay, settings.decay_coefficients, settings.layer_decay)
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.learning_rate or 0.0,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=device.type in ("cuda", "cpu"),
+    )
+
+
+class Schedule:
+    """timm's cosine with a linear warm-up, by epoch or by update; a function of where the run stands."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, settings: Settings, updates_per_epoch: int):
+        self.optimizer = optimizer
+        self.updates = None if settings.schedule == "epoch" else updates_per_epoch
+        unit = self.updates or 1
+        self.cosine = extra("timm.scheduler").CosineLRScheduler(
+            optimizer,
+            t_initial=settings.epochs * unit,
+            lr_min=settings.min_learning_rate,
+            warmup_t=(settings.warmup_epochs or 0) * unit,
+            warmup_lr_init=settings.warmup_learning_rate,
+        )
+
+    def set(self, epoch: int, update: int) -> float:
+        """Set every group's learning rate for update `update` of epoch `epoch`; returns the highest."""
+        self.cosine.step(epoch if self.updates is None else epoch * self.updates + update)
+        return self.rate
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate of the groups."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+
+class Mixing:
+    """Mixup and cutmix of a batch on its device, and smoothed labels; draws from NumPy's global generator."""
+
+    def __init__(self, settings: Settings, num_labels: int):
+        mixup = extra("timm.data.mixup")
+        self.num_labels, self.smoothing, self.mixup_target = (
+            num_labels,
+            settings.label_smoothing,
+            mixup.mixup_target,
+        )
+        self.mix = None
+        if settings.mixup or settings.cutmix:
+            self.mix = mixup.Mixup(
+                mixup_alpha=settings.mixup,
+                cutmix_alpha=settings.cutmix,
+                prob=settings.mix_probability,
+                switch_prob=settings.mix_switch,
+                label_smoothing=settings.label_smoothing,
+                num_classes=num_labels,
+            )
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images `(batch, channels, height, width)`, perhaps changed in place, and class probabilities for them."""
+        if self.mix:
+            return self.mix(images, labels)
+        return images, self.mixup_target(labels, self.num_labels, smoothing=self.smoothing)
+
+
+class AveragedWeights:
+    """timm's exponential moving average of the weights, without a warm-up, sharded where the model is.
+
+    Made before the model is prepared, and `follow`ed by `prepare` when it has been.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.average = extra("timm.utils").ModelEmaV3(model, decay=decay)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.average.module
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Move the average to the device, sharded as accelerate shards the model.
+
+        Register it for checkpoints.
+        """
+        if accelerator.is_fsdp2:
+            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+            self.average.module = fsdp2_prepare_model(accelerator, self.average.module)
+        self.average.to(accelerator.device)
+        accelerator.register_for_checkpointing(self)
+
+    def update(self, model: nn.Module) -> None:
+        self.average.update(model)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return whole_weights(self.module, cpu=True)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        set_model_state_dict(self.module, state, options=StateDictOptions(full_state_dict=True))  # pyright: ignore[reportArgumentType]
+
+
+def whole_weights(module: nn.Module, cpu: bool = False) -> dict[str, Any]:
+    """The state dict of a module that may be sharded, unsharded in every process; all of them must ask."""
+    state: dict[str, Any] = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
+    return {name: tensor.cpu() if cpu else tensor for name, tensor in state.items()}
+
+
+def trainable(model: nn.Module) -> Iterable[nn.Parameter]:
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)

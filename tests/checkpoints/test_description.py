@@ -1,0 +1,67 @@
+"""What `flashkat info` says of a model at its start, of a learned one, and of what is no model."""
+
+import pytest
+import torch
+from helpers import micro_config, original_state
+
+from flashkat_hf import FlashKATForImageClassification, convert, make_image_processor
+from flashkat_hf.checkpoints.description import describe
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = FlashKATForImageClassification(micro_config(id2label={i: f"digit {i}" for i in range(10)}))
+    model.save_pretrained(tmp_path)
+    make_image_processor(32).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_at_the_start(folder):
+    assert describe(str(folder)).splitlines() == [
+        f"{folder}: FlashKATForImageClassification, 114,402 parameters, torch.float32",
+        "layers      2 of 64 channels, 2 heads, MLP 256",
+        "image       32 pixels, 3 channels, patches of 8; mean 0.485 0.456 0.406, std 0.229 0.224 0.225",
+        "pooling     cls",
+        "labels      10: digit 0, digit 1, digit 2, digit 3, digit 4, ...",
+        "rationals   8 groups, one numerator; starts identity, swish",
+        "activations at their start tables",
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_learned(folder, dtype):
+    """r(x) = x of layer 1 becomes x + 0.25: it has moved by that, and nothing else has, rounded or not."""
+    model = FlashKATForImageClassification.from_pretrained(folder, dtype=dtype)
+    with torch.no_grad():
+        model.flashkat.layers[1].mlp.act1.numerator[0, 0] = 0.25
+    model.save_pretrained(folder)
+    assert describe(str(folder)).splitlines()[-4:] == [
+        "activations learned; largest distance from the start on [-3, 3], any group:",
+        "  layer      act1      act2",
+        "      0    0.0000    0.0000",
+        "      1    0.2500    0.0000",
+    ]
+
+
+def test_a_signs_change_of_the_denominator_is_no_move(folder):
+    model = FlashKATForImageClassification.from_pretrained(folder)
+    with torch.no_grad():
+        model.flashkat.layers[0].mlp.act2.denominator.neg_()
+    model.save_pretrained(folder)
+    assert describe(str(folder)).endswith("activations at their start tables")
+
+
+def test_no_head(tmp_path):
+    state = {name: tensor for name, tensor in original_state("kat").items() if not name.startswith("head.")}
+    torch.save(state, tmp_path / "x.pth")
+    convert(tmp_path / "x.pth", tmp_path / "out", settings={"num_attention_heads": 2})
+    assert "labels      0, no head" in describe(str(tmp_path / "out")).splitlines()
+
+
+def test_what_is_no_flashkat(tmp_path):
+    torch.save(original_state("kat"), tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"cannot load .*flashkat convert") as caught:
+        describe(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="is not a folder"):
+        describe(str(tmp_path / "x.pth"))

@@ -1,0 +1,444 @@
+"""Conversions of every kind of source, what they leave behind, and the way back."""
+
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import DATA, original_state, relative_error, stored_model, timm_vit
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from flashkat_hf import FlashKATForImageClassification, convert
+from flashkat_hf.checkpoints import load_checkpoint
+from flashkat_hf.checkpoints.remote_code import CODE_FILES
+from flashkat_hf.conversion import conversion
+from flashkat_hf.conversion.conversion import export_original
+
+HEADS = {"num_attention_heads": 2}
+VIT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96} | {
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+@pytest.fixture
+def kat(tmp_path):
+    torch.save(original_state("kat"), tmp_path / "kat.pth")
+    return tmp_path / "kat.pth"
+
+
+def vit_folder(path, model_class=ViTForImageClassification, **changes):
+    model = model_class(ViTConfig(**{**VIT, "num_labels": 3, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(path)
+    return model.eval()
+
+
+def listing(folder) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("kind", ["kat", "flashkat"])
+def test_stored_logits_through_the_auto_class(kind, tmp_path):
+    """Numbers that the original code computed, from the written folder, in float32."""
+    torch.save({"state_dict": original_state(kind)}, tmp_path / "x.pth")
+    report = convert(tmp_path / "x.pth", tmp_path / "out", settings=HEADS)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    stored = stored_model(kind)[2]
+    assert relative_error(model(stored["input"]).logits, stored["logits_f64"]) <= 2e-5
+    assert report.proof.outputs == "logits"
+    assert report.proof.rounding < 1e-12
+    assert report.proof.agreement == 1
+    assert report.parameters == model.num_parameters() == 114402
+    base = AutoModel.from_pretrained(tmp_path / "out")
+    assert relative_error(base(stored["input"]).pooler_output, stored["pooled"]) <= 2e-5
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *CODE_FILES,
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"global_pool": "avg"},
+        {"qkv_bias": False},
+        {"init_values": 0.5},
+        {"init_values": 0.5, "no_embed_class": True},  # DeiT-III
+        {"num_classes": 0},
+        {"in_chans": 1, "mlp_ratio": 2},
+    ],
+    ids=str,
+)
+def test_timm_vits(arguments, tmp_path):
+    """With the result's tables timm's model gives the same numbers to rounding.
+
+    The rest is the table's error.
+    """
+    model = timm_vit(**arguments)
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    report = convert(tmp_path / "x.pth", tmp_path / "out", settings=HEADS)
+    assert report.title == "timm ViT"
+    assert report.proof.rounding < (1e-6 if "init_values" in arguments else 1e-12)
+    assert 0 < report.proof.difference < 0.1 * report.proof.spread
+    assert report.proof.outputs == ("pooled features" if arguments.get("num_classes") == 0 else "logits")
+    result = FlashKATForImageClassification.from_pretrained(tmp_path / "out")
+    images = torch.randn(2, arguments.get("in_chans", 3), 32, 32)
+    with torch.no_grad():
+        expected, actual = model(images), result(images).logits
+    assert (expected - actual).abs().max() < 0.1 * expected.std()
+
+
+def test_timm_folder_with_its_architecture(tmp_path):
+    """Heads and the rest from timm's own model of that name, which also evaluates it."""
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
+    source = tmp_path / "timm"
+    source.mkdir()
+    save_file(timm_vit(**args).state_dict(), source / "model.safetensors")
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 10,
+        "model_args": args,
+        "global_pool": "token",
+    }
+    config |= {"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}}
+    (source / "config.json").write_text(json.dumps(config))
+    report = convert(source, tmp_path / "out")
+    assert report.config.num_attention_heads == 4
+    assert report.notes == ()
+    assert AutoImageProcessor.from_pretrained(tmp_path / "out").size["shortest_edge"] == 32
+    with pytest.raises(ValueError, match="does not compute the same function"):
+        convert(source, tmp_path / "wrong", settings=HEADS)
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh"])
+def test_transformers_folder(tmp_path, qkv_bias, act):
+    labels = {0: "cat", 1: "dog", 2: "other"}
+    changes = {"id2label": labels, "qkv_bias": qkv_bias, "hidden_act": act, "layer_norm_eps": 1e-3}
+    model = vit_folder(tmp_path / "vit", **changes)
+    report = convert(tmp_path / "vit", tmp_path / "out")
+    assert report.config.num_attention_heads == 4
+    assert report.proof.rounding < 1e-12
+    result, _ = load_checkpoint(str(tmp_path / "out"))
+    assert result.config.id2label == labels
+    assert result.config.layer_norm_eps == 1e-3
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected, actual = model(images).logits, result(images).logits
+    assert (expected - actual).abs().max() < 0.1 * expected.std()
+
+
+def test_transformers_state_dict_in_memorys_names(tmp_path):
+    """What torch.save writes of a loaded model: transformers 5 has other names in memory than in files."""
+    model = vit_folder(tmp_path / "vit")
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    settings = {"num_attention_heads": 4}
+    from_file = convert(tmp_path / "x.pth", tmp_path / "one", settings=settings)
+    assert from_file.title == "transformers 5 ViT"
+    assert "eps 1e-12 assumed; --set layer_norm_eps=X says otherwise" in from_file.notes
+    convert(tmp_path / "vit", tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_vit_model_without_a_head(tmp_path):
+    vit_folder(tmp_path / "vit", ViTModel)
+    report = convert(tmp_path / "vit", tmp_path / "out", num_labels=5)
+    assert "pooler left out: no classifier uses it" in report.notes
+    assert report.proof.outputs == "pooled features"
+    result, _ = load_checkpoint(str(tmp_path / "out"))
+    assert result.classifier.weight.shape == (5, 64)
+    assert result.classifier.weight.detach().std() == pytest.approx(0.02, rel=0.3)
+    assert not result.classifier.bias.detach().any()
+    bare = convert(tmp_path / "vit", tmp_path / "bare")
+    assert bare.config.num_labels == 0
+    assert "the source has no head; --num-labels N makes a fresh one" in bare.notes
+    assert load_checkpoint(str(tmp_path / "bare"))[0](torch.randn(1, 3, 32, 32)).logits.shape == (1, 64)
+
+
+def test_fresh_head_keeps_the_rest(kat, tmp_path):
+    convert(kat, tmp_path / "old", settings=HEADS)
+    report = convert(kat, tmp_path / "new", settings=HEADS, num_labels=4)
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("old", "new"))
+    assert [name for name in old if not torch.equal(old[name], new[name])] == [
+        "classifier.bias",
+        "classifier.weight",
+    ]
+    assert report.config.num_labels == len(report.config.id2label) == 4
+    assert "fresh head of 4 labels: random, to be trained" in report.notes
+
+
+@pytest.mark.parametrize("source", ["kat", "no position for the class token", "transformers"])
+def test_image_size(source, kat, tmp_path):
+    """Other positions compute what the model's own interpolation of the old ones does."""
+    settings = HEADS
+    if source == "transformers":
+        vit_folder(tmp_path / "vit")
+        kat, settings = tmp_path / "vit", {}
+    elif source != "kat":
+        torch.save(timm_vit(no_embed_class=True).state_dict(), kat)
+    convert(kat, tmp_path / "old", settings=settings)
+    report = convert(kat, tmp_path / "new", settings=settings, image_size=48)
+    (old, _), (new, processor) = (load_checkpoint(str(tmp_path / name)) for name in ("old", "new"))
+    images = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(new(images).logits, old(images, interpolate_pos_encoding=True).logits)
+    assert report.config.image_size == new.config.image_size == processor.crop_size["height"] == 48
+    with pytest.raises(ValueError, match=r"image_size \(50\) must be a multiple of patch_size \(8\)"):
+        convert(kat, tmp_path / "bad", settings=settings, image_size=50)
+
+
+def test_imagenet_labels(tmp_path):
+    torch.save(timm_vit(num_classes=1000).state_dict(), tmp_path / "x.pth")
+    convert(tmp_path / "x.pth", tmp_path / "out", settings=HEADS)
+    config = load_checkpoint(str(tmp_path / "out"))[0].config
+    assert len(config.id2label) == len(config.label2id) == 1000
+    assert config.id2label[0] == "tench, Tinca tinca"
+    assert config.id2label[134] == "crane (n02012849)"  # the bird; 517 is the machine
+    assert config.id2label[999].startswith("toilet tissue")
+
+
+def test_image_processor_is_written(kat, tmp_path):
+    convert(kat, tmp_path / "out", settings=HEADS)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert (processor.size["shortest_edge"], processor.crop_size["height"]) == (36, 32)
+    assert list(processor.image_mean) == [0.485, 0.456, 0.406]
+    convert(kat, tmp_path / "half", settings=HEADS, transform="augreg")
+    assert list(AutoImageProcessor.from_pretrained(tmp_path / "half").image_mean) == [0.5] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_size": 0}, r"image_size \(0\) must be at least 1"),
+        ({"num_labels": -1}, r"num_labels \(-1\) must be at least 1"),
+        ({"settings": {"width": 3}}, "width is no field of the config"),
+        ({"settings": {"hidden_size": 3}}, "the settings say hidden_size=3, but the weights hidden_size=64"),
+        ({"transform": "clip"}, "unknown transform 'clip'"),
+    ],
+)
+def test_bad_arguments_leave_nothing(kat, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        convert(kat, tmp_path / "out", **arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["kat.pth"]
+
+
+def test_existing_output(kat, tmp_path):
+    """Refused without overwrite; with it, only what is a FlashKAT and not the source gives way."""
+    out = tmp_path / "out"
+    convert(kat, out, settings=HEADS)
+    before = listing(out)
+    with pytest.raises(ValueError, match="out exists; --overwrite replaces it"):
+        convert(kat, out, settings=HEADS)
+    assert listing(out) == before
+    convert(kat, out, settings=HEADS, num_labels=4, overwrite=True)
+    assert json.loads((out / "config.json").read_text())["id2label"].keys() == {"0", "1", "2", "3"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kat.pth", "out"]
+    home = tmp_path / "home"
+    home.mkdir()
+    convert(kat, home, settings=HEADS, overwrite=True)  # an empty folder holds nothing to lose
+    for path in home.iterdir():
+        path.unlink()
+    (home / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="holds something else than a FlashKAT"):
+        convert(kat, home, settings=HEADS, overwrite=True)
+    assert listing(home) == {"letter.txt": b"dear"}
+    with pytest.raises(ValueError, match="is no folder, so --overwrite does not"):
+        convert(kat, kat, settings=HEADS, overwrite=True)
+    inside = out / "kat.pth"
+    inside.write_bytes(kat.read_bytes())
+    with pytest.raises(ValueError, match=r"cannot replace .* from which it is made"):
+        convert(inside, out, settings=HEADS, overwrite=True)
+    with pytest.raises(ValueError, match=r"kat.pth is no folder"):
+        convert(inside, kat / "deep" / "out", settings=HEADS)
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("when", ["weights", "processor"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_full_disk(kat, tmp_path, monkeypatch, when, existing):
+    out = tmp_path / "deep" / "out"
+    if existing:
+        convert(kat, out, settings=HEADS)
+    before = listing(tmp_path)
+    writer = {
+        "weights": "flashkat_hf.FlashKATForImageClassification",
+        "processor": "transformers.image_processing_base.ImageProcessingMixin",
+    }[when]
+    monkeypatch.setattr(f"{writer}.save_pretrained", full_disk)
+    with pytest.raises(ValueError, match=r"cannot write .*out: No space left on device; nothing is written"):
+        convert(kat, out, settings=HEADS, overwrite=True)
+    assert listing(tmp_path) == before
+    assert (tmp_path / "deep").exists() == existing
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_trouble_between_the_two_renamings(kat, tmp_path, monkeypatch, error):
+    """The old folder has moved away, the new one has not come: the old one comes back."""
+    out = tmp_path / "out"
+    convert(kat, out, settings=HEADS)
+    before, rename = listing(tmp_path), type(out).rename
+
+    def fail_once(self, target):
+        if target == out and self.name == "out":
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(type(out), "rename", fail_once)
+    with pytest.raises(error if error is KeyboardInterrupt else ValueError):
+        convert(kat, out, settings=HEADS, num_labels=4, overwrite=True)
+    assert listing(tmp_path) == before
+
+
+def test_safetensors_own_error_of_a_full_disk(kat, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise conversion.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(FlashKATForImageClassification, "save_pretrained", fail)
+    with pytest.raises(
+        ValueError, match=r"cannot write .*No space left on device \(os error 28\); nothing is written"
+    ):
+        convert(kat, tmp_path / "out", settings=HEADS)
+    assert [path.name for path in tmp_path.iterdir()] == ["kat.pth"]
+
+
+def test_torchs_own_error_of_a_full_disk(kat, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 260416 vs 260368")
+
+    convert(kat, tmp_path / "ours", settings=HEADS)
+    monkeypatch.setattr(conversion.torch, "save", fail)
+    with pytest.raises(ValueError, match=r"cannot write .*perhaps the disk is full .*; nothing is written"):
+        export_original(tmp_path / "ours", tmp_path / "out.pth")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kat.pth", "ours"]
+
+
+def test_interrupt_leaves_nothing(kat, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion, "_verify", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(kat, tmp_path / "out", settings=HEADS)
+    assert [path.name for path in tmp_path.iterdir()] == ["kat.pth"]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("kind", ["kat", "flashkat"])
+def test_export_there_and_back(kind, suffix, tmp_path):
+    original = original_state(kind)
+    torch.save(original, tmp_path / "x.pth")
+    convert(tmp_path / "x.pth", tmp_path / "ours", settings=HEADS)
+    out = tmp_path / f"back{suffix}"
+    text = export_original(tmp_path / "ours", out, naming=kind)
+    assert text.startswith(
+        f"{kind} naming, img_size=32, patch_size=8, in_chans=3, num_classes=10, embed_dim=64"
+    )
+    back = load_file(out) if suffix == ".safetensors" else torch.load(out, weights_only=True)
+    assert back.keys() == original.keys()
+    assert all(torch.equal(back[name], original[name]) for name in original)
+    with pytest.raises(ValueError, match="exists; --overwrite replaces it"):
+        export_original(tmp_path / "ours", out, naming=kind)
+    export_original(tmp_path / "ours", out, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["x.pth", "ours", out.name])
+
+
+def test_export_of_a_fine_tuned_model(tmp_path):
+    """Own numerators, mean pooling, another eps.
+
+    FlashKAT's naming by itself, and the text warns of the eps.
+    """
+    config = {
+        "num_numerator_groups": 8,
+        "pooling": "mean",
+        "layer_norm_eps": 1e-5,
+        "num_labels": 4,
+        "qkv_bias": False,
+    }
+    folder = tmp_path / "ours"
+    conversion.FlashKATConfig(**{**VIT, **config}).save_pretrained(folder)
+    model = FlashKATForImageClassification(conversion.FlashKATConfig(**{**VIT, **config}))
+    model.save_pretrained(folder)
+    conversion.image_processor(conversion.Source("x", "KAT", {}), 32)[0].save_pretrained(folder)
+    text = export_original(folder, tmp_path / "out.safetensors")
+    assert text.startswith("flashkat naming")
+    assert "qkv_bias=False, global_pool='avg'; mind that it normalises with eps 1e-05" in text
+    back = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(back["fc_norm.weight"], model.flashkat.norm.weight.detach())
+    assert back["blocks.1.mlp.act1.numerator_v"].shape == (8, 6)
+    with pytest.raises(ValueError, match="KAT shares one numerator"):
+        export_original(folder, tmp_path / "kat.pth", naming="kat")
+
+
+def test_export_refusals(kat, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"must end in .safetensors or .pth"):
+        export_original(kat, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"kat.pth is not a folder"):
+        export_original(kat, tmp_path / "out.pth")
+    convert(kat, tmp_path / "ours", settings=HEADS)
+    monkeypatch.setattr(conversion, "save_file", full_disk)
+    with pytest.raises(ValueError, match=r"cannot write .*: No space left on device; nothing is written"):
+        export_original(tmp_path / "ours", tmp_path / "out.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kat.pth", "ours"]
+
+
+def test_from_pretrained_of_an_original_names_the_command(kat, tmp_path):
+    """Never silently random: neither with weights that it cannot find, nor with a few names that fit."""
+    command = r"flashkat convert .* OUTPUT"
+    with pytest.raises(OSError, match=command):
+        FlashKATForImageClassification.from_pretrained(tmp_path)
+    save_file(original_state("kat"), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text('{"architecture": "kat_tiny_patch16_224", "num_classes": 10}')
+    with pytest.raises(RuntimeError, match=command):  # norm.weight is found, of another shape
+        FlashKATForImageClassification.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=command):  # norm.weight is found, and fits
+        FlashKATForImageClassification.from_pretrained(tmp_path, **{**VIT, "intermediate_size": 256})
+    with pytest.raises(ValueError, match=command):
+        load_checkpoint(str(tmp_path))
+
+
+def test_memory_of_a_full_size_conversion(tmp_path):
+    """Base, proved.
+
+    Under 1.5 GB beyond two copies of the weights, and by far under a minute on busy cores.
+    """
+    script = f"""
+import json, resource, time, torch
+from flashkat_hf import convert
+shapes = json.load(open({str(DATA / "kat_state_dict_shapes.json")!r}))["kat"]["base"]["tensors"]
+torch.save({{name: 0.03 * torch.randn(shape) for name, shape in shapes.items()}}, {str(tmp_path / "x.pth")!r})
+import timm, transformers.models.vit  # what the proof imports counts as no memory of it
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+report = convert({str(tmp_path / "x.pth")!r}, {str(tmp_path / "out")!r})
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([1024 * (after - before), 4 * report.parameters, time.monotonic() - start, report.proof.rounding]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    grown, weights, seconds, rounding = json.loads(done.stdout.splitlines()[-1])
+    assert grown < 1.5e9 + 2 * weights
+    assert seconds < 60
+    assert rounding < 1e-12

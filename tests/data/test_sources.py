@@ -1,0 +1,451 @@
+"""Every source of data, what is wrong with it, and how images are opened."""
+
+import json
+import sys
+
+import numpy
+import pytest
+from data_helpers import CLASSES, add, encoded, image_dataset, write_folder, write_shards
+from PIL import Image
+from transformers.image_utils import load_image
+
+from flashkat_hf.data.samples import DataError, Share, open_image
+from flashkat_hf.data.sources import load_digits, load_image_folder, open_data
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes, two images each in train/ and val/."""
+    generator = numpy.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(2):
+                pixels = generator.integers(0, 256, (40, 50, 3), dtype=numpy.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    return tmp_path
+
+
+def test_the_digits_split_is_disjoint_stratified_and_always_the_same():
+    from sklearn.datasets import load_digits as original
+
+    data, again = load_digits(), load_digits()
+    assert data.class_names == list("0123456789")
+    assert (len(data.train.images), len(data.test.images)) == (1437, 360)
+    pixels = {
+        name: [image.tobytes() for image in split.images]
+        for name, split in (("a", data.train), ("b", data.test))
+    }
+    assert pixels["b"] == [image.tobytes() for image in again.test.images]
+    # Every image of the data set is in one split as often as it is there: no two of these scans are alike.
+    assert len(set(pixels["a"]) | set(pixels["b"])) == 1797
+    everything = zip(pixels["a"] + pixels["b"], [*data.train.labels, *data.test.labels], strict=True)
+    expected = [
+        Image.fromarray((p * 255 / 16).round().astype("uint8")).convert("RGB") for p in original().images
+    ]
+    assert dict(everything) == {
+        image.tobytes(): label for image, label in zip(expected, original().target, strict=True)
+    }
+    whole, held_out = numpy.bincount(original().target), numpy.bincount(data.test.labels)
+    assert numpy.abs(held_out - whole / 5).max() <= 1
+
+
+def test_image_folder(folder):
+    (folder / "train" / "cat" / "more").mkdir()
+    Image.new("L", (3, 3)).save(folder / "train" / "cat" / "more" / "DEEP.JPG")
+    (folder / "train" / "cat" / "notes.txt").write_text("not an image by its name")
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    data = load_image_folder(folder)
+    assert data.class_names == ["cat", "dog"]
+    assert list(data.train.labels) == [0, 0, 0, 1, 1]
+    assert list(data.test.labels) == [0, 0, 1, 1]
+    names = ["cat/0.png", "cat/1.png", "cat/more/DEEP.JPG", "dog/0.png", "dog/1.png"]
+    assert list(data.train.images) == [str(folder / "train" / name) for name in names]
+    assert data.train[2] == (
+        str(folder / "train/cat/more/DEEP.JPG"),
+        0,
+        str(folder / "train/cat/more/DEEP.JPG"),
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "1", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_images_are_opened_as_the_pipeline_opens_them(tmp_path, mode, orientation):
+    """Of any mode, and upright: a phone stores how it was held beside the pixels."""
+    pixels = numpy.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=numpy.uint8)
+    image = Image.fromarray(pixels).convert("L" if mode in ("LA", "1") else "RGB").convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
+    image.save(path, exif=exif)
+    opened = open_image(path)
+    assert (opened.mode, opened.size) == ("RGB", (5, 7) if orientation == 6 else (7, 5))
+    assert opened.tobytes() == load_image(str(path)).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda root: (root / "val").rename(root / "test"),
+            "ROOT must hold train/ and val/.* val/ is missing",
+        ),
+        (
+            lambda root: (root / "train" / "dog").rename(root / "dog"),
+            "ROOT/train holds only the class cat; at least two",
+        ),
+        (
+            lambda root: [(root / "train" / name).rename(root / name) for name in ("cat", "dog")],
+            "ROOT/train holds no classes; at least two",
+        ),
+        (
+            lambda root: [p.unlink() for p in (root / "train" / "dog").iterdir()],
+            "ROOT/train/dog has no images",
+        ),
+        (lambda root: [p.unlink() for p in (root / "val" / "cat").iterdir()], "ROOT/val/cat has no images"),
+        (lambda root: (root / "val" / "cow").mkdir(), "ROOT/val has classes that ROOT/train has not: cow"),
+        (lambda root: (root / "train" / "cow").mkdir(), "ROOT/train has classes that ROOT/val has not: cow"),
+        (
+            lambda root: (root / "val" / "cat" / "1.png").write_text("no"),
+            "cannot read the image ROOT/val/cat/1.png: not a known image format$",
+        ),
+        (
+            lambda root: [p.write_bytes(b"") for p in (root / "train" / "cat").iterdir()],
+            "cannot read the image ROOT/train/cat/0.png: not a known image format, and 1 more$",
+        ),
+    ],
+)
+def test_bad_folders(folder, damage, message):
+    damage(folder)
+    with pytest.raises(DataError, match=message.replace("ROOT", str(folder))) as caught:
+        load_image_folder(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
+        load_image_folder(tmp_path / "nowhere")
+
+
+def test_processes_share_the_checks(folder):
+    """Of eight images, process 1 of 2 checks the odd ones."""
+    (folder / "train" / "cat" / "1.png").write_text("no")
+    load_image_folder(folder, rank=0, world_size=2)
+    with pytest.raises(DataError, match=r"cat/1.png"):
+        load_image_folder(folder, rank=1, world_size=2)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif", "webp"])
+def test_truncated_image_is_named_when_it_is_opened(folder, suffix):
+    path = folder / "train" / "cat" / f"0.{suffix}"
+    open_image(folder / "train" / "cat" / "1.png").save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    try:
+        data = load_image_folder(folder)  # most headers are whole
+    except DataError as error:
+        assert str(path) in str(error)  # noqa: PT017 - PIL reads a little further in some formats
+    else:
+        sample = data.train[list(data.train.images).index(str(path))]
+        with pytest.raises(DataError, match=f"cannot read the image {path}: ."):
+            open_image(sample.image, sample.name)
+
+
+def test_a_missing_image_is_named():
+    with pytest.raises(DataError, match=r"^cannot read the image nowhere.png: No such file or directory$"):
+        open_image("nowhere.png")
+
+
+@pytest.mark.parametrize("source", ["digits", "shards", "saved"])
+def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch, tmp_path, source):
+    module = {"digits": "sklearn.datasets", "shards": "webdataset", "saved": "datasets"}[source]
+    if source == "shards":
+        write_shards(tmp_path, [2], [2])
+    elif source == "saved":
+        (tmp_path / "state.json").touch()
+    monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
+    with pytest.raises(ImportError, match=rf"{module} is missing: pip install 'flashkat_hf\[train\]'"):
+        open_data("digits" if source == "digits" else tmp_path)
+
+
+@pytest.mark.parametrize("change", ["pixel", "rename", "remove", "class"])
+def test_a_folders_fingerprint_changes_with_the_data_and_not_with_its_place(tmp_path, change):
+    one, other = (write_folder(tmp_path / name, 6, 3) for name in ("one", "other"))
+    assert load_image_folder(one).fingerprint == load_image_folder(other).fingerprint
+    image = other / "train" / "bee" / "004.png"
+    if change == "pixel":
+        image.write_bytes(encoded(7))
+    elif change == "rename":
+        image.rename(image.with_name("9.png"))
+    elif change == "remove":
+        image.unlink()
+    else:
+        for split in ("train", "val"):
+            (other / split / "bee").rename(other / split / "bat")
+    assert load_image_folder(one).fingerprint != load_image_folder(other).fingerprint
+
+
+def test_a_large_folders_fingerprint_is_of_names_and_sizes(tmp_path, monkeypatch):
+    root = write_folder(tmp_path, 6, 3)
+    monkeypatch.setattr("flashkat_hf.data.sources.CONTENTS", 10)
+    before = load_image_folder(root).fingerprint
+    (root / "train" / "bee" / "004.png").write_bytes(encoded(4, "BMP"))
+    assert load_image_folder(root).fingerprint != before
+
+
+@pytest.mark.parametrize("source", ["nowhere", "a/b/c", "DIR/missing"])
+def test_what_is_no_source(tmp_path, source):
+    source = source.replace("DIR", str(tmp_path))
+    with pytest.raises(DataError, match=f"^{source} is not a folder$"):
+        open_data(source)
+
+
+# shards -----------------------------------------------------------------------------------------------------
+
+
+def opened(stream) -> list[int]:
+    return [open_image(sample.image).getpixel((0, 0))[0] for sample in stream.samples(None, Share())]
+
+
+@pytest.mark.parametrize("layout", ["folder", "pattern", "split folders", "sizes.json"])
+def test_shards(tmp_path, layout, monkeypatch):
+    root, source = write_shards(tmp_path / "data", [4, 3], [5]), tmp_path / "data"
+    if layout == "pattern":
+        source = f"{root}/{{train-{{000..001}},val-000}}.tar"
+    elif layout == "split folders":
+        for split in ("train", "val"):
+            (root / split).mkdir()
+            for shard in root.glob(f"{split}-*.tar"):
+                shard.rename(root / split / shard.name.removeprefix(f"{split}-"))
+    elif layout == "sizes.json":
+        (root / "sizes.json").write_text(
+            json.dumps({"train-000.tar": 4, "train-001.tar": 3, "val-000.tar": 5})
+        )
+        monkeypatch.setattr("tarfile.open", None)
+    data = open_data(source)
+    assert data.class_names == CLASSES
+    assert (data.train.num_images, data.test.num_images) == (7, 5)
+    monkeypatch.undo()
+    assert opened(data.train) == list(range(7))
+    assert opened(data.test) == list(range(7, 12))
+    other = write_shards(tmp_path / "other", [4, 4], [5])
+    assert open_data(other).fingerprint != open_data(root).fingerprint == open_data(root).fingerprint
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['["ant", "bee", "cow"]', '{"0": "ant", "1": "bee", "2": "cow"}', '{"bee": 1, "cow": 2, "ant": 0}'],
+)
+def test_class_names_of_shards(tmp_path, content):
+    write_shards(tmp_path, [4], [5], classes=False)
+    with pytest.raises(DataError, match=r"needs class names: classes\.txt beside the shards"):
+        open_data(tmp_path)
+    assert open_data(tmp_path, class_names=CLASSES).class_names == CLASSES
+    (tmp_path / "classes.json").write_text(content)
+    assert open_data(tmp_path).class_names == CLASSES
+
+
+def test_a_shard_is_read_through_a_command(tmp_path):
+    """Webdataset's URLs: what it opens by a program, as it does for http and s3."""
+    root = write_shards(tmp_path, [4], [5])
+    (root / "sizes.json").write_text(json.dumps({"train-000.tar": 4, "val-000.tar": 5}))
+    url = f"pipe:cat {root}/train-000.tar::pipe:cat {root}/val-000.tar"
+    (data,) = [open_data(url, class_names=CLASSES, train_split="train", test_split="val")]
+    assert opened(data.train) == list(range(4))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda root: (root / "val-000.tar").unlink(),
+            r"ROOT has no test shards: names that begin with val or valid or",
+        ),
+        (
+            lambda root: (root / "classes.txt").write_text("ant\n"),
+            "ROOT holds only the class ant; at least two",
+        ),
+        (lambda root: (root / "classes.txt").write_text("a\nb\na\n"), "ROOT names a class twice: a"),
+        (lambda root: (root / "classes.json").write_text("[1"), "ROOT/classes.json is damaged: "),
+        (
+            lambda root: (root / "classes.json").write_text('{"a": 0, "b": 2}'),
+            "must be a list of names, or an object",
+        ),
+        (
+            lambda root: (root / "train-000.tar").write_bytes(b"no tar"),
+            "cannot read the shard ROOT/train-000.tar: .",
+        ),
+        (lambda root: write_shards(root, [0], [2]), "the train shards of ROOT have no images"),
+    ],
+)
+def test_bad_shards(tmp_path, damage, message):
+    damage(write_shards(tmp_path, [4], [5]))
+    with pytest.raises(DataError, match=message.replace("ROOT", str(tmp_path))) as caught:
+        open_data(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (("7.cls", b"3"), r"label 3 of ROOT/train-000.tar/7.png is not one of the 3 classes"),
+        (("7.cls", b"-1"), r"no label for ROOT/train-000.tar/7.png: its label is none of the class names"),
+        (("7.txt", b"1"), r"no label for ROOT/train-000.tar/7.png: it has none, .cls or .json"),
+        (("7.json", b"{}"), r"no label for ROOT/train-000.tar/7.png: its label is none"),
+    ],
+)
+def test_bad_labels_in_shards(tmp_path, label, message):
+    import tarfile
+
+    write_shards(tmp_path, [1], [2])
+    with tarfile.open(tmp_path / "train-000.tar", "w") as tar:
+        add(tar, "7.png", encoded(7))
+        add(tar, *label)
+    message = f"^{message.replace('ROOT', str(tmp_path))}"
+    with pytest.raises(DataError, match=message):
+        open_data(tmp_path)
+    (tmp_path / "sizes.json").write_text(
+        json.dumps({"train-000.tar": 1, "val-000.tar": 2})
+    )  # nothing is counted
+    with pytest.raises(DataError, match=message):
+        opened(open_data(tmp_path).train)
+
+
+def test_options_that_a_source_does_not_have(tmp_path):
+    """They are not passed over."""
+    folder, shards = write_folder(tmp_path / "folder", 6, 6), write_shards(tmp_path / "shards", [4], [5])
+    with pytest.raises(DataError, match=r"^the digits take no train_split, streaming$"):
+        open_data("digits", train_split="train", streaming=True)
+    with pytest.raises(
+        DataError, match=f"^{folder} is no data set .* image folders take no subset, class_names$"
+    ):
+        open_data(folder, subset="small", class_names=["ant", "bee"])
+    with pytest.raises(DataError, match=f"^{shards} holds WebDataset shards, which take no label_column$"):
+        open_data(shards, label_column="kind", streaming=True)
+
+
+def test_a_truncated_shard_and_a_wrong_count_are_named(tmp_path):
+    shard = write_shards(tmp_path, [4], [5]) / "train-000.tar"
+    (tmp_path / "sizes.json").write_text(json.dumps({"train-000.tar": 5, "val-000.tar": 5}))
+    with pytest.raises(DataError, match=f"^{shard} has fewer images than the 5 that it should have$"):
+        opened(open_data(tmp_path).train)
+    shard.write_bytes(shard.read_bytes()[: 3 * 1024 + 600])
+    with pytest.raises(DataError, match=f"^cannot read the shard {shard}: [^\n@]*$"):
+        opened(open_data(tmp_path).train)
+
+
+# datasets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def splits():
+    import datasets
+
+    datasets.disable_progress_bars()
+    return {"train": image_dataset(0, 7), "validation": image_dataset(7, 12)}
+
+
+def save(splits, root):
+    import datasets
+
+    datasets.DatasetDict(splits).save_to_disk(root)
+    return root
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+def test_a_data_set(splits, tmp_path, form, streaming):
+    """Columns and class names are found by their types."""
+    if form == "saved":
+        save(splits, tmp_path)
+    else:
+        for name, split in splits.items():
+            split.to_parquet(tmp_path / f"{name}-0.parquet")
+    data = open_data(tmp_path, streaming=streaming, train_size=7 if streaming else None)
+    assert data.class_names == CLASSES
+    assert data.train.num_images == 7
+    assert data.fingerprint == open_data(tmp_path, streaming=streaming).fingerprint
+    samples = list(data.test.samples(None, Share())) if streaming else [data.test[i] for i in range(5)]
+    assert [open_image(sample.image).getpixel((0, 0))[0] for sample in samples] == list(range(7, 12))
+    assert [sample.label for sample in samples] == [number % 3 for number in range(7, 12)]
+    assert samples[2].name.endswith(f"number 2 of validation of {tmp_path}")
+
+
+def test_columns_and_splits_by_name(splits, tmp_path):
+    splits = {
+        "one": splits["train"].add_column("other", splits["train"]["kind"]),
+        "two": splits["validation"],
+    }
+    splits["two"] = splits["two"].add_column("other", splits["two"]["kind"])
+    save(splits, tmp_path)
+    names = {"train_split": "one", "test_split": "two"}
+    data = open_data(tmp_path, image_column="picture", label_column="other", **names)
+    assert data.class_names == ["0", "1", "2"]
+    texts = open_data(tmp_path, label_column="note", **{**names, "test_split": "one"})
+    assert texts.class_names == list("0123456")
+    with pytest.raises(
+        DataError, match=r"the column note of .* has no class names; give them \(class_names\)"
+    ):
+        open_data(tmp_path, label_column="note", streaming=True, **names)
+    stream = open_data(
+        tmp_path, label_column="note", class_names=list("0123456"), streaming=True, **names
+    ).train
+    assert [sample.label for sample in stream.samples(None, Share())] == list(range(7))
+
+
+def bad_splits(kind, splits):
+    train, test = splits["train"], splits["validation"]
+    import datasets
+
+    if kind == "order":
+        return {"train": train, "validation": image_dataset(7, 12, ["bee", "ant", "cow"])}
+    if kind == "classes":
+        return {"train": train, "validation": image_dataset(7, 12, ["ant", "bee", "cat"])}
+    if kind == "split":
+        return {"train": train}
+    if kind == "empty":
+        return {"train": train, "validation": test.select([])}
+    if kind == "one":
+        return {name: part.select([0]).cast_column("kind", datasets.ClassLabel(names=["ant"])) for name, part in
+                (("train", image_dataset(0, 1)), ("validation", image_dataset(3, 4)))}  # fmt: skip
+    if kind == "unlabelled":
+        columns = {"picture": [{"bytes": encoded(1), "path": None}], "kind": [-1], "note": [""]}
+        return {"train": train, "validation": datasets.Dataset.from_dict(columns, features=train.features)}
+    return {name: part.remove_columns(kind) for name, part in splits.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("order", "train and validation of ROOT have different classes, or in another order"),
+        ("classes", "train and validation of ROOT have different classes: only one of them has cat, cow"),
+        ("split", "ROOT has no split validation; it has train"),
+        ("empty", "validation of ROOT has no images"),
+        ("one", "ROOT holds only the class ant; at least two are needed"),
+        ("unlabelled", "validation of ROOT: label -1 of image 0 is not one of the 3 classes"),
+        ("picture", r"ROOT has no image column; name one of kind, note \(image_column\)"),
+        ("kind", r"ROOT has no label column; name one of picture, note \(label_column\)"),
+    ],
+)
+def test_bad_data_sets(monkeypatch, splits, tmp_path, kind, message):
+    save(splits, tmp_path)
+    parts = bad_splits(kind, splits)  # not saved: datasets cannot load an empty split that it has saved
+    monkeypatch.setattr("flashkat_hf.data.hub_datasets._load", lambda *arguments: parts)
+    with pytest.raises(DataError, match=f"^{message.replace('ROOT', str(tmp_path))}$"):
+        open_data(tmp_path)
+
+
+def test_a_data_set_without_splits_and_one_that_is_damaged(splits, tmp_path):
+    splits["train"].save_to_disk(tmp_path / "one")
+    with pytest.raises(DataError, match="one is one split; save a DatasetDict with train and validation"):
+        open_data(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "dataset_dict.json").write_text("{")
+    with pytest.raises(DataError, match=r"^cannot load the data set .*two: .") as caught:
+        open_data(tmp_path / "two")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stream_names_an_image_without_a_class(splits, tmp_path):
+    save(bad_splits("unlabelled", splits), tmp_path)
+    with pytest.raises(DataError, match="label -1 of number 0 is not one of the 3 classes"):
+        list(open_data(tmp_path, streaming=True).test.samples(None, Share()))

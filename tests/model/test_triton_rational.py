@@ -1,0 +1,80 @@
+"""The Triton kernels by their launchers: on CPU tensors under TRITON_INTERPRET=1, on a GPU otherwise."""
+
+import pytest
+import torch
+from helpers import (
+    CASES,
+    DTYPES,
+    KERNEL_DEVICES,
+    ROWS,
+    SHAPES,
+    assert_no_worse,
+    exact_value_and_gradients,
+    random_inputs,
+    reference_case,
+    relative_error,
+    value_and_gradients,
+)
+
+from flashkat_hf.model import triton_rational
+from flashkat_hf.model.reference import rational_decomposed
+
+pytestmark = pytest.mark.parametrize("device", KERNEL_DEVICES)
+
+
+def launch(x, numerator, denominator, grad_y):
+    y = triton_rational.rational_forward(x, numerator, denominator)
+    return [y, *triton_rational.rational_backward(grad_y, x, numerator, denominator)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stored_numbers(case, device):
+    stored = reference_case(case)
+    inputs = (stored[name].to(device) for name in ("x", "numerator", "denominator", "grad_output"))
+    for actual, name in zip(launch(*inputs), ("y", "dx", "d_numerator", "d_denominator"), strict=True):
+        assert relative_error(actual, stored[name]) <= 2e-5, name  # asked of float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_and_gradients(shape, rows, dtype, device):
+    inputs = random_inputs(shape, dtype, device, rows)
+    baseline = value_and_gradients(rational_decomposed, *inputs)
+    for actual, plain, exact in zip(
+        launch(*inputs), baseline, exact_value_and_gradients(*inputs), strict=True
+    ):
+        assert_no_worse(actual, plain, exact)
+
+
+@pytest.mark.parametrize("num_multiprocessors", [1, 3])
+def test_any_number_of_programs_gives_the_gradients(num_multiprocessors, device, monkeypatch):
+    """Programs of many tiles, and steps that are whole rows although a row is no multiple of a tile."""
+    monkeypatch.setattr(triton_rational, "num_multiprocessors", lambda device: num_multiprocessors)
+    inputs = random_inputs((150, 120), torch.float32, device)  # 5 x 3 channels a group: a width of 1
+    baseline = value_and_gradients(rational_decomposed, *inputs)
+    for actual, plain, exact in zip(
+        launch(*inputs), baseline, exact_value_and_gradients(*inputs), strict=True
+    ):
+        assert_no_worse(actual, plain, exact)
+
+
+def test_nan_stays_where_it_is(device):
+    x, numerator, denominator, _ = random_inputs((3, 24), torch.float32, device)
+    x[1, 5] = torch.nan
+    y = triton_rational.rational_forward(x, numerator, denominator)
+    assert torch.equal(y.isnan(), x.isnan())
+
+
+@pytest.mark.gpu
+def test_another_batch_or_width_does_not_recompile(device):
+    kernels = triton_rational.rational_forward_kernel, triton_rational.rational_backward_kernel
+
+    def compiled():
+        return [len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()]
+
+    launch(*random_inputs((2, 192), torch.bfloat16, device))
+    before = compiled()
+    for shape in ((1, 64), (16, 192), (17, 384), (33, 768), (7, 3, 3072)):
+        launch(*random_inputs(shape, torch.bfloat16, device))
+    assert compiled() == before

@@ -1,0 +1,178 @@
+"""What happens with a checkpoint where the package is not.
+
+Run by test_remote_code.py, in a process of its own.
+
+python -I -S isolated.py FUNCTION JSON_ARGUMENTS
+
+With -I and -S, `sys.path` is the standard library, and no .pth file brings a package that is installed
+editable; JSON's "path" is added, and the top-level modules in its "hidden" cannot be found.
+"""
+
+import importlib.machinery
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+TEST = json.loads(sys.argv[2])
+
+
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, fullname, path=None, target=None):
+        hidden = fullname.partition(".")[0] in TEST["hidden"]
+        return None if hidden else super().find_spec(fullname, path, target)
+
+
+sys.meta_path = [Finder if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+sys.path += TEST["path"]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    pipeline,
+)
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # noqa: E402
+
+BATCH = load_file(TEST["batch"])  # pixel_values and the logits that the package computed
+TRUST = {"trust_remote_code": True}
+
+
+def check_logits(model, expected: torch.Tensor = BATCH["logits"]) -> None:
+    model.eval()
+    assert "flashkat_hf" not in type(model).__module__
+    with torch.no_grad():
+        torch.testing.assert_close(model(BATCH["pixel_values"]).logits, expected, atol=1e-5, rtol=0)
+
+
+def operators(model, module: str = "ops"):
+    """A module of operators that a model's code has imported."""
+    return sys.modules[type(model).__module__.rpartition(".")[0] + f".{module}"]
+
+
+def fine_tune(model) -> list[float]:
+    labels = torch.arange(len(BATCH["logits"]), device=model.device) % model.config.num_labels
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    model.train()
+    for _ in range(4):
+        loss = model(BATCH["pixel_values"], labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def without_triton(folder: str, hub: str, out: str) -> None:
+    """Neither package nor triton.
+
+    A refusal without trust, then logits, training, and saving again and again.
+    """
+    assert not any(importlib.util.find_spec(name) for name in TEST["hidden"])
+    for source in (folder, hub):
+        for auto_class in (AutoConfig, AutoModelForImageClassification):
+            with pytest.raises(ValueError, match="Please pass the argument `trust_remote_code=True`"):
+                auto_class.from_pretrained(source)
+
+    model = AutoModelForImageClassification.from_pretrained(
+        hub, **TRUST
+    )  # every file is checked for requirements
+    check_logits(model)
+    assert operators(model).rational_forward is operators(model).rational_value
+    check_logits(
+        AutoModelForImageClassification.from_pretrained(hub, subfolder="step-2", **TRUST), BATCH["other"]
+    )
+    model = AutoModelForImageClassification.from_pretrained(folder, **TRUST)
+    check_logits(model)
+    base = AutoModel.from_pretrained(folder, **TRUST)
+    pooled = base(BATCH["pixel_values"]).pooler_output
+    torch.testing.assert_close(model.classifier(pooled), BATCH["logits"], atol=1e-5, rtol=0)
+
+    image = Image.linear_gradient("L").rotate(45)
+    processor = AutoImageProcessor.from_pretrained(folder)  # no trust needed
+    scores = model(**processor(image, return_tensors="pt")).logits.softmax(-1)[0]
+    best = pipeline("image-classification", model=folder, **TRUST)(image)[0]
+    assert best["label"] == f"digit {scores.argmax()}", best
+
+    losses = fine_tune(model)
+    assert losses[-1] < losses[0], losses
+    model.eval()
+    tuned = model(BATCH["pixel_values"]).logits.detach()
+    assert (tuned - BATCH["logits"]).abs().max() > 1e-3
+    for generation in ("second", "third", "fourth"):
+        path = Path(out, generation)
+        model.save_pretrained(path)
+        model = AutoModelForImageClassification.from_pretrained(path, **TRUST)
+        check_logits(model, tuned)
+    model.flashkat.save_pretrained(Path(out, "base"))
+    AutoConfig.from_pretrained(folder, **TRUST).save_pretrained(Path(out, "config"))
+    print("done")
+
+
+def with_triton_and_the_package(folder: str, copy: str, package: str) -> None:
+    """Two checkpoints' code in one process, then the package.
+
+    Each has its own operators, and all stay usable.
+    """
+    first = AutoModelForImageClassification.from_pretrained(folder, **TRUST)
+    second = AutoModelForImageClassification.from_pretrained(copy, **TRUST)
+    assert operators(first).rational_forward.__module__.endswith(".triton_rational")
+
+    sys.path.append(package)
+    import flashkat_hf
+    from flashkat_hf.model import ops
+
+    assert len({module.NAMESPACE for module in (operators(first), operators(second), ops)}) == 3
+    for source in (folder, copy):
+        third = AutoModelForImageClassification.from_pretrained(source, **TRUST)
+        assert type(third) is flashkat_hf.FlashKATForImageClassification  # the package wins
+    losses = [
+        fine_tune(model)
+        for model in (first, second, third, flashkat_hf.FlashKATForImageClassification(third.config))
+    ]
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(losses[0], losses[2], atol=1e-5, rtol=0)
+    assert (
+        third.flashkat.layers[0].mlp.act1.numerator != first.flashkat.layers[0].mlp.act1.numerator
+    ).sum() == 0
+    print("done")
+
+
+def on_a_gpu(folder: str, copy: str, package: str) -> None:
+    """The copy's Triton kernels.
+
+    The package's logits, and training in half precision, fused operators and all.
+    """
+    model = AutoModelForImageClassification.from_pretrained(folder, **TRUST).eval().cuda()
+    pixel_values = BATCH["pixel_values"].cuda()
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values).logits.cpu(), BATCH["logits"], atol=1e-3, rtol=0)
+    calls = []
+    kernels = operators(model, "fused_ops")
+    for name in ("rational_mlp_backward", "add_norm_rational_backward", "packed_attention_backward"):
+        kernel = getattr(kernels, name)
+        assert ".triton_" in kernel.__module__
+        setattr(kernels, name, lambda *args, kernel=kernel, name=name: (calls.append(name), kernel(*args))[1])
+    BATCH["pixel_values"] = pixel_values
+    with torch.autocast("cuda", torch.bfloat16):
+        losses = fine_tune(model)
+    assert losses[-1] < losses[0], losses
+    assert len(set(calls)) == 3, calls
+
+    sys.path.append(package)
+    import flashkat_hf
+
+    ours = flashkat_hf.FlashKATForImageClassification.from_pretrained(copy).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert fine_tune(ours)[-1] < losses[0]
+    print("done")
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](**TEST["arguments"])

@@ -1,0 +1,89 @@
+"""Training in mixed precision, by torch.compile and by CUDA graphs: what they may change, and what not."""
+
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import DistributedType
+from small_runs import after_step, losses, weights
+
+from flashkat_hf.training import trainer as loop
+from flashkat_hf.training.recipe import Settings
+from flashkat_hf.training.trainer import compile_mode
+
+
+def test_training_is_in_mixed_precision_and_evaluation_is_not(run, monkeypatch):
+    dtypes = []
+    build = loop.build_model
+
+    def built(settings, class_names):
+        model, processor = build(settings, class_names)
+        model.classifier.register_forward_hook(lambda *given: dtypes.append((model.training, given[2].dtype)))
+        return model, processor
+
+    monkeypatch.setattr(loop, "build_model", built)
+    run(precision="bf16", max_steps=1)
+    assert set(dtypes) == {(True, torch.bfloat16), (False, torch.float32)}
+
+
+def test_a_compiled_run(run, monkeypatch):
+    """The training pass goes through torch.compile; the result is the plain one's to rounding."""
+    compiled = []
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda *given, **named: compiled.append(1) or compile(*given, **named, backend="aot_eager"),
+    )
+    output = run("compiled", compile=True, max_steps=3)
+    assert compiled == [1]
+    assert losses(output) == pytest.approx(losses(run("plain", max_steps=3)), rel=1e-4)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_run_is_compiled_in_bfloat16_and_measured(run):
+    output = run(max_steps=3, ema_decay=0.5, mixup=0.8)
+    summary = json.loads((output / "summary.json").read_text())
+    assert (summary["precision"], summary["compiled"], summary["device"]) == (
+        "bf16",
+        True,
+        torch.cuda.get_device_name(),
+    )
+    assert summary["peak_memory_gib"] > 0
+    assert 0 < summary["images_per_second"] <= summary["step_images_per_second"] * 1.01
+    plain = run("plain", max_steps=3, ema_decay=0.5, mixup=0.8, compile=False)
+    assert losses(output) == pytest.approx(losses(plain), rel=0.05)
+
+
+def test_cuda_graphs_where_they_serve():
+    """Gradients that accumulate would be overwritten by the next replay."""
+
+    def mode(device="cuda", kind=DistributedType.NO, accumulate=1, **settings) -> str | None:
+        accelerator = SimpleNamespace(device=torch.device(device), distributed_type=kind)
+        return compile_mode(Settings(**settings), accelerator, accumulate)  # pyright: ignore[reportArgumentType]
+
+    assert mode() == mode(kind=DistributedType.MULTI_GPU) == "reduce-overhead"
+    assert (
+        mode("cpu")
+        is mode(kind=DistributedType.FSDP)
+        is mode(accumulate=2)
+        is mode(cuda_graphs=False)
+        is None
+    )
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_give_the_bits_of_launches(run, monkeypatch):
+    """After a resume too."""
+    settings = {"epochs": 3, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.3, "ema_decay": 0.8}
+    launched = run("launched", **settings, cuda_graphs=False)
+    with monkeypatch.context() as patch:
+        after_step(patch, 5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            run("replayed", **settings)
+    replayed = run("replayed", resume=True, **settings)
+    assert losses(replayed) == losses(launched)
+    assert all(torch.equal(tensor, weights(replayed)[name]) for name, tensor in weights(launched).items())

@@ -1,0 +1,323 @@
+"""Exact accuracies on any number of processes, matched classes, and the script as a user runs it."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
+from data_helpers import CLASSES, write_folder, write_shards
+from helpers import ROOT
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, make_image_processor
+from flashkat_hf.data.augmentation import evaluation_transform
+from flashkat_hf.data.batches import EvalBatches
+from flashkat_hf.data.samples import Examples, open_image
+from flashkat_hf.data.sources import load_digits, open_data
+from flashkat_hf.training.evaluation import evaluate, match_classes
+
+MICRO = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+SIZE = {"image_size": 16, "patch_size": 8}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+@pytest.fixture(autouse=True)
+def _states() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "examples" / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+
+
+def lively(model: torch.nn.Module) -> torch.nn.Module:
+    """Random weights large enough that the answers differ from image to image."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A FlashKAT of the ten digits."""
+    folder = tmp_path_factory.mktemp("models") / "flashkat"
+    torch.manual_seed(0)
+    names = {i: str(i) for i in range(10)}
+    model = lively(FlashKATForImageClassification(FlashKATConfig(**MICRO, **SIZE, id2label=names)))
+    model.save_pretrained(folder)
+    make_image_processor(16, crop=1.0).save_pretrained(folder)
+    return folder
+
+
+def expected(model, transform, split, outputs=None) -> dict[str, float]:
+    """One image after another, in float64 sums."""
+    top1 = top5 = loss = 0
+    for index in range(len(split)):
+        sample = split[index]
+        label = sample.label if outputs is None else outputs[sample.label]
+        with torch.no_grad():
+            output = model(transform(open_image(sample.image))[None])
+        logits = getattr(output, "logits", output)[0].double()
+        order = logits.argsort(descending=True).tolist()
+        top1 += order[0] == label
+        top5 += label in order[:5]
+        loss += logits.logsumexp(0).item() - logits[label].item()
+    count = len(split)
+    return {"top1": top1 / count, "top5": top5 / count, "loss": loss / count, "count": count}
+
+
+def assert_same(result: dict, truth: dict) -> None:
+    assert {key: result[key] for key in ("top1", "top5", "count")} == {
+        k: truth[k] for k in ("top1", "top5", "count")
+    }
+    assert result["loss"] == pytest.approx(truth["loss"], rel=1e-5)  # float32 logits, batched or not
+
+
+def test_it_is_the_mean_over_the_images(checkpoint):
+    """Batches of 50 of 130 images: the last one is short."""
+    model, test = FlashKATForImageClassification.from_pretrained(checkpoint), load_digits().test
+    split = Examples(test.images[:130], test.labels[:130])
+    transform = evaluation_transform(make_image_processor(16, crop=1.0))
+    truth = expected(model, transform, split)
+    assert 0.02 < truth["top1"] < truth["top5"] < 1
+    model.train()
+    result = evaluate(model, EvalBatches(split, transform, batch_size=50), Accelerator(cpu=True))
+    assert_same(result, truth)
+    assert model.training
+
+
+def test_mixed_precision_is_for_those_who_ask(checkpoint):
+    model = FlashKATForImageClassification.from_pretrained(checkpoint)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    dtypes = []
+    model.classifier.register_forward_hook(lambda _, args, output: dtypes.append(output.dtype))
+    batches = [{"pixel_values": torch.randn(3, 3, 16, 16), "labels": torch.tensor([0, 1, 9])}]
+    for mixed in (True, False):
+        evaluate(prepared, batches, accelerator, mixed_precision=mixed)
+    assert dtypes == [torch.bfloat16, torch.float32]
+
+
+class Fixed(torch.nn.Module):
+    """Logits that are the images themselves."""
+
+    def forward(self, pixel_values):
+        return pixel_values
+
+
+def test_outputs_stand_for_classes_and_fewer_than_five_count():
+    logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
+    batches = [{"pixel_values": logits, "labels": torch.tensor([0, 1])}]
+    result = evaluate(Fixed(), batches, Accelerator(cpu=True))
+    assert (result["top1"], result["top5"]) == (0.5, 1.0)
+    result = evaluate(Fixed(), batches, Accelerator(cpu=True), outputs=[0, 2])
+    assert result["top1"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "there are no images to evaluate"),
+        (
+            [{"pixel_values": torch.zeros(2, 3), "labels": torch.tensor([0, 3])}],
+            "label 0 or 3 has no output of the 3",
+        ),
+    ],
+)
+def test_nothing_to_evaluate_and_labels_without_an_output(batches, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(Fixed(), batches, Accelerator(cpu=True))
+
+
+def test_sharded_models_make_as_many_passes_in_every_process(monkeypatch):
+    """A process whose share has ended goes on with an image that does not count, until all have ended."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    others = iter([1, 1, 1, 0])  # this process has one batch, the other three
+    reduce, calls = accelerator.reduce, []
+
+    def with_another(tensor, how):
+        return tensor + next(others) if tensor.ndim == 0 else reduce(tensor, how)
+
+    monkeypatch.setattr(accelerator, "reduce", with_another)
+    model = Fixed()
+    model.register_forward_hook(lambda *_: calls.append(1))
+    batch = {"pixel_values": torch.eye(3), "labels": torch.arange(3)}
+    assert evaluate(model, [batch], accelerator)["count"] == 3
+    assert len(calls) == 3
+
+
+# classes ----------------------------------------------------------------------------------------------------
+
+IMAGENET = timm.data.ImageNetInfo()
+SYNSETS, LEMMAS = IMAGENET.label_names(), IMAGENET.label_descriptions()
+
+
+@pytest.mark.parametrize(
+    ("classes", "outputs", "matched", "how"),
+    [
+        (["a", "b", "c"], ["c", "a", "b"], [1, 2, 0], "by name"),
+        (["b", "c"], ["c", "a", "b"], [2, 0], "by name"),
+        (SYNSETS[5:8], LEMMAS, [5, 6, 7], "by WordNet id"),
+        (SYNSETS, [f"LABEL_{i}" for i in range(1000)], list(range(1000)), "by WordNet id"),
+        (SYNSETS[3:5], SYNSETS, [3, 4], "by name"),
+        (
+            ["tench", "Great_White shark"],
+            ["great white shark, man-eater", "tench, Tinca tinca"],
+            [1, 0],
+            "by name, with",
+        ),
+        (["a", "b"], ["LABEL_0", "LABEL_1"], [0, 1], "in sorted order"),
+    ],
+)
+def test_matched_classes(classes, outputs, matched, how):
+    indices, words = match_classes(classes, outputs)
+    assert indices == matched
+    assert words.startswith(how)
+
+
+@pytest.mark.parametrize(
+    ("classes", "outputs", "message"),
+    [
+        (
+            ["a", "d"],
+            ["a", "b"],
+            "2 classes cannot be matched with the model's 2 outputs: 1 .*'d' beside 'a'",
+        ),
+        (
+            ["a", "b"],
+            ["LABEL_0", "LABEL_1", "LABEL_2"],
+            "the data's 2 classes cannot be matched with the model's 3",
+        ),
+        (["tench", "Tench"], ["tench, x", "eel"], "cannot be matched"),
+        (SYNSETS[:2], LEMMAS[::-1], "cannot be matched"),  # ImageNet's classes in another order
+    ],
+)
+def test_classes_that_do_not_match(classes, outputs, message):
+    with pytest.raises(ValueError, match=message):
+        match_classes(classes, outputs)
+
+
+# the script -------------------------------------------------------------------------------------------------
+
+
+def evaluated(capsys, *arguments) -> dict:
+    script.main(script.parse([str(argument) for argument in [*arguments, "--json", "--no-progress"]]))
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_script_on_the_digits(checkpoint, capsys):
+    model, transform = (
+        FlashKATForImageClassification.from_pretrained(checkpoint),
+        make_image_processor(16, crop=1.0),
+    )
+    truth = expected(model, evaluation_transform(transform), load_digits().test)
+    result = evaluated(capsys, checkpoint, "--batch-size", 100)
+    assert_same(result, truth)
+    assert (result["data"], result["classes_matched"], result["skipped"]) == ("digits", "by name", [])
+    script.main(script.parse([str(checkpoint), "--no-progress"]))
+    assert f"top-1 {truth['top1']:.2%}, top-5 {truth['top5']:.2%}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["transformers", "timm"])
+def test_the_script_on_a_plain_vit(tmp_path, capsys, kind):
+    """Its classes stand in another order than the data's."""
+    data, names = write_folder(tmp_path / "data", 3, 20), CLASSES[::-1]
+    folder = tmp_path / "model"
+    if kind == "transformers":
+        model = lively(ViTForImageClassification(ViTConfig(**MICRO, **SIZE, id2label=dict(enumerate(names)))))
+        model.save_pretrained(folder)
+        processor = ViTImageProcessor(size={"height": 16, "width": 16})
+        processor.save_pretrained(folder)
+        transform = evaluation_transform(processor)
+    else:
+        sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+        model = lively(timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes))
+        config = {
+            "input_size": [3, 16, 16],
+            "crop_pct": 0.9,
+            "interpolation": "bicubic",
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+        }
+        folder.mkdir()
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        text = {
+            "architecture": "vit_tiny_patch16_224",
+            "num_classes": 3,
+            "label_names": names,
+            "model_args": sizes,
+        }
+        stored = {**config, "input_size": [3, 16, 16], "label_names": names}
+        (folder / "config.json").write_text(json.dumps({**text, "pretrained_cfg": stored}))
+        transform = timm.data.create_transform(
+            (3, 16, 16), interpolation="bicubic", crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3
+        )
+    truth = expected(model, transform, open_data(data).test, outputs=[2, 1, 0])
+    result = evaluated(capsys, folder, "--data", data, "--batch-size", 7)
+    assert_same(result, truth)
+
+
+def test_two_processes_count_every_image_once(tmp_path, capsys):
+    """Shares of 18 and 17 images in batches of 4, of shards: neither divides."""
+    data = write_shards(tmp_path / "data", [3], [20, 15])
+    folder = tmp_path / "model"
+    config = FlashKATConfig(**MICRO, **SIZE, id2label=dict(enumerate(CLASSES)))
+    lively(FlashKATForImageClassification(config)).save_pretrained(folder)
+    make_image_processor(16, crop=1.0).save_pretrained(folder)
+    alone = evaluated(capsys, folder, "--data", data, "--batch-size", 4)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    command = [*launcher, "examples/evaluate.py", folder, "--data", data, "--batch-size", 4, "--json"]
+    run = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, check=False, cwd=ROOT, env=ENVIRONMENT
+    )
+    assert run.returncode == 0, run.stderr
+    (line,) = run.stdout.splitlines()  # the main process alone prints
+    assert re.findall(r"evaluating: (\d+)batch \[", run.stderr)[-1] == "5"
+    assert_same(json.loads(line), alone)
+    assert alone["count"] == 35
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere/model"], "cannot load nowhere/model: "),
+        (["MODEL", "--data", "nowhere"], "nowhere is not a folder"),
+        (["MODEL", "--data", "FOLDER"], "the data's 3 classes cannot be matched with the model's 10 outputs"),
+        (["local-dir:nowhere"], "cannot load local-dir:nowhere: "),
+    ],
+)
+def test_the_script_fails_in_one_line(checkpoint, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = write_folder(tmp_path, 3, 3)
+    arguments = [a.replace("MODEL", str(checkpoint)).replace("FOLDER", str(folder)) for a in arguments]
+    with pytest.raises(SystemExit, match=rf"^evaluate.py: {message}[^\n]*$"):
+        script.main(script.parse([*arguments, "--no-progress"]))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["m", "--batch-size", "0"], ["m", "--workers", "-1"], ["m", "--split", "all"]]
+)
+def test_wrong_arguments(arguments, capsys):
+    with pytest.raises(SystemExit):
+        script.parse(arguments)
+    assert arguments[1] in capsys.readouterr().err

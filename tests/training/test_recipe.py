@@ -1,0 +1,175 @@
+"""Settings, the recipes of the repository, and what is refused."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import ROOT
+
+from flashkat_hf.data.augmentation import Augmentation
+from flashkat_hf.training.recipe import NAMES, Settings, parse, read_recipe
+
+RECIPES = ROOT / "examples" / "recipes"
+
+
+def parsed(*arguments, recipe: str = "finetune-digits") -> Settings:
+    return parse([str(argument) for argument in arguments], recipe, RECIPES, "")
+
+
+@pytest.mark.parametrize(("size", "drop_path"), [("tiny", 0.1), ("small", 0.1), ("base", 0.4)])
+def test_pretraining_is_the_papers(size, drop_path):
+    """The table in effect of the original code, item by item."""
+    settings = parsed("--data", "imagenet", recipe=f"pretrain-{size}")
+    assert (settings.size, settings.drop_path) == (size, drop_path)
+    assert (settings.batch_size, settings.epochs) == (1024, 300)
+    assert (settings.beta1, settings.beta2, settings.eps) == (0.9, 0.999, 1e-8)
+    assert (settings.weight_decay, settings.decay_coefficients, settings.layer_decay) == (0.05, True, None)
+    assert (settings.learning_rate, settings.min_learning_rate) == (1e-3, 0)
+    assert (settings.warmup_epochs, settings.warmup_learning_rate, settings.schedule) == (5, 1e-5, "epoch")
+    assert settings.clip_norm is None
+    assert (settings.mixup, settings.cutmix, settings.mix_switch, settings.mix_probability) == (
+        0.8,
+        1.0,
+        0.5,
+        1.0,
+    )
+    assert (settings.label_smoothing, settings.ema_decay, settings.precision) == (0.1, 0.9999, "bf16")
+    assert settings.augmentation == Augmentation(
+        crop="random", crop_area=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), interpolation="random", flip=0.5,
+        rand_augment="rand-m9-mstd0.5", color_jitter=0.0, erasing=0.25,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_sets_what_it_says(path):
+    values = parsed("--recipe", path.stem).to_dict()
+    for name, value in read_recipe(path).items():
+        expected = tuple(value) if isinstance(value, list) else value
+        assert values[name] == (None if expected == "none" else expected), name
+
+
+def test_the_command_line_goes_before_the_recipe():
+    settings = parsed("--learning_rate", "1e-4", "--epochs=7", "--flip", 0.25, "--crop-area", 0.5, 1)
+    assert (settings.learning_rate, settings.epochs, settings.size) == (1e-4, 7, "micro")
+    assert settings.augmentation == Augmentation(
+        "moves", (0.5, 1.0), flip=0.25, rand_augment=None, erasing=0.0
+    )
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "epochs: 3\nlearning_rate: 2e-4\nrand_augment: null\ntrackers: [wandb, trackio]\nmodel: null\nresume: yes"
+    )
+    settings = parsed("--recipe", path)
+    assert (settings.epochs, settings.learning_rate, settings.augmentation.rand_augment) == (3, 2e-4, None)
+    assert (settings.trackers, settings.model, settings.resume) == (["wandb", "trackio"], None, True)
+
+
+def test_defaults_that_depend_on_others(tmp_path):
+    assert parsed().output == Path("runs/digits")
+    assert parsed("--data", tmp_path / "photos").output == Path("runs/photos")
+    assert parsed().learning_rate == 3e-3
+    assert (parsed("--model", "m").learning_rate, parsed("--model", "m").size) == (1e-4, None)
+    assert parsed("--data", "photos", recipe="finetune").learning_rate == 5e-4
+    assert parsed("--data", "photos", "--model", "m", recipe="finetune").learning_rate == 1e-4
+    assert parsed("--data", "photos", recipe="finetune").size == "tiny"
+    assert parsed("--data", "photos", "--model", "m", recipe="finetune").size is None
+    assert [parsed("--epochs", n).warmup_epochs for n in (1, 20, 300)] == [0.1, 2, 5]
+
+
+def test_batches_are_shared_out():
+    settings = Settings(batch_size=96, micro_batch=8)
+    assert [settings.micro_batches(n) for n in (1, 2, 3, 4, 12)] == [(8, 12), (8, 6), (8, 4), (8, 3), (8, 1)]
+    assert Settings(batch_size=96).micro_batches(3) == (32, 1)
+    for processes, message in (
+        (5, "--batch_size: 96 cannot be shared out to 5 processes with --micro_batch 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings.micro_batches(processes)
+    with pytest.raises(ValueError, match=r"--batch_size: 10 cannot be shared out to 4 processes$"):
+        Settings(batch_size=10).micro_batches(4)
+    with pytest.raises(ValueError, match="--micro_batch: mixing pairs images, so 5 of a device"):
+        Settings(batch_size=10, mixup=0.8).micro_batches(2)
+
+
+def test_settings_are_saved_flat():
+    values = Settings().to_dict()
+    assert set(values) == set(NAMES)
+    assert {item.name for item in fields(Augmentation)} <= set(values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "--epochs: 0 must be at least 1"),
+        (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (["--learning_rate", "nan"], "--learning_rate: nan must be"),
+        (["--drop_path", "1"], "--drop_path: 1.0 must be at least 0 and below 1"),
+        (["--mix_switch", "1.5"], "--mix_switch: 1.5 must be at least 0 and at most 1"),
+        (["--seed", "-1"], "--seed: -1 must be at least 0"),
+        (["--size", "huge"], "argument --size: invalid choice: 'huge'"),
+        (
+            ["--model", "a", "--size", "tiny"],
+            "--size: tiny is for a fresh model, but --model a has a size of its own",
+        ),
+        (["--head", "keep"], "--head: keep is for --model"),
+        (["--lora_rank", "4", "--freeze_backbone"], "--freeze_backbone contradicts --lora_rank 4"),
+        (["--warmup_epochs", "50"], "--warmup_epochs: 50 must be below --epochs 50"),
+        (["--resume", "--overwrite"], "--resume contradicts --overwrite"),
+        (["--trackers", "pigeon"], "--trackers: pigeon is unknown"),
+        (["--micro_batch", "5"], "--batch_size: 64 must be a multiple of --micro_batch 5"),
+        (["--learning_rat", "3"], "unknown arguments: --learning_rat 3; perhaps learning_rate"),
+        (
+            ["--recipe", "fine"],
+            "--recipe: fine is no file and none of finetune, finetune-digits, pretrain-base,",
+        ),
+        (["--rand_augment", "much"], "rand_augment 'much' must be timm's"),
+        (["--crop", "none"], "crop None is not one of"),
+        (["--crop_area", "0.5"], "argument --crop_area.*: expected 2 arguments"),
+    ],
+)
+def test_bad_settings(arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parsed(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 3", "mine.yaml: learning_rat is no setting; perhaps learning_rate"),
+        ("- 3", "mine.yaml must hold names and values"),
+        ("a: [", "mine.yaml: while parsing"),
+        ("epochs: 2.5", "argument --epochs: invalid int value: '2.5'"),
+        ("resume: perhaps", "argument --resume"),
+        ("3: 4", "mine.yaml: 3 is no setting"),
+        ("epochs: [1, 2]", r"mine.yaml: epochs is one value, not \[1, 2\]"),
+        ("trackers: {a: b}", "mine.yaml: trackers is one value, not {'a': 'b'}"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        parsed("--recipe", tmp_path / "mine.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_recipes_are_what_yaml_says():
+    """No number is a string to YAML, as 1e-3 would be."""
+    for path in RECIPES.glob("*.yaml"):
+        for name, value in yaml.safe_load(path.read_text()).items():
+            kind = {item.name: item.type for item in fields(Settings)}.get(name)
+            assert kind not in (int, float) or isinstance(value, int | float), (path, name)
+
+
+def test_worker_processes_follow_the_cores(monkeypatch):
+    """Shared by the processes of a machine; the digits are in memory."""
+    monkeypatch.setattr("flashkat_hf.training.recipe.cores", lambda: 12)
+    assert (Settings(data="photos").worker_processes(), Settings().worker_processes()) == (12, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert (Settings(data="photos").worker_processes(), Settings().worker_processes()) == (1, 0)
+    assert Settings(data="photos", workers=5).worker_processes() == 5
+    monkeypatch.setattr("flashkat_hf.training.recipe.cores", lambda: 512)
+    assert Settings(data="photos").worker_processes() == 16
