@@ -49,6 +49,7 @@ IMAGE_SIZE, TOKENS, SHOWN = 224, 197, 110
 # act1 in them too.
 CLASSES = (
     ("matrix products", r"^rational_mlp_forward"),  # with act2 in it
+    ("norm", r"add_norm_rational"),  # with act1 in it
     ("rational", r"rational|gather_sums"),
     ("norm", r"^triton_(poi|red|per)_.*layer_norm"),
     ("pointwise and reductions", r"^triton_(poi|red|per)_"),
@@ -82,10 +83,12 @@ TRAFFIC = {
     "rational_backward_kernel": Traffic(intermediate=3),  # grad_y, x; grad_x
     "rational_mlp_backward_kernel": Traffic(intermediate=4),  # grad_y, x; grad_x, y
     "rational_mlp_forward_kernel": Traffic(hidden=1, intermediate=2, maps=1),  # x; product, y
-    "norm_forward_kernel": Traffic(
+    "add_norm_rational_forward_kernel": Traffic(hidden=4, row=2),  # residual, branch; total, y; mean, rstd
+    "add_norm_rational_backward_kernel": Traffic(
         hidden=4, row=2
-    ),  # residual, branch; total, y; mean, rstd (compiled: with act1)
-    "norm_backward_kernel": Traffic(hidden=4, row=2),  # grad_total, grad_y, total; grad; mean, rstd
+    ),  # grad_total, grad_y, total; grad; mean, rstd
+    "norm_forward_kernel": Traffic(hidden=2, row=2),  # x; y; mean, rstd
+    "norm_backward_kernel": Traffic(hidden=4, row=2),  # grad_x, grad_y, x; grad; mean, rstd
     "packed_attention_forward_kernel": Traffic(hidden=4, head=1, products=2),  # q, k, v; y; lse
     "packed_attention_queries_kernel": Traffic(
         hidden=6, head=3, products=3

@@ -13,7 +13,7 @@ from .model.coefficients import START_TABLES
 from .model.configuration_flashkat import FlashKATConfig
 from .model.layers import GRKANMlp, GroupRational
 from .model.modeling_flashkat import FlashKATForImageClassification, FlashKATModel, FlashKATPreTrainedModel
-from .model.ops import rational
+from .model.op_rational import rational
 
 __all__ = [
     "START_TABLES",

@@ -40,8 +40,11 @@ def code() -> dict[str, bytes]:
 
     The operators, all that they import, and what stands around them here.
     """
-    operators = ROOT / "flashkat_hf/model/fused_ops.py"  # on top of ops.py
-    paths = [operators, *map(Path, get_relative_import_files(operators)), *SOURCES.glob("*.py")]
+    operators = (ROOT / "flashkat_hf/model").glob("op_*.py")
+    files = {
+        Path(file) for operator in operators for file in (operator, *get_relative_import_files(operator))
+    }
+    paths = [*files, *SOURCES.glob("*.py")]
     return {path.name: path.read_bytes() for path in sorted(set(paths))}
 
 

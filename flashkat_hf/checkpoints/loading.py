@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoImageProcessor
 
-from ..model.modeling_flashkat import FlashKATForImageClassification, convert_hint
+from ..model.modeling_flashkat import FlashKATForImageClassification
 from .published import check_cached_weights
 
 
@@ -48,3 +48,7 @@ def load_checkpoint(name_or_path: str, **overrides):
     except Exception as error:
         raise ValueError(f"cannot load {name_or_path}: {' '.join(str(error).split())}{hint}") from error
     return model, processor
+
+
+def convert_hint(name_or_path) -> str:
+    return f"a KAT, ViT or DeiT is converted first: flashkat convert {name_or_path} OUTPUT"

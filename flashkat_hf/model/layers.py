@@ -4,43 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from .coefficients import start_table
-from .fused_ops import norm_beside, rational_mlp
-from .ops import TRITON_DEVICES, rational
+from .fusing import fused_mlp, fuses_mlp, fusible, working_dtype
+from .op_rational import rational
 
 
-def fusible(x: Tensor, *modules: nn.Module) -> bool:
-    """Whether one kernel may stand for several modules.
-
-    On a GPU, if none was replaced (LoRA) or is listened to.
-    """
-    plain = nn.Linear, nn.LayerNorm, GroupRational
-    return x.device.type in TRITON_DEVICES and all(
-        type(module) in plain and not hooked(module) for module in modules
-    )
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether someone listens to what goes into a module or comes out."""
-    forward, backward = module._forward_hooks, module._backward_hooks
-    return bool(forward or backward or module._forward_pre_hooks or module._backward_pre_hooks)
-
-
-def pre_norm(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A residual stream, to go on with, and its norm.
-
-    On a GPU in eager mode by one kernel, in `working_dtype`.
-    """
-    if fusible(x, norm) and not torch.compiler.is_compiling() and x.is_contiguous():
-        return norm_beside(x, norm.weight, norm.bias, norm.eps, working_dtype(x))
-    return x, norm(x)
-
-
-def working_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, else x's."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
+@fusible
 class GroupRational(nn.Module):
     """One learned rational activation for each group of neighbouring channels.
 
@@ -64,7 +32,8 @@ class GroupRational(nn.Module):
             raise ValueError(
                 f"num_numerator_groups ({num_numerator_groups}) must be 1 or num_groups ({num_groups})"
             )
-        self.hidden_size, self.init = hidden_size, init
+        self.hidden_size = hidden_size
+        self.init = init
         self.numerator = nn.Parameter(torch.empty(num_numerator_groups, 6))
         self.denominator = nn.Parameter(torch.empty(num_groups, 4))
         with torch.no_grad():
@@ -85,6 +54,7 @@ class GroupRational(nn.Module):
         return f"{self.hidden_size}, {groups}, init={self.init!r}"
 
 
+@fusible
 class GRKANMlp(nn.Module):
     """The KAT block's MLP, two group-rational KAN layers.
 
@@ -122,21 +92,13 @@ class GRKANMlp(nn.Module):
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, activated: bool = False, record_bias: bool = True) -> Tensor:
-        """The MLP of x; `activated` says that x has already passed act1.
+    def forward(self, x: Tensor) -> Tensor:
+        # Layer norm gives float32 under autocast, and fc1 would round after act1 anyway.
+        return self.after_act1(self.act1(x.to(working_dtype(x))))
 
-        Without `record_bias`, which only a `fused` MLP allows, fc2's bias gets no gradient here.
-        """
-        dtype = working_dtype(x)
-        x = x.to(dtype)  # layer norm gives float32 under autocast, and fc1 would round after act1 anyway
-        x = self.dropout(x if activated else self.act1(x))
-        if not self.fused(x):
-            return self.fc2(self.dropout(self.act2(self.fc1(x))))
-        weight, out_weight = self.fc1.weight.to(dtype), self.fc2.weight.to(dtype)
-        out_bias = self.fc2.bias if record_bias else self.fc2.bias.detach()
-        tables = self.act2.numerator, self.act2.denominator
-        return rational_mlp(x, weight, self.fc1.bias, *tables, out_weight, out_bias)
-
-    def fused(self, x: Tensor) -> bool:
-        """Whether act2 is done beside the linear maps around it."""
-        return fusible(x, self.fc1, self.act2, self.fc2) and not (self.training and self.dropout.p)
+    def after_act1(self, x: Tensor) -> Tensor:
+        """Compute what follows the first activation: fc2(act2(fc1(x)))."""
+        x = self.dropout(x)
+        if fuses_mlp(self, x):
+            return fused_mlp(self, x, self.fc2.bias)
+        return self.fc2(self.dropout(self.act2(self.fc1(x))))

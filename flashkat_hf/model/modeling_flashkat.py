@@ -21,10 +21,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .coefficients import second_moment
 from .configuration_flashkat import FlashKATConfig
-from .fused_ops import HALF, HEAD_DIMS, MAX_BATCH, MAX_TOKENS, add_norm_rational, packed_attention
-from .layers import GRKANMlp, GroupRational, fusible, hooked, pre_norm, working_dtype
+from .fusing import fused_attention, fused_block, fuses, fuses_attention, fusible, working_dtype
+from .layers import GRKANMlp, GroupRational
 from .mimetic import mimetic_weights
-from .ops import decomposes
 
 # The default: as "sdpa", but by the kernel for short sequences where it wins (FlashKATAttention).
 AttentionInterface.register("packed", sdpa_attention_forward)
@@ -96,10 +95,6 @@ class FlashKATEmbeddings(nn.Module):
             )
 
 
-def convert_hint(name_or_path) -> str:
-    return f"a KAT, ViT or DeiT is converted first: flashkat convert {name_or_path} OUTPUT"
-
-
 def eager_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -118,6 +113,7 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+@fusible
 class FlashKATAttention(nn.Module):
     """Multi-head self-attention.
 
@@ -136,27 +132,25 @@ class FlashKATAttention(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, hidden_states: Tensor, record_bias: bool = True, **kwargs: Unpack[TransformersKwargs]
+        self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[Tensor, Tensor | None]:
-        """The tokens' mixture, and its weights where the implementation gives them.
+        """Return the tokens' mixture, projected, and its weights where the implementation gives them."""
+        mixed, weights = self.mix(hidden_states, **kwargs)
+        return self.dropout(self.proj(mixed)), weights
 
-        Without `record_bias` the bias of `proj` gets no gradient here.
-        """
-        if self._packs(hidden_states):
-            bias = self.qkv.bias
-            packed = nn.functional.linear(
-                hidden_states, self.qkv.weight, None if bias is None else bias.detach()
-            )
-            output = packed_attention(packed, self.config.num_attention_heads, self.scaling, bias)
-            return self._project(output, record_bias), None
+    def mix(
+        self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the heads make of the tokens, before `proj`, and their weights."""
+        if fuses_attention(self, hidden_states):
+            return fused_attention(self, hidden_states), None
         packed = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
-        query, key, value = (
-            packed.unbind()
-        )  # compiled, unpacking would select each, and pad each gradient with zeros
+        # compiled, unpacking would select each of the three, and pad each gradient with zeros
+        query, key, value = packed.unbind()
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", eager_attention_forward
         )
-        output, weights = attention_interface(
+        mixed, weights = attention_interface(
             self,
             query,
             key,
@@ -166,27 +160,10 @@ class FlashKATAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self._project(output.flatten(-2), record_bias), weights
-
-    def _project(self, output: Tensor, record_bias: bool) -> Tensor:
-        if record_bias:
-            return self.dropout(self.proj(output))
-        return nn.functional.linear(output, self.proj.weight, self.proj.bias.detach())
-
-    def _packs(self, hidden_states: Tensor) -> bool:
-        """Whether the kernel for short sequences serves: it wins in half precision, on a GPU."""
-        return (
-            self.config._attn_implementation == "packed"
-            and fusible(hidden_states, self.qkv)
-            and not decomposes(hidden_states)
-            and working_dtype(hidden_states) in HALF
-            and hidden_states.shape[0] <= MAX_BATCH
-            and hidden_states.shape[1] <= MAX_TOKENS
-            and self.head_dim in HEAD_DIMS
-            and not (self.training and self.config.attention_probs_dropout_prob)
-        )
+        return mixed.flatten(-2), weights
 
 
+@fusible
 class FlashKATDropPath(nn.Module):
     """Stochastic depth: in training, drops a residual branch of each sample with probability `rate`.
 
@@ -227,30 +204,11 @@ class FlashKATLayer(GradientCheckpointingLayer):
         self.drop_path = FlashKATDropPath(drop_path_rate)
 
     def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
-        norm, act = self.norm2, self.mlp.act1
-        hidden_states, x = pre_norm(self.norm1, hidden_states)
-        fused = fusible(hidden_states, norm, act)
-        # norm2's backward has the gradients of both branches, and can sum them for the last biases of both.
-        sums = fused and self._adds_whole_branches(hidden_states)
-        unrecorded = {"record_bias": False} if sums else {}
-        attended = self.drop_path(self.attention(x, **unrecorded, **kwargs)[0])
-        if fused:
-            parameters = norm.weight, norm.bias, act.numerator, act.denominator
-            biases = (self.attention.proj.bias, self.mlp.fc2.bias) if sums else ()
-            hidden_states, x = add_norm_rational(hidden_states, attended, *parameters, norm.eps, *biases)
-        else:
-            hidden_states = hidden_states + attended
-            x = norm(hidden_states)
-        return hidden_states + self.drop_path(self.mlp(x, activated=fused, **unrecorded))
-
-    def _adds_whole_branches(self, hidden_states: Tensor) -> bool:
-        """Whether the outputs of both branches' last linear maps are added as they are, and nobody listens."""
-        attention, mlp, drop_path = self.attention, self.mlp, self.drop_path
-        replaced = type(attention) is not FlashKATAttention or type(mlp) is not GRKANMlp
-        if replaced or hooked(attention) or hooked(mlp) or hooked(drop_path):
-            return False
-        dropping = self.training and (drop_path.rate or attention.dropout.p)
-        return not dropping and mlp.fused(hidden_states) and fusible(hidden_states, attention.proj)
+        if fuses(hidden_states):
+            return fused_block(self, hidden_states, **kwargs)
+        attended, _ = self.attention(self.norm1(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.drop_path(attended)
+        return hidden_states + self.drop_path(self.mlp(self.norm2(hidden_states)))
 
 
 class FlashKATPreTrainedModel(PreTrainedModel):
@@ -285,21 +243,16 @@ class FlashKATPreTrainedModel(PreTrainedModel):
             OSError: transformers finds no weights in a form that it knows, or the Hub cannot be reached.
             RuntimeError: shapes differ from the config's.
         """
-        hint = convert_hint(pretrained_model_name_or_path)
-        try:
-            loaded: tuple = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )  # pyright: ignore[reportAssignmentType]
-        except (OSError, RuntimeError) as error:
-            error.add_note(hint)
-            raise
+        loaded: tuple = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )  # pyright: ignore[reportAssignmentType]
         model, info = loaded
         layers = {name for name in model.state_dict() if "layers." in name}  # the originals have a norm, too
         if layers <= set(info["missing_keys"]):
             found = sorted(info["unexpected_keys"])
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds none of {cls.__name__}'s {len(layers)} layer tensors; "
-                f"it has {len(found)} others, such as {', '.join(found[:3])}; {hint}"
+                f"it has {len(found)} others, such as {', '.join(found[:3])}"
             )
         return (model, info) if output_loading_info else model
 

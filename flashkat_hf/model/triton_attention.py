@@ -356,7 +356,7 @@ def packed_attention_forward(qkv: Tensor, num_heads: int, scale: float) -> tuple
     if qkv.numel():
         sizes = num_tokens, num_heads, scale, hidden_size // num_heads, rest
         with torch.accelerator.device_index(qkv.device.index):  # pyright: ignore[reportArgumentType]
-            traceable(packed_attention_forward_kernel)[blocks, num_heads, batch](
+            traceable(packed_attention_forward_kernel, qkv)[blocks, num_heads, batch](
                 qkv, y, lse, *sizes, num_warps=WARPS, **at_most(REGISTERS, qkv)
             )
     return y, lse

@@ -114,7 +114,7 @@ def rational_forward(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tenso
     tile = forward_tile(x.numel(), x.shape[-1] // num_groups, x.element_size())
     if x.numel():
         with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType] - None is a no-op
-            traceable(rational_forward_kernel)[(tile.num_programs,)](
+            traceable(rational_forward_kernel, x)[(tile.num_programs,)](
                 x,
                 numerator,
                 denominator,
@@ -173,12 +173,11 @@ def _layout(x: Tensor, numerator: Tensor, denominator: Tensor, tile: Tile) -> tu
     )
 
 
-def traceable(kernel: Any) -> Any:
-    """A kernel in an operator that `torch.compile` looks into, to launch the kernel itself.
-
-    Not the interpreter's.
-    """
-    return torch.library.wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+def traceable(kernel: Any, x: Tensor) -> Any:
+    """Return a kernel as it is launched on x: in eager mode as it is, else so that `torch.compile` launches it itself."""
+    if type(x) in (Tensor, torch.nn.Parameter) or not isinstance(kernel, triton.JITFunction):
+        return kernel
+    return torch.library.wrap_triton(kernel)
 
 
 @lru_cache

@@ -161,7 +161,7 @@ def rational_mlp_forward(
     if num_rows:
         grid = (triton.cdiv(num_rows, tile.rows) * (out_features // tile.columns),)
         with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType]
-            traceable(rational_mlp_forward_kernel)[grid](
+            traceable(rational_mlp_forward_kernel, x)[grid](
                 x,
                 weight,
                 bias,

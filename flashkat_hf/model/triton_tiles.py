@@ -9,11 +9,9 @@ from typing import NamedTuple
 
 MAX_WIDTH_BYTES = 16
 MAX_REGISTERS = 2048  # of a multiprocessor, for each of a warp's 32 threads
-NORM_FORWARD, NORM_BACKWARD, NORM_BACKWARD_TOTALS = (
-    (24, 4),
-    (16, 28 / 3),
-    (24, 12),
-)  # registers, for `norm_tile`
+NORM_FORWARD = (24, 4)  # registers of a thread, for `norm_tile`: so many, and so many for each channel
+NORM_BACKWARD = NORM_RATIONAL_BACKWARD = (16, 28 / 3)
+NORM_BACKWARD_TOTALS = (24, 12)
 ATTENTION_BLOCK = 64  # queries, or keys, of a program: 16 for each of four warps
 
 
@@ -56,6 +54,11 @@ class NormTile(NamedTuple):
     width: int  # channels of a load: a power of two
     num_warps: int
     num_programs: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The kernels' constants ROWS, SEGMENTS, PARTS and WIDTH."""
+        return self.rows, self.segments, self.parts, self.width
 
 
 def norm_tile(

@@ -1,7 +1,9 @@
 """The group rational of Kolmogorov-Arnold transformers and its fused forms, in Triton and in plain PyTorch."""
 
 from . import layers
-from .fused_ops import add_norm_rational, packed_attention, rational_mlp
-from .ops import rational
+from .op_attention import packed_attention
+from .op_norm_rational import add_norm_rational
+from .op_rational import rational
+from .op_rational_mlp import rational_mlp
 
 __all__ = ["add_norm_rational", "layers", "packed_attention", "rational", "rational_mlp"]

@@ -5,7 +5,7 @@ Stateless, they work on the parameters of the module that they stand for.
 
 from torch import Tensor, nn
 
-from .ops import rational
+from .op_rational import rational
 
 
 class GroupRational(nn.Module):

@@ -155,12 +155,12 @@ def test_code_is_completed(tmp_path):
         "AutoImageProcessor": "processing.Processor",
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "ops.py").unlink()
+    (tmp_path / "operators.py").unlink()
     (tmp_path / "layers.py").write_text("old\n")
     problems = check_code(tmp_path)
     assert len(problems) == 5
     for words in (
-        "ops.py is missing",
+        "operators.py is missing",
         "layers.py differs",
         "None for AutoConfig",
         "'someone/other--modeling.Model'",

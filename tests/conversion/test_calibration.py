@@ -278,7 +278,7 @@ def test_models_that_cannot_be_calibrated():
     with pytest.raises(ValueError, match=r"flashkat\.layers\.0\.mlp\.act2 is up to 0\.19 away from GELU"):
         calibrate(FlashKATForImageClassification(micro_config()), [pixels(2)])
     _, model = converted_vit(1)
-    model.flashkat.layers[1].mlp.forward = lambda x, activated: x
+    model.flashkat.layers[1].mlp.forward = lambda x: x
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.act2 was not called"):
         calibrate(model, [pixels(2)])
     _, model = converted_vit(1)

@@ -116,8 +116,8 @@ def test_only_the_weights_that_are_loaded(model_folder, tmp_path):
 
 
 def test_changed_code_is_replaced(model_folder, tmp_path):
-    (model_folder / "ops.py").write_text("import os\n")
+    (model_folder / "operators.py").write_text("import os\n")
     (tmp_path / "staged").mkdir()
     staged = stage(model_folder, tmp_path / "staged")
-    assert (staged.folder / "ops.py").read_text() != "import os\n"
-    assert (model_folder / "ops.py").read_text() == "import os\n"
+    assert (staged.folder / "operators.py").read_text() != "import os\n"
+    assert (model_folder / "operators.py").read_text() == "import os\n"

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from flashkat_hf.data.gpu import triton_augmentation, triton_crops
 from flashkat_hf.model import (
     triton_attention,
+    triton_norm,
     triton_norm_rational,
     triton_rational,
     triton_rational_mlp,
@@ -36,7 +37,7 @@ FLOAT32 = {
 }
 OPEN = (
     triton_attention.packed_attention_forward_kernel,
-    triton_norm_rational.norm_forward_kernel,
+    triton_norm_rational.add_norm_rational_forward_kernel,
 )  # to torch.compile
 FLOAT64 = r"\b(add|sub|mul|fma|div|sqrt|rcp|ex2)\.\S*f64"  # which passes numbers in float64: nothing is to be computed in it
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -93,17 +94,19 @@ def test_compiles(group_size, capability, dtype):
 def test_norm_compiles(hidden_size, capability, dtype):
     tile = norm_tile(2**12, hidden_size, hidden_size // 8, 132, NORM_BACKWARD)
     sizes = {"ROWS": tile.rows, "SEGMENTS": tile.segments, "PARTS": tile.parts, "WIDTH": tile.width}
-    for kernel in (triton_norm_rational.norm_forward_kernel, triton_norm_rational.norm_backward_kernel):
-        for rational in (False, True):
-            flags = {name: rational for name in ("ADD", "RATIONAL", "TOTALS") if name in kernel.arg_names}
-            compiled = compile_with(
-                kernel, {**sizes, **flags}, tile.num_warps, dtype, GPUTarget("cuda", capability, 32)
-            )
-            ptx = compiled.asm["ptx"]
-            assert not re.search(r"\b(atom|red)\.", ptx)
-            assert ".local" not in ptx
-            assert not re.search(FLOAT64, ptx)
-            assert ("bar.sync" in ptx) == (hidden_size == 768)  # smaller rows are reduced inside a warp
+    for kernel, flags in (
+        (triton_norm.norm_forward_kernel, {}),
+        (triton_norm.norm_backward_kernel, {}),
+        (triton_norm_rational.add_norm_rational_forward_kernel, {}),
+        (triton_norm_rational.add_norm_rational_backward_kernel, {"TOTALS": False}),
+        (triton_norm_rational.add_norm_rational_backward_kernel, {"TOTALS": True}),
+    ):
+        target = GPUTarget("cuda", capability, 32)
+        ptx = compile_with(kernel, {**sizes, **flags}, tile.num_warps, dtype, target).asm["ptx"]
+        assert not re.search(r"\b(atom|red)\.", ptx)
+        assert ".local" not in ptx
+        assert not re.search(FLOAT64, ptx)
+        assert ("bar.sync" in ptx) == (hidden_size == 768)  # smaller rows are reduced inside a warp
 
 
 @pytest.mark.parametrize("capability", [80, 90])

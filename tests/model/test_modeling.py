@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, FlashKATModel
-from flashkat_hf.model import layers
+from flashkat_hf.model import fusing
 from flashkat_hf.model.modeling_flashkat import FlashKATPatchProjection
 
 ATTENTION = ["eager", "sdpa"]
@@ -46,7 +46,7 @@ def test_stored_logits_hidden_states_and_gradients(kind, attention, device):
 @pytest.mark.parametrize("listened", ["", "attention", "attention.proj", "mlp", "mlp.fc2", "drop_path"])
 def test_fused_layers(listened, device, monkeypatch):
     """As kernels would be called; whoever listens to a module gets all that went through it."""
-    monkeypatch.setattr(layers, "TRITON_DEVICES", (device,))
+    monkeypatch.setattr(fusing, "TRITON_DEVICES", (device,))
     model, gradients, stored = micro_model("flashkat", device)
     if listened:
         for layer in model.flashkat.layers:
@@ -61,7 +61,7 @@ def test_fused_layers_drop_as_plain_ones(rates, device, monkeypatch):
     model, _, stored = micro_model(device=device, **rates)
     results = []
     for devices in ((), (device,)):
-        monkeypatch.setattr(layers, "TRITON_DEVICES", devices)
+        monkeypatch.setattr(fusing, "TRITON_DEVICES", devices)
         torch.manual_seed(0)
         model.zero_grad()
         model.train()(stored["input"], labels=stored["labels"]).loss.backward()

@@ -19,7 +19,9 @@ from helpers import (
 from torch.utils.checkpoint import checkpoint
 
 from flashkat_hf import rational
-from flashkat_hf.model.fused_ops import add_norm_rational, norm_beside, packed_attention, rational_mlp
+from flashkat_hf.model.op_attention import packed_attention
+from flashkat_hf.model.op_norm_rational import add_norm_rational, norm_beside
+from flashkat_hf.model.op_rational_mlp import rational_mlp
 from flashkat_hf.model.reference import rational_decomposed, rational_reference
 
 

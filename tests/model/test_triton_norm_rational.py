@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import DTYPES, KERNEL_DEVICES, ROWS, assert_no_worse, relative_error
 
-from flashkat_hf.model import triton_norm_rational
+from flashkat_hf.model import triton_norm, triton_norm_rational
 from flashkat_hf.model.reference import rational_reference
 
 pytestmark = pytest.mark.parametrize("device", KERNEL_DEVICES)
@@ -82,8 +82,8 @@ def test_totals(shape, device):
 def test_norm_alone(shape, dtype, device):
     """Beside a residual stream of `dtype`, in float16."""
     x, _, weight, bias, *_, grad_total, grad_y = random_arguments(shape, dtype, device)
-    y, mean, rstd = triton_norm_rational.norm_forward(x, weight, bias, EPS, torch.float16)
-    results = y, *triton_norm_rational.norm_backward(grad_total, grad_y, x, mean, rstd, weight, bias)
+    y, mean, rstd = triton_norm.norm_forward(x, weight, bias, EPS, torch.float16)
+    results = y, *triton_norm.norm_backward(grad_total, grad_y, x, mean, rstd, weight, bias)
 
     def by_autograd(arithmetic):
         leaves = [tensor.to(arithmetic).requires_grad_() for tensor in (x, weight, bias)]
@@ -102,7 +102,7 @@ def test_norm_alone(shape, dtype, device):
 
 @pytest.mark.parametrize("num_multiprocessors", [1, 3])
 def test_any_number_of_programs(num_multiprocessors, device, monkeypatch):
-    monkeypatch.setattr(triton_norm_rational, "num_multiprocessors", lambda device: num_multiprocessors)
+    monkeypatch.setattr(triton_norm, "num_multiprocessors", lambda device: num_multiprocessors)
     check(*random_arguments((70, 48), torch.float32, device))
 
 

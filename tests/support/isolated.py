@@ -50,7 +50,7 @@ def check_logits(model, expected: torch.Tensor = BATCH["logits"]) -> None:
         torch.testing.assert_close(model(BATCH["pixel_values"]).logits, expected, atol=1e-5, rtol=0)
 
 
-def operators(model, module: str = "ops"):
+def operators(model, module: str = "op_rational"):
     """A module of operators that a model's code has imported."""
     return sys.modules[type(model).__module__.rpartition(".")[0] + f".{module}"]
 
@@ -126,9 +126,17 @@ def with_triton_and_the_package(folder: str, copy: str, package: str) -> None:
 
     sys.path.append(package)
     import flashkat_hf
-    from flashkat_hf.model import ops
+    from flashkat_hf.model import operators as ours
 
-    assert len({module.NAMESPACE for module in (operators(first), operators(second), ops)}) == 3
+    assert (
+        len(
+            {
+                module.NAMESPACE
+                for module in (operators(first, "operators"), operators(second, "operators"), ours)
+            }
+        )
+        == 3
+    )
     for source in (folder, copy):
         third = AutoModelForImageClassification.from_pretrained(source, **TRUST)
         assert type(third) is flashkat_hf.FlashKATForImageClassification  # the package wins
@@ -154,8 +162,12 @@ def on_a_gpu(folder: str, copy: str, package: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(pixel_values).logits.cpu(), BATCH["logits"], atol=1e-3, rtol=0)
     calls = []
-    kernels = operators(model, "fused_ops")
-    for name in ("rational_mlp_backward", "add_norm_rational_backward", "packed_attention_backward"):
+    for module, name in (
+        ("op_rational_mlp", "rational_mlp_backward"),
+        ("op_norm_rational", "add_norm_rational_backward"),
+        ("op_attention", "packed_attention_backward"),
+    ):
+        kernels = operators(model, module)
         kernel = getattr(kernels, name)
         assert ".triton_" in kernel.__module__
         setattr(kernels, name, lambda *args, kernel=kernel, name=name: (calls.append(name), kernel(*args))[1])

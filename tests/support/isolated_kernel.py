@@ -64,12 +64,12 @@ exec(example.replace('"flashkat-rational"', repr(str(REPOSITORY))), {})
 
 sys.path.append(TEST["package"])
 import flashkat_hf  # noqa: E402
-from flashkat_hf.model import ops  # noqa: E402
+from flashkat_hf.model import operators  # noqa: E402
 
 namespaces = [
-    module.NAMESPACE for name, module in sys.modules.items() if re.search(r"flashkat.*\.ops$", name)
+    module.NAMESPACE for name, module in sys.modules.items() if re.search(r"flashkat.*\.operators$", name)
 ]
-assert ops.NAMESPACE == "flashkat"
+assert operators.NAMESPACE == "flashkat"
 assert len(namespaces) == len(set(namespaces)) >= 2, namespaces
 for function in (flashkat_hf.rational, kernel.rational):
     check(function)

@@ -1,28 +1,15 @@
-"""The operator `rational`: it checks, picks the kernel and differentiates.
-
-And what `fused_ops.py` shares with it.
-
-The kernels are registered with `torch.library` under `flashkat::`: the dispatcher picks the device,
-`torch.compile` breaks no graph, and all of them run without a GPU. A copy of this file, as checkpoints bring
-it, registers under its own package's name, since PyTorch would put it in the place of the first.
-"""
-
-import re
-from typing import Any
+"""The operator `rational`: it checks its arguments, picks the kernel and differentiates."""
 
 import torch
 from torch import Tensor
 
+from .operators import decomposes, differentiable, has_kernel
 from .reference import rational_decomposed, rational_gradients, rational_value
 
 try:
     from .triton_rational import rational_backward, rational_forward
 except ImportError:  # no triton: the plain path serves every device
     rational_forward, rational_backward = rational_value, rational_gradients
-
-PACKAGE = __name__.rpartition(".")[0]
-NAMESPACE = "flashkat" if PACKAGE == "flashkat_hf.model" else re.sub(r"\W", "_", PACKAGE, flags=re.ASCII)
-TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm's name too
 
 
 def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -52,28 +39,12 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
     return rational_operator(x.contiguous(), numerator.contiguous(), denominator.contiguous())
 
 
-def decomposes(x: Tensor) -> bool:
-    """Whether the formula itself is to stand in the graph.
-
-    An exporter's, or one that is compiled for a CPU.
-    """
-    # PyTorch 2.11 answers is_exporting() with True under torch.compile.
-    if torch.compiler.is_dynamo_compiling():
-        return x.device.type == "cpu"
-    return torch.compiler.is_exporting() or (torch.compiler.is_compiling() and x.device.type == "cpu")
-
-
-def open_operator(name: str) -> Any:
-    """Registers an operator that `torch.compile` looks into, to launch its kernel with less work for the host."""
-    return torch.library.triton_op(f"{NAMESPACE}::{name}", mutates_args=())
-
-
-def has_kernel(x: Tensor) -> bool:
-    """Whether a Triton kernel serves x; else `reference.py` does, on any device."""
-    return x.device.type in TRITON_DEVICES and x.dtype != torch.float64
-
-
 def check_arguments(x: Tensor, numerator: Tensor, denominator: Tensor) -> None:
+    """Refuse what no rational operator takes; arguments as in `rational`.
+
+    Raises:
+        ValueError: as in `rational`.
+    """
     for name, tensor in (("x", x), ("numerator", numerator), ("denominator", denominator)):
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, not {tensor.dtype}")
@@ -90,7 +61,8 @@ def check_arguments(x: Tensor, numerator: Tensor, denominator: Tensor) -> None:
     num_groups = max(rows)
     if not rows <= {1, num_groups}:
         raise ValueError(
-            f"numerator has {numerator.shape[0]} rows and denominator {denominator.shape[0]}; they must agree or be 1"
+            f"numerator has {numerator.shape[0]} rows and denominator {denominator.shape[0]}; "
+            "they must agree or be 1"
         )
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have at least one dimension and one channel, not shape {tuple(x.shape)}")
@@ -98,37 +70,36 @@ def check_arguments(x: Tensor, numerator: Tensor, denominator: Tensor) -> None:
         raise ValueError(f"hidden_size ({x.shape[-1]}) must be a multiple of num_groups ({num_groups})")
 
 
-@open_operator("rational")
-def rational_operator(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+def value(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Return the rational of a contiguous x, without autograd."""
     forward = rational_forward if has_kernel(x) else rational_value
     return forward(x, numerator, denominator)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rational_backward", mutates_args=())
-def _rational_backward(
+def _like_x(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _backward(
     grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     backward = rational_backward if has_kernel(x) else rational_gradients
     return backward(grad_y, x, numerator, denominator)
 
 
-@rational_operator.register_fake
-def _(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@_rational_backward.register_fake
-def _(grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _like_inputs(
+    grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     return grad_x, torch.empty_like(numerator), torch.empty_like(denominator)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _rational_backward(grad_y.contiguous(), *ctx.saved_tensors)
+def _gradients(ctx, backward, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return backward(grad_y.contiguous(), *ctx.saved_tensors)
 
 
-rational_operator.register_autograd(_backward, setup_context=_setup_context)
+rational_operator = differentiable("rational", (value, _like_x), (_backward, _like_inputs), _save, _gradients)

@@ -1,0 +1,129 @@
+"""When one kernel may stand for several modules of a block, and how a block is written by such kernels.
+
+This file alone asks about devices, hooks, replaced modules, dropout, dtypes and tracing. The block itself, as the
+paper has it, is `FlashKATLayer.forward`; a module that is listened to, replaced (LoRA) or dropped out is called as
+it is, and what is left around it stays fused.
+"""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from .op_attention import HEAD_DIMS, MAX_BATCH, MAX_TOKENS, packed_attention
+from .op_norm_rational import add_norm_rational, norm_beside
+from .op_rational_mlp import rational_mlp
+from .operators import HALF, TRITON_DEVICES, decomposes
+
+ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
+KNOWN: set[type[nn.Module]] = {
+    nn.Linear,
+    nn.LayerNorm,
+    nn.Dropout,
+}  # what a kernel may stand for; no subclasses
+
+
+def fusible(cls: ModuleClass) -> ModuleClass:
+    """Note that a kernel may stand for modules of this class; a decorator of classes."""
+    KNOWN.add(cls)
+    return cls
+
+
+def fuses(x: Tensor, *modules: nn.Module) -> bool:
+    """Tell whether kernels may stand for these modules: x is on a GPU, and none was touched."""
+    return x.device.type in TRITON_DEVICES and all(map(untouched, modules))
+
+
+def untouched(module: nn.Module) -> bool:
+    """Tell whether a module does just what its class says: known, listened to by nobody, its forward its own."""
+    return type(module) in KNOWN and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # as accelerate puts it there to move weights
+    )
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """Return autocast's dtype where it is on, else x's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def drops(*modules: nn.Dropout) -> bool:
+    """Tell whether one of these is at work."""
+    return any(module.training and module.p for module in modules)
+
+
+def fused_block(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """Compute a `FlashKATLayer` by fused operators, as far as its modules allow.
+
+    The bias gradients of proj and fc2 come from norm2's backward, which has the gradients of both branches, if both
+    branches are added as they are.
+    """
+    attention, norm, mlp, drop_path = layer.attention, layer.norm2, layer.mlp, layer.drop_path
+    hidden_states, x = stream_and_norm(layer.norm1, hidden_states)
+    if not fuses(hidden_states, norm, mlp, mlp.act1):
+        hidden_states = hidden_states + drop_path(attention(x, **kwargs)[0])
+        return hidden_states + drop_path(mlp(norm(hidden_states)))
+    parameters = norm.weight, norm.bias, mlp.act1.numerator, mlp.act1.denominator
+    if not adds_whole_branches(layer, hidden_states):
+        branch = drop_path(attention(x, **kwargs)[0])
+        hidden_states, x = add_norm_rational(hidden_states, branch, *parameters, norm.eps)
+        return hidden_states + drop_path(mlp.after_act1(x))
+    mixed, _ = attention.mix(x, **kwargs)
+    branch = linear(mixed, attention.proj.weight, attention.proj.bias.detach())
+    biases = attention.proj.bias, mlp.fc2.bias
+    hidden_states, x = add_norm_rational(hidden_states, branch, *parameters, norm.eps, *biases)
+    return hidden_states + fused_mlp(mlp, x, mlp.fc2.bias.detach())
+
+
+def adds_whole_branches(layer: Any, x: Tensor) -> bool:
+    """Tell whether the last linear maps of both branches are added as they are, with nobody listening."""
+    attention, drop_path = layer.attention, layer.drop_path
+    if not fuses(x, attention, attention.proj, attention.dropout, drop_path) or drops(attention.dropout):
+        return False
+    return not (drop_path.training and drop_path.rate) and fuses_mlp(layer.mlp, x)
+
+
+def stream_and_norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a residual stream, to go on with, and its norm; in eager mode by one kernel, in `working_dtype`."""
+    if fuses(x, norm) and not torch.compiler.is_compiling() and x.is_contiguous():
+        return norm_beside(x, norm.weight, norm.bias, norm.eps, working_dtype(x))  # pyright: ignore[reportArgumentType]
+    return x, norm(x)
+
+
+def fuses_mlp(mlp: Any, x: Tensor) -> bool:
+    """Tell whether act2 of a `GRKANMlp` can be applied beside the linear maps around it."""
+    return fuses(x, mlp.fc1, mlp.act2, mlp.fc2, mlp.dropout) and not drops(mlp.dropout)
+
+
+def fused_mlp(mlp: Any, x: Tensor, out_bias: Tensor) -> Tensor:
+    """Compute `fc2(act2(fc1(x)))` with `out_bias` in place of fc2's bias."""
+    dtype = working_dtype(x)
+    x, weight, out_weight = x.to(dtype), mlp.fc1.weight.to(dtype), mlp.fc2.weight.to(dtype)
+    tables = mlp.act2.numerator, mlp.act2.denominator
+    return rational_mlp(x, weight, mlp.fc1.bias, *tables, out_weight, out_bias)
+
+
+def fuses_attention(attention: Any, x: Tensor) -> bool:
+    """Tell whether the kernel for short sequences serves: it wins in half precision, on a GPU."""
+    return (
+        attention.config._attn_implementation == "packed"
+        and fuses(x, attention.qkv)
+        and not decomposes(x)
+        and working_dtype(x) in HALF
+        and x.shape[0] <= MAX_BATCH
+        and x.shape[1] <= MAX_TOKENS
+        and attention.head_dim in HEAD_DIMS
+        and not (attention.training and attention.config.attention_probs_dropout_prob)
+    )
+
+
+def fused_attention(attention: Any, x: Tensor) -> Tensor:
+    """Compute what a `FlashKATAttention` projects at its end, qkv's bias gradient by the attention's backward."""
+    bias = attention.qkv.bias
+    qkv = linear(x, attention.qkv.weight, None if bias is None else bias.detach())
+    return packed_attention(qkv, attention.config.num_attention_heads, attention.scaling, bias)

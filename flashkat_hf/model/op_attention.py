@@ -1,0 +1,93 @@
+"""The operator `packed_attention`: self-attention of short sequences from the product that holds q, k and v."""
+
+import torch
+from torch import Tensor
+
+from .operators import HALF, differentiable, has_kernel
+from .reference import packed_attention_gradients, packed_attention_value
+
+try:
+    from .triton_attention import packed_attention_backward, packed_attention_forward
+except ImportError:  # no triton: the plain path serves every device
+    packed_attention_forward, packed_attention_backward = packed_attention_value, packed_attention_gradients
+
+MAX_BATCH = 65_535  # CUDA's limit of a grid's third axis
+MAX_TOKENS = 256  # beyond, PyTorch's own attention was the faster one (577 and 1025 tokens, an H100)
+HEAD_DIMS = (16, 32, 64)
+
+
+def packed_attention(qkv: Tensor, num_heads: int, scale: float, qkv_bias: Tensor | None = None) -> Tensor:
+    """Compute self-attention of short sequences.
+
+    Args:
+        qkv: `(batch, num_tokens, 3 * hidden_size)`, bfloat16 or float16; queries, keys and values, each head
+            by head; at most 256 tokens and heads of 16, 32 or 64 channels.
+        num_heads: heads.
+        scale: factor of the scores, positive.
+        qkv_bias: `(3 * hidden_size,)`, any dtype; qkv already contains it, by an addition that did not record
+            its gradient, which is made here.
+
+    Returns:
+        `(batch, num_tokens, hidden_size)`.
+
+    Raises:
+        ValueError: another shape, dtype or scale.
+    """
+    if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads) or qkv.shape[2] // (3 * num_heads) not in HEAD_DIMS:
+        raise ValueError(
+            f"qkv must be (batch, tokens, 3 * {num_heads} heads of {HEAD_DIMS}), not {tuple(qkv.shape)}"
+        )
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, not {scale}")
+    if qkv.shape[0] > MAX_BATCH:
+        raise ValueError(f"qkv has {qkv.shape[0]} samples; the attention kernels take {MAX_BATCH} at most")
+    if qkv.shape[1] > MAX_TOKENS or qkv.dtype not in HALF:
+        raise ValueError(
+            f"qkv must be half precision and of at most {MAX_TOKENS} tokens, not {qkv.shape[1]} {qkv.dtype}"
+        )
+    (y,) = packed_attention_operator(qkv.contiguous(), qkv_bias, num_heads, scale)
+    return y
+
+
+def _forward(qkv: Tensor, qkv_bias: Tensor | None, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    forward = packed_attention_forward if has_kernel(qkv) else packed_attention_value
+    return forward(qkv, num_heads, scale)
+
+
+def _y_and_lse(qkv: Tensor, qkv_bias: Tensor | None, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    batch, num_tokens, width = qkv.shape
+    y = qkv.new_empty(batch, num_tokens, width // 3)
+    return y, qkv.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
+
+
+def _backward(grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    backward = packed_attention_backward if has_kernel(qkv) else packed_attention_gradients
+    return backward(grad_y, qkv, y, lse, scale)
+
+
+def _gradient_and_columns(
+    grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(qkv), qkv.new_empty(qkv.shape[-1], dtype=torch.float32)
+
+
+def _save(ctx, inputs, output) -> None:
+    qkv, qkv_bias, _, ctx.scale = inputs
+    ctx.save_for_backward(qkv, *output)
+    ctx.bias_dtype = None if qkv_bias is None else qkv_bias.dtype
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx, backward, grad_y: Tensor, *_) -> tuple:
+    grad_qkv, columns = backward(grad_y.contiguous(), *ctx.saved_tensors, ctx.scale)
+    return grad_qkv, None if ctx.bias_dtype is None else columns.to(ctx.bias_dtype), None, None
+
+
+packed_attention_operator = differentiable(
+    "packed_attention",
+    (_forward, _y_and_lse),
+    (_backward, _gradient_and_columns),
+    _save,
+    _gradients,
+    num_outputs=1,
+)

@@ -1,0 +1,116 @@
+"""How every operator of this package is built, and where a kernel serves it.
+
+An operator is four functions: forward and backward, which pick the kernel or the formula of `reference.py`, and
+for each the shapes of its result. They are called in one of two ways:
+
+- in eager mode by a plain `autograd.Function`, which costs the host least;
+- where something looks at the operations instead of running them (`torch.compile`, an exporter, fake tensors, a
+  dispatch mode) as operators of `torch.library`, `flashkat::NAME` and `flashkat::NAME_backward`. The forward one
+  is open to `torch.compile`, which then launches its kernel with less work for the host.
+
+A copy of this file, as checkpoints bring it, registers under its own package's name, since PyTorch would put it in
+the place of the first.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PACKAGE = __name__.rpartition(".")[0]
+NAMESPACE = "flashkat" if PACKAGE == "flashkat_hf.model" else re.sub(r"\W", "_", PACKAGE, flags=re.ASCII)
+TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm's name too
+HALF = (torch.bfloat16, torch.float16)
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Tell whether a Triton kernel serves x; else `reference.py` does, on any device."""
+    return x.device.type in TRITON_DEVICES and x.dtype != torch.float64
+
+
+def decomposes(x: Tensor) -> bool:
+    """Tell whether the formula itself is to stand in the graph: an exporter's, or one compiled for a CPU."""
+    # PyTorch 2.11 answers is_exporting() with True under torch.compile.
+    if torch.compiler.is_dynamo_compiling():
+        return x.device.type == "cpu"
+    return torch.compiler.is_exporting() or (torch.compiler.is_compiling() and x.device.type == "cpu")
+
+
+def is_traced(x: Tensor) -> bool:
+    """Tell whether something looks at the operations on x instead of running them."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def register(name: str, function: Callable, shapes: Callable, open_to_compiler: bool = False) -> Any:
+    """Register a function of tensors, with type hints, as the operator `flashkat::NAME`.
+
+    Args:
+        name: of the operator.
+        function: forward or backward; its hints are the operator's schema.
+        shapes: makes empty results of the right shapes and dtypes from the same arguments.
+        open_to_compiler: whether `torch.compile` looks into it.
+    """
+    define = torch.library.triton_op if open_to_compiler else torch.library.custom_op
+    operator: Any = define(f"{NAMESPACE}::{name}", function, mutates_args=())
+    operator.register_fake(shapes)
+    return operator
+
+
+def called_directly(operator: Callable, function: Callable) -> Callable:
+    """Return a function that calls `function` itself in eager mode, and `operator` where something traces."""
+
+    def call(x: Tensor, *others):
+        return operator(x, *others) if is_traced(x) else function(x, *others)
+
+    return call
+
+
+def differentiable(
+    name: str,
+    forward: tuple[Callable, Callable],
+    backward: tuple[Callable, Callable],
+    save: Callable,
+    gradients: Callable,
+    num_outputs: int | None = None,
+) -> Callable:
+    """Build an operator with gradients, and return the function that calls it.
+
+    Args:
+        name: of the operator; that of its backward ends in `_backward`.
+        forward: the function, whose first argument is a tensor, and the shapes of its results.
+        backward: likewise.
+        save: `(ctx, inputs, output)` keeps on the autograd context what backward needs.
+        gradients: `(ctx, backward, *grads)` returns a gradient for each input; it calls `backward`.
+        num_outputs: for a forward that returns a tuple, how many of it the caller gets; the rest is saved.
+    """
+    operator = register(name, *forward, open_to_compiler=True)
+    backward_operator = register(f"{name}_backward", *backward)
+    operator.register_autograd(
+        lambda ctx, *grads: gradients(ctx, backward_operator, *grads), setup_context=save
+    )
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = forward[0](*inputs)
+            save(ctx, inputs, output)
+            return output if num_outputs is None else output[:num_outputs]
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+            return gradients(ctx, backward[0], *grads)
+
+    def call(x: Tensor, *others):
+        if is_traced(x):
+            output = operator(x, *others)
+            return output if num_outputs is None else output[:num_outputs]
+        return Eager.apply(x, *others)
+
+    return call
