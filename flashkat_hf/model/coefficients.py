@@ -93,7 +93,7 @@ START_TABLES["silu"] = START_TABLES["swish"]  # two names of one function
 
 
 def start_table(name: str) -> StartTable:
-    """The table of that name.
+    """Return the start table of that name.
 
     Raises:
         ValueError: there is none; the message lists the known names.
@@ -107,7 +107,7 @@ def start_table(name: str) -> StartTable:
 
 @lru_cache
 def second_moment(name: str) -> float:
-    """E[r(z)^2] for z ~ N(0, 1) of the table of that name, accurate to 1e-6.
+    """Return E[r(z)^2] for z ~ N(0, 1) of the table of that name, accurate to 1e-6.
 
     Its reciprocal is the gain alpha of the variance-preserving initialisation: a linear map behind r starts
     with Var(w) = alpha / d_in, alpha = Var[x] / E[r(x)^2]. Source: Yang and Wang, ICLR 2025, as above.

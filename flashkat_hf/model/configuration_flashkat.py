@@ -88,7 +88,7 @@ class FlashKATConfig(PreTrainedConfig):
 
     @classmethod
     def from_size(cls, size: str, **overrides) -> "FlashKATConfig":
-        """The config of "tiny", "small" or "base" (5.7, 22 and 87 million parameters), with any fields overridden."""
+        """Return the config of "tiny", "small" or "base": 5.7, 22 and 87 million parameters."""
         if size not in SIZES:
             raise ValueError(f"unknown size {size!r}; known sizes: {', '.join(SIZES)}")
         return cls(**{**SIZES[size], **overrides})

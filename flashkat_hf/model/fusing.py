@@ -1,8 +1,8 @@
-"""When one kernel may stand for several modules of a block, and how a block is written by such kernels.
+"""Rules for when one kernel may stand for several modules of a block, and the block written by such kernels.
 
-This file alone asks about devices, hooks, replaced modules, dropout, dtypes and tracing. The block itself, as the
-paper has it, is `FlashKATLayer.forward`; a module that is listened to, replaced (LoRA) or dropped out is called as
-it is, and what is left around it stays fused.
+This file alone asks about devices, hooks, replaced modules, dropout, dtypes and tracing. The block itself, as
+the paper has it, is `FlashKATLayer.forward`; a module that is listened to, replaced (LoRA) or dropped out is
+called as it is, and what is left around it stays fused.
 """
 
 from typing import Any, TypeVar
@@ -36,7 +36,10 @@ def fuses(x: Tensor, *modules: nn.Module) -> bool:
 
 
 def untouched(module: nn.Module) -> bool:
-    """Tell whether a module does just what its class says: known, listened to by nobody, its forward its own."""
+    """Tell whether a module does just what its class says.
+
+    Known, listened to by nobody, its forward its own.
+    """
     return type(module) in KNOWN and not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -60,8 +63,8 @@ def drops(*modules: nn.Dropout) -> bool:
 def fused_block(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     """Compute a `FlashKATLayer` by fused operators, as far as its modules allow.
 
-    The bias gradients of proj and fc2 come from norm2's backward, which has the gradients of both branches, if both
-    branches are added as they are.
+    The bias gradients of proj and fc2 come from norm2's backward, which has the gradients of both branches,
+    if both branches are added as they are.
     """
     attention, norm, mlp, drop_path = layer.attention, layer.norm2, layer.mlp, layer.drop_path
     hidden_states, x = stream_and_norm(layer.norm1, hidden_states)
@@ -89,7 +92,10 @@ def adds_whole_branches(layer: Any, x: Tensor) -> bool:
 
 
 def stream_and_norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a residual stream, to go on with, and its norm; in eager mode by one kernel, in `working_dtype`."""
+    """Return a residual stream, to go on with, and its norm.
+
+    In eager mode by one kernel, in `working_dtype`.
+    """
     if fuses(x, norm) and not torch.compiler.is_compiling() and x.is_contiguous():
         return norm_beside(x, norm.weight, norm.bias, norm.eps, working_dtype(x))  # pyright: ignore[reportArgumentType]
     return x, norm(x)
@@ -123,7 +129,7 @@ def fuses_attention(attention: Any, x: Tensor) -> bool:
 
 
 def fused_attention(attention: Any, x: Tensor) -> Tensor:
-    """Compute what a `FlashKATAttention` projects at its end, qkv's bias gradient by the attention's backward."""
+    """Compute `FlashKATAttention.mix`; the attention's backward gives qkv's bias its gradient."""
     bias = attention.qkv.bias
     qkv = linear(x, attention.qkv.weight, None if bias is None else bias.detach())
     return packed_attention(qkv, attention.config.num_attention_heads, attention.scaling, bias)

@@ -41,7 +41,7 @@ class GroupRational(nn.Module):
                 parameter.copy_(start)
 
     def start(self) -> tuple[Tensor, Tensor]:
-        """Numerator and denominator of the start table, in the shapes of the parameters, float32 on the CPU."""
+        """Return the start table in the shapes of the parameters, float32 on the CPU."""
         table = start_table(self.init)
         numerator, denominator = torch.tensor(table.numerator), torch.tensor(table.denominator)
         return numerator.expand(self.numerator.shape), denominator.expand(self.denominator.shape)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def mimetic_weights(size: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Draw the packed query, key, value weights `(3 * size, size)` and the output weights `(size, size)`, float32."""
+    """Draw packed query, key, value weights `(3 * size, size)` and output weights `(size, size)`, float32."""
     threads = torch.get_num_threads()
     torch.set_num_threads(
         1
@@ -35,7 +35,7 @@ def mimetic_weights(size: int, head_dim: int, device: torch.device) -> tuple[Ten
 
 
 def _balanced_factors(size: int, scale: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """L = V sqrt(S) and R = sqrt(S) W^T, float32, largest first, of the SVD V S W^T of `scale` (U - I).
+    """Return L = V sqrt(S) and R = sqrt(S) W^T, largest first, of the SVD V S W^T of `scale` (U - I).
 
     Through the eigenvectors of A^T A in float64, which is cheaper than an SVD.
     """

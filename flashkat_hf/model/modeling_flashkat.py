@@ -69,7 +69,7 @@ class FlashKATEmbeddings(nn.Module):
         return self.dropout(tokens + positions)
 
     def interpolate_pos_encoding(self, grid_height: int, grid_width: int) -> Tensor:
-        """Positions `(1, 1 + grid_height * grid_width, hidden_size)` for another grid of patches, bicubic."""
+        """Return positions `(1, 1 + grid_height * grid_width, hidden_size)` for another grid, bicubic."""
         cls_position, grid = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
         grid = grid.unflatten(1, (self.grid_size, self.grid_size)).permute(0, 3, 1, 2)
         grid = nn.functional.interpolate(
@@ -81,7 +81,8 @@ class FlashKATEmbeddings(nn.Module):
         num_channels = self.patch_embeddings.in_channels
         if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
             raise ValueError(
-                f"pixel_values must have shape (batch, {num_channels}, height, width), not {tuple(pixel_values.shape)}"
+                f"pixel_values must have shape (batch, {num_channels}, height, width), "
+                f"not {tuple(pixel_values.shape)}"
             )
         height, width = pixel_values.shape[-2:]
         if not interpolate_pos_encoding and (height, width) != (self.image_size, self.image_size):
@@ -236,7 +237,7 @@ class FlashKATPreTrainedModel(PreTrainedModel):
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs
     ):
-        """As transformers', but weights of another architecture are an error rather than a random model.
+        """Load as transformers does, but weights of another architecture are an error, not a random model.
 
         Raises:
             ValueError: the checkpoint holds none of the tensors of this model's layers.
@@ -251,8 +252,8 @@ class FlashKATPreTrainedModel(PreTrainedModel):
         if layers <= set(info["missing_keys"]):
             found = sorted(info["unexpected_keys"])
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds none of {cls.__name__}'s {len(layers)} layer tensors; "
-                f"it has {len(found)} others, such as {', '.join(found[:3])}"
+                f"{pretrained_model_name_or_path} holds none of {cls.__name__}'s {len(layers)} layer "
+                f"tensors; it has {len(found)} others, such as {', '.join(found[:3])}"
             )
         return (model, info) if output_loading_info else model
 
@@ -406,8 +407,8 @@ def image_classification_loss(labels: Tensor, logits: Tensor, config: FlashKATCo
         return LOSS_MAPPING["ForImageClassification"](labels, logits, config)
     if labels.shape != (logits.shape if labels.is_floating_point() else logits.shape[:1]):
         raise ValueError(
-            f"labels must be class indices ({logits.shape[0]},) or class probabilities {tuple(logits.shape)}, "
-            f"not {labels.dtype} {tuple(labels.shape)}"
+            f"labels must be class indices ({logits.shape[0]},) or class probabilities "
+            f"{tuple(logits.shape)}, not {labels.dtype} {tuple(labels.shape)}"
         )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return nn.functional.cross_entropy(

@@ -1,15 +1,18 @@
-"""The operator `packed_attention`: self-attention of short sequences from the product that holds q, k and v."""
+"""The operator `packed_attention`.
+
+Self-attention of short sequences from the product that holds q, k and v.
+"""
 
 import torch
 from torch import Tensor
 
-from .operators import HALF, differentiable, has_kernel
+from .operators import HALF, by_device, differentiable
 from .reference import packed_attention_gradients, packed_attention_value
 
 try:
     from .triton_attention import packed_attention_backward, packed_attention_forward
 except ImportError:  # no triton: the plain path serves every device
-    packed_attention_forward, packed_attention_backward = packed_attention_value, packed_attention_gradients
+    packed_attention_forward = packed_attention_backward = None
 
 MAX_BATCH = 65_535  # CUDA's limit of a grid's third axis
 MAX_TOKENS = 256  # beyond, PyTorch's own attention was the faster one (577 and 1025 tokens, an H100)
@@ -50,24 +53,16 @@ def packed_attention(qkv: Tensor, num_heads: int, scale: float, qkv_bias: Tensor
 
 
 def _forward(qkv: Tensor, qkv_bias: Tensor | None, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    forward = packed_attention_forward if has_kernel(qkv) else packed_attention_value
-    return forward(qkv, num_heads, scale)
+    return _value(qkv, num_heads, scale)
 
 
-def _y_and_lse(qkv: Tensor, qkv_bias: Tensor | None, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+def _shapes_of_y_and_lse(qkv, qkv_bias, num_heads, scale):
     batch, num_tokens, width = qkv.shape
     y = qkv.new_empty(batch, num_tokens, width // 3)
     return y, qkv.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
 
 
-def _backward(grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    backward = packed_attention_backward if has_kernel(qkv) else packed_attention_gradients
-    return backward(grad_y, qkv, y, lse, scale)
-
-
-def _gradient_and_columns(
-    grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _shapes_of_gradients(grad_y, qkv, y, lse, scale):
     return torch.empty_like(qkv), qkv.new_empty(qkv.shape[-1], dtype=torch.float32)
 
 
@@ -83,10 +78,11 @@ def _gradients(ctx, backward, grad_y: Tensor, *_) -> tuple:
     return grad_qkv, None if ctx.bias_dtype is None else columns.to(ctx.bias_dtype), None, None
 
 
+_value = by_device(packed_attention_value, packed_attention_forward)
 packed_attention_operator = differentiable(
     "packed_attention",
-    (_forward, _y_and_lse),
-    (_backward, _gradient_and_columns),
+    (_forward, _shapes_of_y_and_lse),
+    (by_device(packed_attention_gradients, packed_attention_backward), _shapes_of_gradients),
     _save,
     _gradients,
     num_outputs=1,

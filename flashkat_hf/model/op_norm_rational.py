@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from .op_rational import check_arguments
-from .operators import decomposes, differentiable, has_kernel
+from .operators import by_device, decomposes, differentiable
 from .reference import (
     add_norm_rational_gradients,
     add_norm_rational_value,
@@ -122,38 +122,16 @@ def _forward(
     branch_bias: Tensor | None,
     later_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    forward = add_norm_rational_forward if has_kernel(residual) else add_norm_rational_value
-    return forward(residual, branch, weight, bias, numerator, denominator, eps)
+    return _value(residual, branch, weight, bias, numerator, denominator, eps)
 
 
-def _total_y_and_statistics(
-    residual: Tensor, branch: Tensor, *parameters
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _shapes_of_results(residual, branch, *parameters):
     dtype = torch.promote_types(residual.dtype, torch.float32)
     mean, rstd = (residual.new_empty(residual.shape[:-1], dtype=dtype) for _ in range(2))
     return torch.empty_like(residual), torch.empty_like(branch), mean, rstd
 
 
-def _backward(
-    grad_total: Tensor,
-    grad_y: Tensor,
-    total: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    numerator: Tensor,
-    denominator: Tensor,
-    totals: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backward = add_norm_rational_backward if has_kernel(total) else add_norm_rational_gradients
-    return backward(grad_total, grad_y, total, mean, rstd, weight, bias, numerator, denominator, totals)
-
-
-def _gradients_and_columns(
-    grad_total: Tensor, grad_y: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
-    numerator: Tensor, denominator: Tensor, totals: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _shapes_of_gradients(grad_total, grad_y, total, mean, rstd, weight, bias, numerator, denominator, totals):
     columns = mean.new_empty(4 if totals else 2, total.shape[-1])
     return torch.empty_like(total), columns, torch.empty_like(numerator), torch.empty_like(denominator)
 
@@ -180,28 +158,29 @@ def _gradients(ctx, backward, grad_total: Tensor, grad_y: Tensor, *_) -> tuple:
     return grad, grad.to(ctx.branch_dtype), *norm, *grad_tables, None, *(grad_biases or (None, None))
 
 
+_value = by_device(add_norm_rational_value, add_norm_rational_forward)
 add_norm_rational_operator = differentiable(
     "add_norm_rational",
-    (_forward, _total_y_and_statistics),
-    (_backward, _gradients_and_columns),
+    (_forward, _shapes_of_results),
+    (by_device(add_norm_rational_gradients, add_norm_rational_backward), _shapes_of_gradients),
     _save,
     _gradients,
     num_outputs=2,
 )
+_norm_value = by_device(norm_value, norm_forward)
+_norm_gradients = by_device(norm_gradients, norm_backward)
 
 
 class _NormBeside(torch.autograd.Function):
-    """It returns its input, which an operator of `torch.library` may not."""
+    """Layer norm that also returns its input, which an operator of `torch.library` may not."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, dtype):
-        kernel = has_kernel(x)
-        y, mean, rstd = (norm_forward if kernel else norm_value)(x, weight, bias, eps, dtype)
+        y, mean, rstd = _norm_value(x, weight, bias, eps, dtype)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
-        ctx.backward_of = norm_backward if kernel else norm_gradients
         return x.view_as(x), y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total, grad_y):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *ctx.backward_of(grad_total.contiguous(), grad_y.contiguous(), *ctx.saved_tensors), None, None
+        return *_norm_gradients(grad_total.contiguous(), grad_y.contiguous(), *ctx.saved_tensors), None, None

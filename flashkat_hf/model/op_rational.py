@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from .operators import decomposes, differentiable, has_kernel
+from .operators import by_device, decomposes, differentiable
 from .reference import rational_decomposed, rational_gradients, rational_value
 
 try:
     from .triton_rational import rational_backward, rational_forward
 except ImportError:  # no triton: the plain path serves every device
-    rational_forward, rational_backward = rational_value, rational_gradients
+    rational_forward = rational_backward = None
 
 
 def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -70,26 +70,11 @@ def check_arguments(x: Tensor, numerator: Tensor, denominator: Tensor) -> None:
         raise ValueError(f"hidden_size ({x.shape[-1]}) must be a multiple of num_groups ({num_groups})")
 
 
-def value(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Return the rational of a contiguous x, without autograd."""
-    forward = rational_forward if has_kernel(x) else rational_value
-    return forward(x, numerator, denominator)
-
-
-def _like_x(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+def _shape_of_y(x, numerator, denominator):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _backward(
-    grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    backward = rational_backward if has_kernel(x) else rational_gradients
-    return backward(grad_y, x, numerator, denominator)
-
-
-def _like_inputs(
-    grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes_of_gradients(grad_y, x, numerator, denominator):
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     return grad_x, torch.empty_like(numerator), torch.empty_like(denominator)
 
@@ -102,4 +87,8 @@ def _gradients(ctx, backward, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return backward(grad_y.contiguous(), *ctx.saved_tensors)
 
 
-rational_operator = differentiable("rational", (value, _like_x), (_backward, _like_inputs), _save, _gradients)
+value = by_device(rational_value, rational_forward)
+gradients = by_device(rational_gradients, rational_backward)
+rational_operator = differentiable(
+    "rational", (value, _shape_of_y), (gradients, _shapes_of_gradients), _save, _gradients
+)

@@ -5,15 +5,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .op_rational import check_arguments, value
-from .operators import HALF, called_directly, decomposes, has_kernel, register
+from .operators import HALF, by_device, called_directly, decomposes, has_kernel, register
 from .reference import rational_decomposed, rational_mlp_gradients
 
 try:
     from .triton_rational_mlp import rational_mlp_backward, rational_mlp_forward
     from .triton_tiles import linear_tile
 except ImportError:  # no triton: the plain path serves every device
-    rational_mlp_backward = rational_mlp_gradients
-    linear_tile = rational_mlp_forward = None
+    linear_tile = rational_mlp_forward = rational_mlp_backward = None
 
 
 def rational_mlp(
@@ -27,8 +26,8 @@ def rational_mlp(
 ) -> Tensor:
     """Compute `linear(rational(linear(x, weight, bias)), out_weight, out_bias)`.
 
-    Forward applies the rational where the first product is made. Backward computes it again instead of keeping
-    it, and sums the columns of its input's gradient, the gradient of `bias`, on the way.
+    Forward applies the rational where the first product is made. Backward computes it again instead of
+    keeping it, and sums the columns of its input's gradient, the gradient of `bias`, on the way.
 
     Args:
         x: `(..., in_features)`, of the dtype of both weights.
@@ -71,38 +70,33 @@ def _forward(
     return value(product, numerator, denominator), product if keep else product.new_empty(0)
 
 
-def _y_and_product(
-    x: Tensor, weight: Tensor, bias: Tensor, numerator: Tensor, denominator: Tensor, keep: bool
-) -> tuple[Tensor, Tensor]:
+def _shapes_of_y_and_product(x, weight, bias, numerator, denominator, keep):
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     return y, torch.empty_like(y) if keep else y.new_empty(0)
 
 
-def _backward(
-    grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    backward = rational_mlp_backward if has_kernel(x) else rational_mlp_gradients
-    return backward(grad_y, x, numerator, denominator)
-
-
-def _gradients_y_and_columns(
-    grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _shapes_of_gradients(grad_y, x, numerator, denominator):
     columns = x.new_empty(x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
-    tables = torch.empty_like(numerator), torch.empty_like(denominator)
-    return torch.empty_like(x), torch.empty_like(x), columns, *tables
+    return (
+        torch.empty_like(x),
+        torch.empty_like(x),
+        columns,
+        torch.empty_like(numerator),
+        torch.empty_like(denominator),
+    )
 
 
+_gradients = by_device(rational_mlp_gradients, rational_mlp_backward)
 forward_operator = called_directly(
-    register("rational_mlp_forward", _forward, _y_and_product, open_to_compiler=True), _forward
+    register("rational_mlp_forward", _forward, _shapes_of_y_and_product, open_to_compiler=True), _forward
 )
 backward_operator = called_directly(
-    register("rational_mlp_backward", _backward, _gradients_y_and_columns), _backward
+    register("rational_mlp_backward", _gradients, _shapes_of_gradients), _gradients
 )
 
 
 class _RationalMlp(torch.autograd.Function):
-    """The matrix products stay PyTorch's, so this is no single operator."""
+    """Matrix products of PyTorch around the operators, which see the first product and its gradient alone."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, numerator, denominator, out_weight, out_bias, keep):

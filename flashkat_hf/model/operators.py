@@ -1,19 +1,21 @@
-"""How every operator of this package is built, and where a kernel serves it.
+"""The one way in which every operator of this package is built, and where a kernel serves it.
 
-An operator is four functions: forward and backward, which pick the kernel or the formula of `reference.py`, and
-for each the shapes of its result. They are called in one of two ways:
+An operator is four functions: forward and backward, which pick the kernel or the formula of `reference.py`,
+and for each the shapes of its result. They are called in one of two ways:
 
 - in eager mode by a plain `autograd.Function`, which costs the host least;
-- where something looks at the operations instead of running them (`torch.compile`, an exporter, fake tensors, a
-  dispatch mode) as operators of `torch.library`, `flashkat::NAME` and `flashkat::NAME_backward`. The forward one
-  is open to `torch.compile`, which then launches its kernel with less work for the host.
+- where something looks at the operations instead of running them (`torch.compile`, an exporter, fake tensors,
+a
+  dispatch mode) as operators of `torch.library`, `flashkat::NAME` and `flashkat::NAME_backward`. The forward
+  one is open to `torch.compile`, which then launches its kernel with less work for the host.
 
-A copy of this file, as checkpoints bring it, registers under its own package's name, since PyTorch would put it in
-the place of the first.
+A copy of this file, as checkpoints bring it, registers under its own package's name, since PyTorch would put
+it in the place of the first.
 """
 
 import re
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -38,6 +40,21 @@ def decomposes(x: Tensor) -> bool:
     return torch.compiler.is_exporting() or (torch.compiler.is_compiling() and x.device.type == "cpu")
 
 
+def by_device(plain: Callable, kernel: Callable | None) -> Callable:
+    """Return a function with the signature of `plain` that calls the kernel's launcher where one serves.
+
+    Args:
+        plain: takes a tensor first; its type hints are an operator's schema.
+        kernel: takes the same arguments; None where triton is missing.
+    """
+
+    @wraps(plain)
+    def function(x: Tensor, *others):
+        return (kernel if kernel and has_kernel(x) else plain)(x, *others)
+
+    return function
+
+
 def is_traced(x: Tensor) -> bool:
     """Tell whether something looks at the operations on x instead of running them."""
     return (
@@ -52,7 +69,7 @@ def register(name: str, function: Callable, shapes: Callable, open_to_compiler: 
 
     Args:
         name: of the operator.
-        function: forward or backward; its hints are the operator's schema.
+        function: its type hints are the operator's schema.
         shapes: makes empty results of the right shapes and dtypes from the same arguments.
         open_to_compiler: whether `torch.compile` looks into it.
     """

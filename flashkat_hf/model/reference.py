@@ -1,11 +1,12 @@
 """The group rational function in plain PyTorch: value, closed-form gradients, and a form for exporters.
 
-    y = P(x) / Q(x),   P(x) = a_0 + a_1 x + ... + a_5 x^5,   Q(x) = 1 + |b_1||x| + |b_2||x|^2 + |b_3||x|^3 + |b_4||x|^4
+    y = P(x) / Q(x),   P(x) = a_0 + a_1 x + ... + a_5 x^5,
+                       Q(x) = 1 + |b_1||x| + |b_2||x|^2 + |b_3||x|^3 + |b_4||x|^4
 
 with one pair of rows (a, b) for each group of neighbouring channels. Three facts that are easy to get wrong:
 
-1. Each term of Q is made positive, so Q >= 1 and there is no pole. The paper's 1 + |b_1 x + ... + b_4 x^4| is another
-   function; coefficients are only right for the form that they were fitted to.
+1. Each term of Q is made positive, so Q >= 1 and there is no pole. The paper's 1 + |b_1 x + ... + b_4 x^4| is
+   another function; coefficients are only right for the form that they were fitted to.
 2. The sign of zero counts as +1, for x and for b: the identity starts with b = 0 and must still learn, and
    `torch.abs`
    has a zero gradient there.
@@ -57,7 +58,7 @@ class _Rational(torch.autograd.Function):
 
 
 def rational_value(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
-    """P(x) / Q(x), without autograd; arguments as in `rational_reference`."""
+    """Return P(x) / Q(x), without autograd; arguments as in `rational_reference`."""
     a, b = _channel_coefficients(x, numerator, denominator)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     for x_block, y_block in _blocks(x, y):
@@ -69,7 +70,7 @@ def rational_value(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
 def rational_gradients(
     grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Closed-form gradients of `sum(grad_y * y)` with respect to x, numerator and denominator.
+    """Return the gradients of `sum(grad_y * y)` in closed form with respect to x, numerator and denominator.
 
     With s(v) = -1 for v < 0 and +1 otherwise, u = grad_y / Q and F = P / Q:
 
@@ -107,7 +108,7 @@ def rational_gradients(
 def rational_mlp_gradients(
     grad_y: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What a rational between two linear maps gives in backward.
+    """Compute what a rational between two linear maps gives in backward.
 
     Returns:
         grad_x, y, the column sums of grad_x `(hidden_size,)` in the arithmetic's dtype, and both tables'
@@ -128,7 +129,7 @@ def rational_mlp_gradients(
 def norm_value(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer norm in `dtype`, and mean and reciprocal standard deviation of each row in the arithmetic's dtype."""
+    """Return layer norm in `dtype`, and each row's mean and reciprocal standard deviation."""
     arithmetic = torch.promote_types(x.dtype, torch.float32)
     norm = weight.to(arithmetic), bias.to(arithmetic)
     y, mean, rstd = torch.native_layer_norm(x.to(arithmetic), weight.shape, *norm, eps)
@@ -144,7 +145,7 @@ def norm_gradients(
     weight: Tensor,
     bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `sum(grad_total * total) + sum(grad_y * layer_norm(total))`.
+    """Return the gradients of `sum(grad_total * total) + sum(grad_y * layer_norm(total))`.
 
     Returns:
         That of total, in its dtype, and those of weight and bias.
@@ -153,14 +154,14 @@ def norm_gradients(
     grad_y = grad_y.to(normal.dtype)
     grad_weight, grad_bias = (rows.flatten(0, -2).sum(0) for rows in (grad_y * normal, grad_y))
     grad_normal = grad_y * weight
-    along = (grad_normal * normal).mean(-1, keepdim=True)
-    grad = grad_normal - grad_normal.mean(-1, keepdim=True) - normal * along
+    mean_product = (grad_normal * normal).mean(-1, keepdim=True)
+    grad = grad_normal - grad_normal.mean(-1, keepdim=True) - normal * mean_product
     grad = (grad_total + grad * rstd.unsqueeze(-1)).to(total.dtype)
     return grad, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
 def _normal(total: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """Rows of mean 0 and variance 1, in the arithmetic's dtype."""
+    """Return rows of mean 0 and variance 1, in the arithmetic's dtype."""
     return (total.to(rstd.dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
 
 
@@ -173,7 +174,7 @@ def add_norm_rational_value(
     denominator: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Residual addition, layer norm and rational, without autograd.
+    """Compute residual addition, layer norm and rational, without autograd.
 
     Returns:
         total = residual + branch in residual's dtype, the activation in branch's, and mean and reciprocal
@@ -196,7 +197,7 @@ def add_norm_rational_gradients(
     denominator: Tensor,
     totals: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `sum(grad_total * total) + sum(grad_y * y)`.
+    """Return the gradients of `sum(grad_total * total) + sum(grad_y * y)`.
 
     Returns:
         That of both summands, in total's dtype; `(2, hidden_size)` in the arithmetic's dtype, those of weight
@@ -213,7 +214,7 @@ def add_norm_rational_gradients(
 
 
 def packed_attention_value(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T) v of each head, from `(batch, num_tokens, 3 * hidden_size)`, without autograd.
+    """Return softmax(scale q k^T) v of each head of `(batch, num_tokens, 3 * hidden_size)`.
 
     Returns:
         y `(batch, num_tokens, hidden_size)` and the scores' log2-sum-exp2 `(batch, num_heads, num_tokens)` in
@@ -229,7 +230,7 @@ def packed_attention_value(qkv: Tensor, num_heads: int, scale: float) -> tuple[T
 def packed_attention_gradients(
     grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of qkv, and its column sums `(3 * hidden_size,)` in float32."""
+    """Return the gradient of qkv, and its column sums `(3 * hidden_size,)` in float32."""
     num_heads = lse.shape[1]
     query, key, value = _heads(qkv, 3 * num_heads).chunk(3, dim=1)
     y, grad_y = _heads(y, num_heads), _heads(grad_y, num_heads)
@@ -242,7 +243,7 @@ def packed_attention_gradients(
 
 
 def _heads(packed: Tensor, num_heads: int) -> Tensor:
-    """`(batch, num_heads, num_tokens, head_dim)` in the arithmetic's dtype."""
+    """Return `(batch, num_heads, num_tokens, head_dim)` in the arithmetic's dtype."""
     dtype = torch.promote_types(packed.dtype, torch.float32)
     return packed.unflatten(-1, (num_heads, -1)).transpose(1, 2).to(dtype)
 
@@ -250,7 +251,7 @@ def _heads(packed: Tensor, num_heads: int) -> Tensor:
 def coefficient_gradients(
     grad_a: Tensor, grad_b: Tensor, numerator: Tensor, denominator: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Each group's sums for a `(num_groups, 6)` and |b| `(num_groups, 4)` as the gradients of the two tables."""
+    """Turn each group's sums for a and |b|, `(num_groups, 6)` and `(num_groups, 4)`, into table gradients."""
     grad_numerator = grad_a.sum_to_size(numerator.shape)
     grad_denominator = grad_b.sum_to_size(denominator.shape) * _sign(denominator)
     return grad_numerator.to(numerator.dtype).contiguous(), grad_denominator.to(
@@ -259,7 +260,7 @@ def coefficient_gradients(
 
 
 def rational_decomposed(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The same function as a short graph of PyTorch operations that autograd differentiates, zeros included.
+    """Apply the same function as a short graph of operations that autograd differentiates, zeros included.
 
     For `torch.export`, ONNX and compilation for CPU, which look inside and fuse it.
     """
@@ -274,14 +275,14 @@ def _num_groups(numerator: Tensor, denominator: Tensor) -> int:
 
 
 def _coefficients(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
-    """P's `(6, groups, 1)` and Q's `(5, groups, 1)` coefficients, lowest power first, in the arithmetic's dtype."""
+    """Return P's `(6, groups, 1)` and Q's `(5, groups, 1)` coefficients, lowest power first."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     a, b = (table.to(dtype).T.unsqueeze(-1) for table in (numerator, denominator))
     return a, torch.cat((torch.ones_like(b[:1]), b * _sign(b)))
 
 
 def _channel_coefficients(x: Tensor, numerator: Tensor, denominator: Tensor) -> Iterable[Tensor]:
-    """The same for each channel, `(6, hidden_size)` and `(5, hidden_size)`.
+    """Return the same for each channel, `(6, hidden_size)` and `(5, hidden_size)`.
 
     Long rows, which PyTorch vectorises.
     """
@@ -290,7 +291,7 @@ def _channel_coefficients(x: Tensor, numerator: Tensor, denominator: Tensor) -> 
 
 
 def _horner(x: Tensor, coefficients: Tensor, reuse: bool = True) -> Tensor:
-    """c_0 + c_1 x + ... + c_n x^n, each coefficient of the shape of x's last dimensions.
+    """Return c_0 + c_1 x + ... + c_n x^n, each coefficient of the shape of x's last dimensions.
 
     `reuse` writes each step over the one before, which autograd cannot look through.
     """
@@ -311,7 +312,7 @@ def _sign(v: Tensor) -> Tensor:
 
 
 def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Views `(rows, hidden_size)` of matching tensors, a cache-sized block of rows at a time."""
+    """Yield views `(rows, hidden_size)` of matching tensors, a cache-sized block of rows at a time."""
     hidden_size = tensors[0].shape[-1]
     shape = (tensors[0].numel() // hidden_size, hidden_size)
     rows = max(1, BLOCK_ELEMENTS // hidden_size)

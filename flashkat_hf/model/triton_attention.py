@@ -26,25 +26,23 @@ from .triton_sums import gather_sums
 from .triton_tiles import ATTENTION_BLOCK, attention_blocks
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-BLOCK = tl.constexpr(ATTENTION_BLOCK)
+TOKEN_BLOCK = tl.constexpr(ATTENTION_BLOCK)
 STEP = tl.constexpr(32)  # keys or queries that a program looks at together
 STAGES = tl.constexpr(3)  # of the loops' loads
 WARPS = ATTENTION_BLOCK // 16
-REGISTERS, KEYS_REGISTERS = (
-    96,
-    128,
-)  # of a thread: five programs fit a multiprocessor, four of the keys' kernel
+REGISTERS = 96  # of a thread: five programs fit a multiprocessor
+KEYS_REGISTERS = 128  # in the keys' kernel: four programs
 STATISTICS = tl.constexpr(
     4
 )  # numbers for a query; two are written, but of so few each thread would load its own
-SIZES = ("num_tokens", "num_heads", "scale")
+UNSPECIALIZED = ("num_tokens", "num_heads", "scale")
 
 
 @triton.jit
 def walk(num_tokens, REST: tl.constexpr):
-    """Where the edge begins, and from where to where a program goes on in steps."""
+    """Return where the edge begins, and from where to where a program goes on in steps."""
     if REST:
-        whole = (tl.num_programs(0) - 1) * BLOCK
+        whole = (tl.num_programs(0) - 1) * TOKEN_BLOCK
         return whole, 0, whole
     else:
         return 0, STEP, num_tokens
@@ -54,7 +52,7 @@ def walk(num_tokens, REST: tl.constexpr):
 def load_keys(
     first, qkv_ptr, num_tokens, width, HEAD_DIM: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr
 ):
-    """KEYS keys and values from first on, (KEYS, HEAD_DIM).
+    """Load KEYS keys and values from first on, (KEYS, HEAD_DIM).
 
     With MASKED those beyond the last one are the last one.
     """
@@ -69,10 +67,7 @@ def forward_step(
     first, qkv_ptr, q, largest, num_tokens, width, scale,
     HEAD_DIM: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Of a block's queries with KEYS keys.
-
-    The largest score so far, exponentials (queries, KEYS) and the values.
-    """
+    """Return a block's largest scores so far, exponentials (queries, KEYS) for KEYS keys, and values."""
     key, k, v = load_keys(first, qkv_ptr, num_tokens, width, HEAD_DIM, KEYS, MASKED)
     score = tl.dot(q, tl.trans(k))
     if MASKED:
@@ -81,7 +76,7 @@ def forward_step(
     return largest, tl.exp2(score * scale - largest[:, None]), v
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def packed_attention_forward_kernel(
     qkv_ptr,  # (batch, num_tokens, 3, num_heads, HEAD_DIM), contiguous, bfloat16 or float16
     y_ptr,  # (batch, num_tokens, num_heads, HEAD_DIM), likewise
@@ -92,7 +87,7 @@ def packed_attention_forward_kernel(
     HEAD_DIM: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """Y = softmax(scale q k^T) v for a block of queries of one head.
+    """Compute y = softmax(scale q k^T) v for a block of queries of one head.
 
     Grid (blocks, num_heads, batch). Products in the input's dtype with float32 sums, softmax in float32, over
     STEP keys at a time. Memory: one read of qkv, one write of y; blocks of a head share it in the cache.
@@ -103,10 +98,10 @@ def packed_attention_forward_kernel(
     qkv_ptr += batch * num_tokens * 3 * width + head_in_row * HEAD_DIM
     y_ptr += batch * num_tokens * width + head_in_row * HEAD_DIM
     channel = tl.arange(0, HEAD_DIM)[None, :]
-    query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    query = tl.program_id(0) * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
     q = tl.load(qkv_ptr + tl.minimum(query, num_tokens - 1)[:, None] * 3 * width + channel)
     scale = tl.cast(scale, tl.float32) * LOG2_E  # torch.compile passes float64
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    largest = tl.full([TOKEN_BLOCK], float("-inf"), tl.float32)
     edge, start, end = walk(num_tokens, REST)
     sizes = num_tokens, width, scale
     largest, edge_p, edge_v = forward_step(
@@ -128,22 +123,22 @@ def packed_attention_forward_kernel(
 
 @triton.jit
 def statistics_of(head, statistics_ptr, REST: tl.constexpr):
-    """A head's own statistics: whole blocks of rows, and those of the last block."""
-    rows = (tl.num_programs(0) - 1) * BLOCK + (REST if REST else BLOCK)
+    """Return where a head's own statistics begin: whole blocks of rows, and those of the last block."""
+    rows = (tl.num_programs(0) - 1) * TOKEN_BLOCK + (REST if REST else TOKEN_BLOCK)
     return statistics_ptr + head * rows * STATISTICS
 
 
 @triton.jit
 def queries_step(
-    first, qkv_ptr, q, grad_y, lse, along, num_tokens, width, scale,
+    first, qkv_ptr, q, grad_y, lse, delta, num_tokens, width, scale,
     HEAD_DIM: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Of a block's queries with KEYS keys: these, and as (queries, KEYS) softmax and the scores' gradient."""
+    """Return KEYS keys, and as (queries, KEYS) softmax and the scores' gradient."""
     key, k, v = load_keys(first, qkv_ptr, num_tokens, width, HEAD_DIM, KEYS, MASKED)
     p = tl.exp2(tl.dot(q, tl.trans(k)) * (scale * LOG2_E) - lse[:, None])
     if MASKED:
         p = tl.where((key < num_tokens)[None, :], p, 0.0)
-    grad_score = p * (tl.dot(grad_y, tl.trans(v)) - along[:, None])
+    grad_score = p * (tl.dot(grad_y, tl.trans(v)) - delta[:, None])
     return k, p.to(k.dtype), grad_score.to(k.dtype)
 
 
@@ -152,7 +147,7 @@ def queries_gradient(
     block, grad_y_ptr, qkv_ptr, y_ptr, lse_ptr, grad_qkv_ptr, statistics_ptr, rest_ptr, column_ptr,
     num_tokens, num_heads, scale, HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Of a block's queries; arguments as the kernel's."""
+    """Compute the gradient of a block's queries; arguments as the kernel's."""
     head_in_row, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head = batch * num_heads + head_in_row
     width = num_heads * HEAD_DIM
@@ -163,18 +158,18 @@ def queries_gradient(
     qkv_ptr += place
     grad_qkv_ptr += place
     channel = tl.arange(0, HEAD_DIM)[None, :]
-    query = block * BLOCK + tl.arange(0, QUERIES)
+    query = block * TOKEN_BLOCK + tl.arange(0, QUERIES)
     is_query = query < num_tokens
     inside = tl.minimum(query, num_tokens - 1)
     q = tl.load(qkv_ptr + inside[:, None] * 3 * width + channel)
     grad_y = tl.load(grad_y_ptr + inside[:, None] * width + channel)
     y = tl.load(y_ptr + inside[:, None] * width + channel)
     lse = tl.where(is_query, tl.load(lse_ptr + head * num_tokens + inside), float("inf"))
-    along = tl.sum(grad_y.to(tl.float32) * y.to(tl.float32), 1)
+    delta = tl.sum(grad_y.to(tl.float32) * y.to(tl.float32), 1)
     statistics_ptr = statistics_of(head, statistics_ptr, REST) + query[:, None] * STATISTICS
-    tl.store(statistics_ptr + tl.arange(0, 2)[None, :], tl.join(-lse, along))
+    tl.store(statistics_ptr + tl.arange(0, 2)[None, :], tl.join(-lse, delta))
     edge, start, end = walk(num_tokens, REST)
-    arguments = qkv_ptr, q, grad_y, lse, along, num_tokens, width, scale
+    arguments = qkv_ptr, q, grad_y, lse, delta, num_tokens, width, scale
     edge_k, edge_p, edge_score = queries_step(edge, *arguments, HEAD_DIM, REST if REST else STEP, True)
     grad_q = tl.dot(edge_score, edge_k)
     if REST:
@@ -195,7 +190,7 @@ def queries_gradient(
     tl.store(column_ptr + tl.arange(0, HEAD_DIM), tl.sum(grad_q, 0))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def packed_attention_queries_kernel(
     grad_y_ptr,  # (batch, num_tokens, num_heads, HEAD_DIM), contiguous, bfloat16 or float16
     qkv_ptr,  # (batch, num_tokens, 3, num_heads, HEAD_DIM), likewise
@@ -203,7 +198,7 @@ def packed_attention_queries_kernel(
     lse_ptr,  # (batch, num_heads, num_tokens) float32
     grad_qkv_ptr,  # like qkv
     statistics_ptr,  # (batch, num_heads, all rows of all blocks, STATISTICS) float32: -lse, and grad_y y^T
-    rest_ptr,  # (batch, num_heads, blocks, 2, REST, HEAD_DIM) float32: of the rest's keys and values, without scale
+    rest_ptr,  # (batch, num_heads, blocks, 2, REST, HEAD_DIM) float32: for the rest's keys, values
     column_ptr,  # (all blocks, batch, 3, num_heads, HEAD_DIM) float32: sums of grad_qkv over a block's tokens
     num_tokens: tl.int32,
     num_heads: tl.int32,
@@ -211,7 +206,7 @@ def packed_attention_queries_kernel(
     HEAD_DIM: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """The queries' gradient, what they add to the gradients of the rest's keys and values, and their statistics.
+    """Compute the queries' gradient and statistics, and what they add to the rest's keys and values.
 
     Grid (blocks, num_heads, batch); with REST the last block has so many rows. Memory: one read of qkv, y and
     grad_y, one write of a third of grad_qkv.
@@ -220,7 +215,7 @@ def packed_attention_queries_kernel(
     tensors = grad_y_ptr, qkv_ptr, y_ptr, lse_ptr, grad_qkv_ptr, statistics_ptr, rest_ptr, column_ptr
     sizes = num_tokens, num_heads, scale
     if REST == 0 or block < tl.num_programs(0) - 1:
-        queries_gradient(block, *tensors, *sizes, HEAD_DIM, BLOCK, REST)
+        queries_gradient(block, *tensors, *sizes, HEAD_DIM, TOKEN_BLOCK, REST)
     else:
         queries_gradient(block, *tensors, *sizes, HEAD_DIM, REST, REST)
 
@@ -230,10 +225,7 @@ def keys_step(
     first, qkv_ptr, grad_y_ptr, statistics_ptr, k, v, num_tokens, width, scale,
     HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Of QUERIES queries with a block's keys.
-
-    Q, grad_y, and as (keys, QUERIES) softmax and the scores' gradient.
-    """
+    """Return QUERIES queries, their grad_y, and as (keys, QUERIES) softmax and the scores' gradient."""
     channel = tl.arange(0, HEAD_DIM)[None, :]
     query = first + tl.arange(0, QUERIES)
     inside = tl.minimum(query, num_tokens - 1) if MASKED else query
@@ -241,9 +233,9 @@ def keys_step(
     grad_y = tl.load(grad_y_ptr + inside[:, None] * width + channel)
     statistics = tl.load(statistics_ptr + query[:, None] * STATISTICS + tl.arange(0, STATISTICS)[None, :])
     written, _ = tl.split(tl.permute(tl.reshape(statistics, [QUERIES, 2, STATISTICS // 2]), [0, 2, 1]))
-    negative_lse, along = tl.split(written)
+    negative_lse, delta = tl.split(written)
     p = tl.exp2(tl.dot(k, tl.trans(q)) * (scale * LOG2_E) + negative_lse[None, :])
-    grad_score = p * (tl.dot(v, tl.trans(grad_y)) - along[None, :])
+    grad_score = p * (tl.dot(v, tl.trans(grad_y)) - delta[None, :])
     return q, grad_y, p.to(v.dtype), grad_score.to(k.dtype)
 
 
@@ -252,10 +244,10 @@ def store_keys_gradients(
     grad_k, grad_v, grad_qkv_ptr, column_ptr, block, num_tokens, num_heads, scale,
     HEAD_DIM: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Of a block's keys and values, grad_k without the scale, and their sums; arguments as the kernel's."""
+    """Store the gradients of a block's keys and values, grad_k yet without the scale, and their sums."""
     head_in_row, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     width = num_heads * HEAD_DIM
-    key = block * BLOCK + tl.arange(0, KEYS)[:, None]
+    key = block * TOKEN_BLOCK + tl.arange(0, KEYS)[:, None]
     is_key = key < num_tokens
     grad_k = tl.where(is_key, grad_k * scale, 0.0)
     grad_v = tl.where(is_key, grad_v, 0.0)
@@ -273,13 +265,13 @@ def keys_gradients(
     block, grad_y_ptr, qkv_ptr, statistics_ptr, grad_qkv_ptr, column_ptr, num_tokens, num_heads, scale,
     HEAD_DIM: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Of a whole block's keys and values; scores stand as (keys, queries); arguments as the kernel's."""
+    """Compute the gradients of a whole block's keys and values; scores stand as (keys, queries)."""
     head_in_row, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     width = num_heads * HEAD_DIM
     grad_y_ptr += batch * num_tokens * width + head_in_row * HEAD_DIM
     qkv_ptr += batch * num_tokens * 3 * width + head_in_row * HEAD_DIM
     statistics_ptr = statistics_of(batch * num_heads + head_in_row, statistics_ptr, REST)
-    _, k, v = load_keys(block * BLOCK, qkv_ptr, num_tokens, width, HEAD_DIM, BLOCK, True)
+    _, k, v = load_keys(block * TOKEN_BLOCK, qkv_ptr, num_tokens, width, HEAD_DIM, TOKEN_BLOCK, True)
     edge, start, end = walk(num_tokens, REST)
     arguments = qkv_ptr, grad_y_ptr, statistics_ptr, k, v, num_tokens, width, scale
     edge_q, edge_grad_y, edge_p, edge_score = keys_step(
@@ -292,7 +284,7 @@ def keys_gradients(
         grad_v = tl.dot(p, grad_y, grad_v)
         grad_k = tl.dot(grad_score, q, grad_k)
     sizes = num_tokens, num_heads, scale
-    store_keys_gradients(grad_k, grad_v, grad_qkv_ptr, column_ptr, block, *sizes, HEAD_DIM, BLOCK)
+    store_keys_gradients(grad_k, grad_v, grad_qkv_ptr, column_ptr, block, *sizes, HEAD_DIM, TOKEN_BLOCK)
 
 
 @triton.jit
@@ -300,10 +292,10 @@ def rest_gradients(
     block, rest_ptr, grad_qkv_ptr, column_ptr, num_tokens, num_heads, scale,
     HEAD_DIM: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Of the rest's keys and values: the sums over the blocks of queries; arguments as the kernel's."""
+    """Compute the gradients of the rest's keys and values, sums over the blocks of queries."""
     head = tl.program_id(2).to(tl.int64) * num_heads + tl.program_id(1)
     key = tl.arange(0, REST)[:, None]
-    is_key = block * BLOCK + key < num_tokens
+    is_key = block * TOKEN_BLOCK + key < num_tokens
     rest_ptr += (head * tl.num_programs(0) * 2 * REST + key) * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     grad_k = tl.zeros([REST, HEAD_DIM], tl.float32)
     grad_v = tl.zeros([REST, HEAD_DIM], tl.float32)
@@ -315,7 +307,7 @@ def rest_gradients(
     store_keys_gradients(grad_k, grad_v, grad_qkv_ptr, column_ptr, block, *sizes, HEAD_DIM, REST)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def packed_attention_keys_kernel(
     grad_y_ptr,  # (batch, num_tokens, num_heads, HEAD_DIM), contiguous, bfloat16 or float16
     qkv_ptr,  # (batch, num_tokens, 3, num_heads, HEAD_DIM), likewise
@@ -329,7 +321,7 @@ def packed_attention_keys_kernel(
     HEAD_DIM: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """The gradients of keys and values.
+    """Compute the gradients of keys and values.
 
     Grid (blocks, num_heads, batch). Memory: one read of qkv and grad_y, one write of two thirds of grad_qkv.
     """
@@ -394,5 +386,5 @@ def packed_attention_backward(
 
 
 def at_most(registers: int, x: Tensor) -> dict[str, int]:
-    """The option that limits a thread's registers, where the compiler has one."""
+    """Return the option that limits a thread's registers, where the compiler has one."""
     return {"maxnreg": registers} if x.is_cuda and not torch.version.hip else {}

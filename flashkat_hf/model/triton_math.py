@@ -9,7 +9,7 @@ except ImportError:
 
 @triton.jit
 def load_numerator(row_ptr):
-    """a_0..a_5 in float32; `row_ptr` may be a tensor of pointers."""
+    """Load a_0..a_5 in float32; `row_ptr` may be a tensor of pointers."""
     return (
         tl.load(row_ptr).to(tl.float32),
         tl.load(row_ptr + 1).to(tl.float32),
@@ -22,7 +22,7 @@ def load_numerator(row_ptr):
 
 @triton.jit
 def load_denominator(row_ptr):
-    """|b_1|..|b_4| in float32; `row_ptr` may be a tensor of pointers."""
+    """Load |b_1|..|b_4| in float32; `row_ptr` may be a tensor of pointers."""
     return (
         tl.abs(tl.load(row_ptr).to(tl.float32)),
         tl.abs(tl.load(row_ptr + 1).to(tl.float32)),
@@ -33,7 +33,7 @@ def load_denominator(row_ptr):
 
 @triton.jit
 def inverse(q):
-    """1 / q for q >= 1.
+    """Return 1 / q for q >= 1.
 
     The fast root's square and one step of Newton's, in half the instructions of a division.
     """
@@ -44,7 +44,7 @@ def inverse(q):
 
 @triton.jit
 def quotient(x, a, b):
-    """P(x) / Q(x) by Horner's rule; Q >= 1, so there is no pole.
+    """Return P(x) / Q(x) by Horner's rule; Q >= 1, so there is no pole.
 
     P(x) = a0 + a1 x + ... + a5 x^5            a: six values, constant term first
     Q(x) = 1 + b1 |x| + ... + b4 |x|^4         b: four values >= 0
@@ -57,7 +57,7 @@ def quotient(x, a, b):
 
 @triton.jit
 def quotient_and_slope(x, a, b):
-    """F = P / Q, 1 / Q, and Q dF/dx = P'(x) - F s(x) Q'(|x|) with s(0) = +1.
+    """Return f = P / Q, 1 / Q, and Q dF/dx = P'(x) - F s(x) Q'(|x|) with s(0) = +1.
 
     Horner's rule gives a polynomial and its derivative in one pass, without coefficients of their own.
     """
@@ -79,17 +79,17 @@ def quotient_and_slope(x, a, b):
 
 @triton.jit
 def no_sums(SEGMENTS: tl.constexpr):
-    """Ten zeros for each segment, for `add_coefficient_terms`: the sums for a_0..a_5 and |b_1|..|b_4|."""
+    """Return ten zeros for each segment, the sums for a_0..a_5 and |b_1|..|b_4|."""
     zero = tl.zeros([SEGMENTS], tl.float32)
     return zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
 
 
 @triton.jit
 def add_coefficient_terms(sums, x, u, f, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr):
-    """`sums` with the terms of a tile (SEGMENTS, WIDTH) added; u = grad_y / Q(x), f = P(x) / Q(x).
+    """Return `sums` with the terms of a tile (SEGMENTS, WIDTH) added; u = grad_y / Q(x), f = P(x) / Q(x).
 
-    a_k adds u x^k, |b_k| subtracts u f |x|^k: a fused multiply-add each, one after the other in a thread, where a
-    reduction's tree would need a product and a sum.
+    a_k adds u x^k, |b_k| subtracts u f |x|^k: a fused multiply-add each, one after the other in a thread,
+    where a reduction's tree would need a product and a sum.
     """
     xs, us = unstack(x, SEGMENTS, WIDTH), unstack(u, SEGMENTS, WIDTH)
     vs = unstack(u * f, SEGMENTS, WIDTH)
@@ -114,7 +114,7 @@ def add_coefficient_terms(sums, x, u, f, SEGMENTS: tl.constexpr, WIDTH: tl.const
 
 @triton.jit
 def unstack(x, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr):
-    """The columns of a tile (SEGMENTS, WIDTH), WIDTH a power of two.
+    """Return the columns of a tile (SEGMENTS, WIDTH), WIDTH a power of two.
 
     Where a thread holds a row, nothing moves.
     """
@@ -129,6 +129,6 @@ def unstack(x, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def store_sums(ptr, stride, sums, mask):
-    """Each of the ten sums `stride` behind the one before."""
+    """Store each of the ten sums `stride` behind the one before."""
     for k in tl.static_range(10):
         tl.store(ptr + k * stride, sums[k], mask=mask)

@@ -1,4 +1,4 @@
-"""Triton kernels of the layer norm of a residual stream, forward and backward, and what every norm kernel shares.
+"""Triton kernels of the layer norm of a residual stream, and what every norm kernel shares.
 
 A program takes a row of `hidden_size` channels at a time, or ROWS short ones, and walks over the tensor. Each
 thread keeps a segment of PARTS * WIDTH channels of one group, padded to a power of two of segments a row, so
@@ -18,12 +18,12 @@ from .triton_rational import num_multiprocessors
 from .triton_sums import gather_sums
 from .triton_tiles import NORM_BACKWARD, NORM_FORWARD, NormTile, norm_tile
 
-NORM_SIZES = ("num_rows", "segments_per_row", "eps")
+UNSPECIALIZED = ("num_rows", "segments_per_row", "eps")
 
 
 @triton.jit
 def row_layout(ROWS: tl.constexpr, SEGMENTS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    """Lanes (ROWS * SEGMENTS, 1), their segments of a row, and the first part's columns (ROWS * SEGMENTS, WIDTH)."""
+    """Return lanes `(ROWS * SEGMENTS, 1)`, their segments, and the columns of their first part."""
     lane = tl.arange(0, ROWS * SEGMENTS)[:, None]
     segment = lane % SEGMENTS
     return lane, segment, segment * (PARTS * WIDTH) + tl.arange(0, WIDTH)[None, :]
@@ -31,7 +31,10 @@ def row_layout(ROWS: tl.constexpr, SEGMENTS: tl.constexpr, PARTS: tl.constexpr, 
 
 @triton.jit
 def rows_from(first, lane, in_row, num_rows, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Row of each lane from `first` on, and which lanes are in the tensor; one number where there is one row."""
+    """Return the row of each lane from `first` on, and which lanes are in the tensor.
+
+    One number where there is one row.
+    """
     if ROWS == 1:
         return first, in_row
     else:
@@ -41,7 +44,7 @@ def rows_from(first, lane, in_row, num_rows, ROWS: tl.constexpr, SEGMENTS: tl.co
 
 @triton.jit
 def load_parts(ptr, mask, PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    """Segments in float32: PARTS tensors of ptr's shape."""
+    """Load segments in float32: PARTS tensors of ptr's shape."""
     parts = ()
     for part in tl.static_range(PARTS):
         parts = parts + (tl.load(ptr + part * WIDTH, mask=mask, other=0.0).to(tl.float32),)
@@ -50,7 +53,7 @@ def load_parts(ptr, mask, PARTS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def no_parts(PARTS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """Zeros, to add up parts."""
+    """Return zeros, to add up parts."""
     parts = ()
     for _ in tl.static_range(PARTS):
         parts = parts + (tl.zeros([LANES, WIDTH], tl.float32),)
@@ -59,7 +62,7 @@ def no_parts(PARTS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def row_mean(x, hidden_size, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Mean of each row, for its segments: `(ROWS * SEGMENTS, 1)`, or a number where there is one row."""
+    """Return the mean of each row for its segments, `(ROWS * SEGMENTS, 1)`, or a number for one row."""
     if ROWS == 1:
         return tl.sum(x) / hidden_size
     else:
@@ -72,7 +75,7 @@ def row_statistics(
     x, in_row, hidden_size, eps,
     ROWS: tl.constexpr, SEGMENTS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Mean and reciprocal standard deviation of each row of x, given in parts."""
+    """Return mean and reciprocal standard deviation of each row of x, given in parts."""
     sums = tl.zeros([ROWS * SEGMENTS, WIDTH], tl.float32)
     for part in tl.static_range(PARTS):
         sums += x[part]
@@ -86,7 +89,7 @@ def row_statistics(
 
 @triton.jit
 def store_statistics(mean_ptr, rstd_ptr, row, mean, rstd, mask, segment, ROWS: tl.constexpr):
-    """One number for each row."""
+    """Store one number of each for each row."""
     if ROWS == 1:
         tl.store(mean_ptr + row, mean)
         tl.store(rstd_ptr + row, rstd)
@@ -97,19 +100,22 @@ def store_statistics(mean_ptr, rstd_ptr, row, mean, rstd, mask, segment, ROWS: t
 
 @triton.jit
 def load_statistics(mean_ptr, rstd_ptr, row, num_rows, ROWS: tl.constexpr):
-    """Mean and reciprocal standard deviation of each lane's row; lanes beyond the last row read the last one's."""
+    """Load mean and reciprocal standard deviation of each lane's row.
+
+    Lanes beyond the last row read the last one's.
+    """
     statistic = row if ROWS == 1 else tl.minimum(row, num_rows - 1)
     return tl.load(mean_ptr + statistic), tl.load(rstd_ptr + statistic)
 
 
 @triton.jit
 def store_columns(ptr, sums, mask, PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    """A program's sums over its rows, one for each column."""
+    """Store a program's sums over its rows, one for each column."""
     for part in tl.static_range(PARTS):
         tl.store(ptr + part * WIDTH, sums[part], mask=mask)
 
 
-@triton.jit(do_not_specialize=NORM_SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def norm_forward_kernel(
     x_ptr,  # (num_rows, hidden_size), contiguous, any float
     weight_ptr,  # (hidden_size,), any float
@@ -125,7 +131,7 @@ def norm_forward_kernel(
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Y = layer norm of x, and its statistics.
+    """Compute y = layer norm of x, and its statistics.
 
     Grid (num_programs,). Memory: one read and one write of each element. Arithmetic: float32.
     """
@@ -145,7 +151,7 @@ def norm_forward_kernel(
         store_statistics(mean_ptr, rstd_ptr, row, mean, rstd, mask, segment, ROWS)
 
 
-@triton.jit(do_not_specialize=NORM_SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def norm_backward_kernel(
     grad_x_ptr,  # (num_rows, hidden_size), contiguous, any float: the gradient that x has beside the norm's
     grad_y_ptr,  # (num_rows, hidden_size), contiguous, any float
@@ -162,7 +168,7 @@ def norm_backward_kernel(
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The gradient of x, both ways joined, and for each program its sums for the norm's weight and bias.
+    """Compute the gradient of x, both ways joined, and each program's sums for weight and bias.
 
     Grid (num_programs,). Memory: three reads and one write of each element. Arithmetic: float32.
     """
@@ -228,7 +234,9 @@ def norm_forward(
 def norm_backward(
     grad_x: Tensor, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward kernel and add up its sums in a fixed order; x has another gradient, `grad_x`, beside.
+    """Launch the backward kernel and add up its sums in a fixed order.
+
+    X has another gradient, `grad_x`, beside.
 
     Returns:
         Both ways' gradient of x, like x, and those of weight and bias.

@@ -1,7 +1,7 @@
 """Triton kernels of residual addition, layer norm and group rational in one pass, forward and backward.
 
-They see rows as the kernels of `triton_norm.py` do; a thread's segment lies in one group, so its coefficients and
-their sums stay in registers, too.
+They see rows as the kernels of `triton_norm.py` do; a thread's segment lies in one group, so its coefficients
+and their sums stay in registers, too.
 """
 
 import torch
@@ -34,16 +34,14 @@ from .triton_norm import (
     store_columns,
     store_statistics,
 )
-from .triton_rational import traceable
+from .triton_rational import LAYOUT, traceable
 from .triton_sums import gather_sums
 from .triton_tiles import NORM_BACKWARD_TOTALS, NORM_FORWARD, NORM_RATIONAL_BACKWARD, NormTile
 
-SIZES = (
-    "num_rows", "segments_per_row", "segments_per_group", "numerator_stride", "denominator_stride", "eps",
-)  # fmt: skip
+UNSPECIALIZED = ("num_rows", *LAYOUT[1:], "eps")
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def add_norm_rational_forward_kernel(
     residual_ptr,  # (num_rows, hidden_size), contiguous, any float
     branch_ptr,  # (num_rows, hidden_size), contiguous, any float
@@ -66,7 +64,9 @@ def add_norm_rational_forward_kernel(
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Total = residual + branch, rounded to its dtype; y = rational(layer norm of total); the norm's statistics.
+    """Compute total = residual + branch, rounded to its dtype.
+
+    Y = rational(layer norm of total); the norm's statistics.
 
     Grid (num_programs,). Memory: two reads and two writes of each element. Arithmetic: float32.
     """
@@ -96,7 +96,7 @@ def add_norm_rational_forward_kernel(
         store_statistics(mean_ptr, rstd_ptr, row, mean, rstd, mask, segment, ROWS)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def add_norm_rational_backward_kernel(
     grad_total_ptr,  # (num_rows, hidden_size), contiguous, any float
     grad_y_ptr,  # (num_rows, hidden_size), contiguous, any float
@@ -108,8 +108,8 @@ def add_norm_rational_backward_kernel(
     numerator_ptr,  # (1 or num_groups, 6), any float; numerator_stride is 0 when one row serves all groups
     denominator_ptr,  # (1 or num_groups, 4), likewise
     grad_ptr,  # like total: the gradient of both summands
-    partial_ptr,  # (10, num_programs * ROWS, segments_per_row) float32: the sums for a_0..a_5 and |b_1|..|b_4|
-    column_ptr,  # (2, num_programs * ROWS, hidden_size) float32: the sums for weight, bias; with TOTALS 4 of them
+    partial_ptr,  # (10, num_programs * ROWS, segments_per_row) float32: the sums for a_0..a_5, |b_1|..|b_4|
+    column_ptr,  # (2 or 4, num_programs * ROWS, hidden_size) float32: the sums for weight, bias, totals
     num_rows: tl.int64,
     segments_per_row: tl.int32,
     segments_per_group: tl.int32,
@@ -121,7 +121,7 @@ def add_norm_rational_backward_kernel(
     WIDTH: tl.constexpr,
     TOTALS: tl.constexpr,
 ):
-    """The gradient of total, both ways joined, and for each program its sums for the coefficients and the norm.
+    """Compute the gradient of total, both ways joined, and each program's sums for coefficients and norm.
 
     With TOTALS also the sums of both ways' gradient and of grad_total: those of biases that the branch and
     whatever is added to total contain. A switch and no kernel of its own: they are two sums more in the same
@@ -148,9 +148,7 @@ def add_norm_rational_backward_kernel(
         row, mask = rows_from(first, lane, in_row, num_rows, ROWS, SEGMENTS)
         offset = row * hidden_size + column
         total = load_parts(total_ptr + offset, mask, PARTS, WIDTH)
-        grad_y = load_parts(
-            grad_y_ptr + offset, mask, PARTS, WIDTH
-        )  # 0 outside of a row, and so all that follows
+        grad_y = load_parts(grad_y_ptr + offset, mask, PARTS, WIDTH)  # 0 outside of a row
         grad_total = load_parts(grad_total_ptr + offset, mask, PARTS, WIDTH)
         mean, rstd = load_statistics(mean_ptr, rstd_ptr, row, num_rows, ROWS)
         normals, grad_normals, weight_sums, bias_sums = (), (), (), ()

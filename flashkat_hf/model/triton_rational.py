@@ -29,10 +29,16 @@ from .triton_math import (
 from .triton_sums import gather_sums
 from .triton_tiles import Tile, backward_tile, forward_tile
 
-SIZES = ("num_segments", "segments_per_row", "segments_per_group", "numerator_stride", "denominator_stride")
+LAYOUT = (  # what describes a tensor as segments, compiled for any value
+    "num_segments",
+    "segments_per_row",
+    "segments_per_group",
+    "numerator_stride",
+    "denominator_stride",
+)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=LAYOUT)
 def rational_forward_kernel(
     x_ptr,  # (num_segments * WIDTH,), contiguous, any float
     numerator_ptr,  # (1 or num_groups, 6), any float; numerator_stride is 0 when one row serves all groups
@@ -46,7 +52,7 @@ def rational_forward_kernel(
     SEGMENTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """y[i] = P_g(x[i]) / Q_g(x[i]), g the group of element i.
+    """Compute y[i] = P_g(x[i]) / Q_g(x[i]), g the group of element i.
 
     Grid (ceil(num_segments / SEGMENTS),). Memory: one read and one write of each element; the tables are a
     few hundred bytes, stay in the cache and are read once for each segment. Arithmetic: float32.
@@ -62,7 +68,7 @@ def rational_forward_kernel(
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=LAYOUT)
 def rational_backward_kernel(
     grad_y_ptr,  # (num_segments * WIDTH,), contiguous, any float
     x_ptr,  # like grad_y
@@ -78,7 +84,7 @@ def rational_backward_kernel(
     SEGMENTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """grad_x, and for each program and segment of its tile the sums over the segments that it met there.
+    """Compute grad_x, and for each program and segment of its tile the sums over what it met there.
 
     Grid (num_programs,), with num_programs * SEGMENTS a multiple of segments_per_row: the step between a
     program's tiles is whole rows, so a segment of the tile stays in one group and its coefficients and sums
@@ -145,7 +151,9 @@ def rational_backward(
 def backward_plan(
     x: Tensor, numerator: Tensor, denominator: Tensor, programs_per_multiprocessor: int
 ) -> tuple[Tile, tuple[int, ...], Tensor]:
-    """Tile, the kernel's arguments from num_segments to WIDTH, and room for its sums `(10, rows, segments_per_row)`.
+    """Return the tile, the kernel's arguments from num_segments to WIDTH, and room for its sums.
+
+    The sums are `(10, rows, segments_per_row)`.
 
     The programs' tiles in a row make whole rows. Without elements there are no programs, and the sums are
     empty.
@@ -160,7 +168,7 @@ def backward_plan(
 
 
 def _layout(x: Tensor, numerator: Tensor, denominator: Tensor, tile: Tile) -> tuple[int, ...]:
-    """The kernels' arguments from num_segments to WIDTH."""
+    """Return the kernels' arguments from num_segments to WIDTH."""
     segments_per_row = x.shape[-1] // tile.width
     return (
         x.numel() // tile.width,
@@ -174,7 +182,10 @@ def _layout(x: Tensor, numerator: Tensor, denominator: Tensor, tile: Tile) -> tu
 
 
 def traceable(kernel: Any, x: Tensor) -> Any:
-    """Return a kernel as it is launched on x: in eager mode as it is, else so that `torch.compile` launches it itself."""
+    """Return a kernel as it is launched on x.
+
+    In eager mode as it is, else so that `torch.compile` launches it itself.
+    """
     if type(x) in (Tensor, torch.nn.Parameter) or not isinstance(kernel, triton.JITFunction):
         return kernel
     return torch.library.wrap_triton(kernel)

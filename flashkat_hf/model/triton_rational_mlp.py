@@ -24,14 +24,14 @@ from .triton_math import (
     quotient_and_slope,
     store_sums,
 )
-from .triton_rational import SIZES, backward_plan, traceable
+from .triton_rational import LAYOUT, backward_plan, traceable
 from .triton_sums import gather_sums
 from .triton_tiles import linear_tile
 
 
 @triton.jit
 def column_chunks(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
-    """A tile (ROWS, COLUMNS) as tiles (ROWS, CHUNK), from left to right; values stay in their threads."""
+    """Return a tile (ROWS, COLUMNS) as tiles (ROWS, CHUNK), left to right; values stay in their threads."""
     if COLUMNS == CHUNK:
         return (x,)
     else:
@@ -63,11 +63,12 @@ def rational_mlp_forward_kernel(
     STAGES: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """Y = rational(x matrix^T + bias) for ROWS rows and COLUMNS features.
+    """Compute y = rational(x matrix^T + bias) for ROWS rows and COLUMNS features.
 
     Grid (row blocks * column blocks,), neighbours share the rows. CHUNK divides COLUMNS and GROUP_SIZE, so a
     chunk of columns has one rational; COLUMNS divides OUT_FEATURES and STEP IN_FEATURES. Products in the
-    input's dtype with float32 sums. Rows beyond the last read the last one again and are not stored.
+    input's dtype with float32 sums. Rows beyond the last read the last one again and are not stored. With
+    KEEP the product is stored, too: that one store is all that a kernel of its own would leave out.
     """
     column_blocks: tl.constexpr = OUT_FEATURES // COLUMNS
     first_column = tl.program_id(0) % column_blocks * COLUMNS
@@ -94,7 +95,7 @@ def rational_mlp_forward_kernel(
         tl.store(y_ptr + offset + i * CHUNK, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=LAYOUT)
 def rational_mlp_backward_kernel(
     grad_y_ptr,  # (num_segments * WIDTH,), contiguous, any float
     x_ptr,  # like grad_y
@@ -112,7 +113,7 @@ def rational_mlp_backward_kernel(
     SEGMENTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """grad_x, y, and for each program the sums over the segments that it met, of coefficients and of columns.
+    """Compute grad_x, y, and for each program its sums for coefficients and columns.
 
     Grid (num_programs,), with num_programs * SEGMENTS a multiple of segments_per_row, as in
     `rational_backward_kernel`. Memory: two reads and two writes of each element. Arithmetic: float32, about

@@ -38,10 +38,11 @@ def gather_sums_kernel(
     COLUMN_ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The tables' gradients and the column sums.
+    """Compute the tables' gradients and the column sums.
 
     Grid (COEFFICIENTS + sets * ceil(hidden_size / COLUMNS),): one program a coefficient, COEFFICIENTS being
-    10, or 0 where there are no tables, and one for each block of columns.
+    10, or 0 where there are no tables, and one for each block of columns. One launch does both: a launch for
+    each would cost more than the sums take.
     """
     program = tl.program_id(0)
     if program < COEFFICIENTS:

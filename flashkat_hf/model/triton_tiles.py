@@ -27,7 +27,7 @@ def segment_width(group_size: int, element_bytes: int) -> int:
 
 
 def forward_tile(num_elements: int, group_size: int, element_bytes: int) -> Tile:
-    """One tile for each program; four segments a thread keep enough loads in flight."""
+    """Return one tile for each program; four segments a thread keep enough loads in flight."""
     segments, width = 256, segment_width(group_size, element_bytes)
     return Tile(segments, width, num_warps=2, num_programs=_cdiv(num_elements, segments * width))
 
@@ -35,7 +35,9 @@ def forward_tile(num_elements: int, group_size: int, element_bytes: int) -> Tile
 def backward_tile(
     num_elements: int, hidden_size: int, group_size: int, element_bytes: int, programs: int
 ) -> Tile:
-    """About so many programs, which walk over the tensor in steps of whole rows, so each thread stays in one group.
+    """Return a tile for about so many programs, which walk over the tensor in steps of whole rows.
+
+    Each thread so stays in one group.
 
     Its coefficients and their partial sums then live in registers. The step, `num_programs * segments`, must
     be a multiple of the segments in a row.
@@ -57,14 +59,14 @@ class NormTile(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """The kernels' constants ROWS, SEGMENTS, PARTS and WIDTH."""
+        """Constants of the kernels: ROWS, SEGMENTS, PARTS and WIDTH."""
         return self.rows, self.segments, self.parts, self.width
 
 
 def norm_tile(
     num_rows: int, hidden_size: int, group_size: int, num_multiprocessors: int, registers: tuple[float, float]
 ) -> NormTile:
-    """A row at a time, or as many as fill a warp, for kernels that reduce along a row.
+    """Return a tile for kernels that reduce along a row: a row at a time, or as many as fill a warp.
 
     A thread's segment lies in one group and has at most 12 channels, whose sums fit in registers; of those
     sizes the one that leaves the fewest threads idle, then the longest one. A row of 192, 384 or 768 channels
@@ -104,14 +106,14 @@ class LinearTile(NamedTuple):
 
 
 def linear_tile(in_features: int, out_features: int, group_size: int) -> LinearTile | None:
-    """Of a linear map with a rational behind it; None where the map is better done by itself."""
+    """Return the tile of a linear map with a rational behind it; None where cuBLAS does better."""
     if in_features % 64 or out_features % 128 or group_size % 32:
         return None
     return LinearTile(128, 128, 64, 32, stages=3, num_warps=8)
 
 
 def attention_blocks(num_tokens: int) -> tuple[int, int]:
-    """Blocks along the tokens, and the rows of the last one where half a block is enough for it: the rest.
+    """Return the blocks along the tokens, and the rows of the last one where half a block is enough for it.
 
     Else 0.
 

@@ -43,7 +43,10 @@ def test_stored_logits_hidden_states_and_gradients(kind, attention, device):
         assert relative_error(parameter.grad, gradients[name]) <= GRADIENT_TOLERANCE, name
 
 
-@pytest.mark.parametrize("listened", ["", "attention", "attention.proj", "mlp", "mlp.fc2", "drop_path"])
+MODULES = "attention attention.proj attention.dropout norm1 norm2 mlp mlp.act1 mlp.fc2 mlp.dropout drop_path"
+
+
+@pytest.mark.parametrize("listened", ["", *MODULES.split()])
 def test_fused_layers(listened, device, monkeypatch):
     """As kernels would be called; whoever listens to a module gets all that went through it."""
     monkeypatch.setattr(fusing, "TRITON_DEVICES", (device,))
@@ -54,6 +57,33 @@ def test_fused_layers(listened, device, monkeypatch):
     model(stored["input"], labels=stored["labels"]).loss.backward()
     for name, parameter in model.named_parameters():
         assert relative_error(parameter.grad, gradients[name]) <= GRADIENT_TOLERANCE, name
+
+
+@pytest.mark.parametrize("name", MODULES.split())
+def test_what_is_listened_to_or_replaced_is_called(name, device, monkeypatch):
+    """With kernels around it, a module gets what the plain block gives it, by hooks and by a forward of its own."""
+    model, _, stored = micro_model("flashkat", device)
+    module = model.flashkat.layers[0].get_submodule(name)
+
+    def inputs(of_module) -> torch.Tensor:
+        seen = []
+        handle = of_module(lambda x: seen.append(x.detach()))
+        model(stored["input"])
+        handle()
+        return seen[0]
+
+    def hooked(note):
+        return module.register_forward_pre_hook(lambda _, arguments: note(arguments[0])).remove
+
+    def replaced(note):
+        forward = module.forward
+        module.forward = lambda x, **kwargs: (note(x), forward(x, **kwargs))[1]
+        return lambda: delattr(module, "forward")
+
+    plain = inputs(hooked)
+    monkeypatch.setattr(fusing, "TRITON_DEVICES", (device,))
+    for way in (hooked, replaced):
+        torch.testing.assert_close(inputs(way), plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rates", [{"drop_path_rate": 0.5}, {"hidden_dropout_prob": 0.3}], ids=str)
