@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import plot
+from paper import render as paper_page
 from speed_tables import (
     kernel_table,
     latency_table,
@@ -224,6 +225,7 @@ def main() -> None:
     for document, *what in TABLES:
         update(document, render((ROOT / document).read_text(), *what))
     plot.update(check="--check" in sys.argv)
+    paper_page.update(ROOT, check="--check" in sys.argv)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from .settings import parse
 from .summary import summary
 
 
-def main() -> None:
-    settings = parse()
+def main(arguments: list[str] | None = None) -> None:
+    settings = parse(arguments)
     torch.set_float32_matmul_precision("high")
     failures, results = [], []
 

@@ -1,4 +1,4 @@
-"""Tables 6 and 7: sizes of the models and settings of the recipes, read off the package and examples/recipes."""
+"""Tables 6 and 7: sizes of the models and settings of the recipes, from the package and examples/recipes."""
 
 import torch
 import yaml
@@ -10,7 +10,7 @@ from .published import HYPERPARAMETERS, IMAGE_SIZE, MODELS, PATCH_SIZE
 
 
 def model(size: str) -> dict:
-    """What table 6 says of a model, and its patches, from our config."""
+    """Return what table 6 says of a model, from our config."""
     config = FlashKATConfig.from_size(size, num_labels=1000)
     with torch.device("meta"):
         parameters = sum(each.numel() for each in FlashKATForImageClassification(config).parameters())
@@ -26,12 +26,12 @@ def model(size: str) -> dict:
 
 
 def recipe(size: str) -> dict:
-    """The settings of a recipe of ours."""
+    """Return the settings of our recipe for a size."""
     return yaml.safe_load((BENCHMARKS.parent / f"examples/recipes/pretrain-{size}.yaml").read_text())
 
 
 def measure() -> list[dict]:
-    """A result for each size: our config beside the paper's, our recipe's settings that the paper names."""
+    """Return two results for each size: our config, and the settings of our recipe that the paper names."""
     results = []
     for size, published in MODELS.items():
         config, settings = model(size), recipe(size)

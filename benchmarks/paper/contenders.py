@@ -43,7 +43,7 @@ class Contender:
         return partial(self.forward, *arguments, **self.options(repeats))
 
     def backward_call(self, inputs: Inputs, repeats: int = 1) -> Callable[[], tuple[Tensor, ...]]:
-        """A function that computes the three gradients, the forward pass being done."""
+        """Return a function that computes the three gradients; the forward pass is done."""
         if self.backward is not None:
             return partial(self.backward, *inputs, **self.options(repeats))
         grad_y, *arguments = inputs
@@ -56,7 +56,7 @@ class Contender:
 
 
 def contenders(peer: Path | None, compiled: bool = True) -> dict[str, Contender]:
-    """Contenders by name; the originals only with a folder that holds clones of them."""
+    """Return the contenders by name; the originals need a folder that holds clones of them."""
     both = (torch.float32, torch.bfloat16)
     decomposed = reference.rational_decomposed
     relaxed = partial(triton_algorithms.algorithm1, order="relaxed")
@@ -79,7 +79,7 @@ def contenders(peer: Path | None, compiled: bool = True) -> dict[str, Contender]
 
 
 def tables(device: str, noise: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Coefficients `(8, 6)` and `(8, 4)` near the swish table, no group like another."""
+    """Return coefficients `(8, 6)` and `(8, 4)` near the swish table, no group like another."""
     rows = (torch.tensor([row] * 8, device=device) for row in START_TABLES["swish"])
     numerator, denominator = (row + noise * torch.randn_like(row) for row in rows)
     return numerator, denominator
@@ -91,7 +91,7 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, device: str, noise: float =
 
 
 def exact(inputs: Inputs) -> tuple[Tensor, ...]:
-    """The three gradients in float64, by the reference."""
+    """Return the three gradients in float64, by the reference."""
     cache_sized = reference.BLOCK_ELEMENTS
     reference.BLOCK_ELEMENTS = 2**24 if inputs[0].is_cuda else cache_sized  # a GPU needs larger blocks
     try:

@@ -33,12 +33,12 @@ COEFFICIENTS = 10  # m + 1 + n
 
 
 def interval(values: list[float]) -> float:
-    """Half of the 95% interval of the mean."""
+    """Return half of the 95% interval of the mean."""
     return 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def milliseconds(run: Callable, device: str, budget: float, most: int) -> list[float]:
-    """Times of one call, as many as fit `budget` milliseconds, at least 3 and no more than `most`."""
+    """Return times of one call: as many as fit `budget` milliseconds, from 3 to `most`."""
     if device == "cpu":
         times = []
         for _ in range(2):
@@ -62,7 +62,7 @@ def milliseconds(run: Callable, device: str, budget: float, most: int) -> list[f
 
 
 def cases(settings: Settings) -> list[Case]:
-    """What the chosen tables time and count, the slow algorithm last."""
+    """Return what the chosen tables time and count, the slow algorithm last."""
     chosen = []
     backward = [OURS, ALGORITHM2, RELAXED, ALGORITHM1]
     if {"table3", "figure2", "figure3", "memory"} & set(settings.names):
@@ -81,7 +81,7 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def only_timed(settings: Settings) -> list[Case]:
-    """Further contenders of table 3, many kernels each, that are not counted."""
+    """Return further contenders of table 3, many kernels each, which are not counted."""
     if "table3" not in settings.names:
         return []
     originals = [name for name in contenders(settings.peer, compiled=False) if "original" in name]
@@ -89,7 +89,7 @@ def only_timed(settings: Settings) -> list[Case]:
 
 
 def measure(settings: Settings, write: Write, attempt: Callable) -> None:
-    """Times first, then counters, so that times are there if a counter is not."""
+    """Write times, then counters, so that no time is missing where a counter fails."""
     known = contenders(settings.peer, compiled=not settings.toy)
     chosen = cases(settings)
     if not chosen:
@@ -139,7 +139,7 @@ def timed(contender: Contender, case: Case, settings: Settings) -> dict:
 
 
 def accesses(settings: Settings) -> Iterator[dict]:
-    """Numbers read, written and added atomically in a backward pass, by the paper's formulas and for ours."""
+    """Yield how many numbers a backward pass reads, writes and adds atomically, by formulas."""
     images, tokens, channels = settings.shape
     elements, group_size = images * tokens * channels, channels // GROUPS
     blocks = math.ceil(images * tokens / ROWS) * GROUPS

@@ -6,22 +6,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashkat_hf import GroupRational
 
-from .published import GROUPS, MODELS
-
-NUMERATOR, DENOMINATOR = 5, 4  # degrees m and n
-GRID, ORDER = 3, 3  # G intervals and splines of degree K: 204 operations for each edge, as the papers say
-ACTIVATION = 14  # operations of one value of GELU or SiLU, about
-
-# parameters, and operations for one token: i channels before, o behind, A operations of an activation
-FORMULAS = {
-    "MLP": ("i o + o", "2 i o + A o"),
-    "KAN": ("i o (G + K + 3) + o", "i o (9 K (G + 1.5 K) + 2 G - 2.5 K + 3) + A i"),
-    "GR-KAN": ("i o + o + m + 1 + n g", "2 i o + (2 m + 2 n + 3) i"),
-}
+from .published import ACTIVATION, DENOMINATOR, FORMULAS, GRID, GROUPS, MODELS, NUMERATOR, ORDER
 
 
 def formula(layer: str, channels: int, out_channels: int) -> tuple[int, int]:
-    """Parameters, and operations for one token."""
+    """Return parameters, and operations for one token."""
     edges = channels * out_channels
     if layer == "MLP":
         return edges + out_channels, 2 * edges + ACTIVATION * out_channels
@@ -51,7 +40,7 @@ class SplineLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def splines(self, x: Tensor) -> Tensor:
-        """Values `(..., channels, grid + order)` of the B-splines, by de Boor's recursion."""
+        """Return the B-splines' values `(..., channels, grid + order)`, by de Boor's recursion."""
         x, knots = x.unsqueeze(-1), self.knots
         values = ((x >= knots[:-1]) & (x < knots[1:])).to(x.dtype)
         for k in range(1, self.order + 1):
@@ -75,7 +64,7 @@ def layer(name: str, channels: int, out_channels: int) -> nn.Module:
 
 
 def counted(module: nn.Module, channels: int) -> tuple[int, int]:
-    """Parameters, and operations of matrix products for one token: PyTorch's counter sees nothing else."""
+    """Count parameters, and operations of matrix products for one token, all that PyTorch's counter sees."""
     tokens = 2
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(torch.randn(1, tokens, channels))
@@ -84,13 +73,13 @@ def counted(module: nn.Module, channels: int) -> tuple[int, int]:
 
 
 def products(name: str, channels: int, out_channels: int) -> int:
-    """Operations for one token in matrix products, as our layers make them; others are element by element."""
+    """Return the operations for one token that our layers make in matrix products."""
     edges = 2 * channels * out_channels
     return edges * (GRID + ORDER + 1) if name == "KAN" else edges
 
 
 def measure(toy: bool = False) -> list[dict]:
-    """A result for each size and layer: the first layer of a block's MLP, hidden to intermediate channels."""
+    """Return a result for each size and layer: the first layer of a block's MLP."""
     sizes = {"toy": {"hidden": 16, "mlp": 64}} if toy else MODELS
     results = []
     for size, model in sizes.items():

@@ -65,7 +65,7 @@ class Case(NamedTuple):
 
 
 def profile(ncu: str, cases: list[Case], shape: tuple[int, ...], peer: Path | None) -> list[dict]:
-    """Counters of each case; what this GPU does not count is absent.
+    """Return the counters of each case; what this GPU does not count is absent.
 
     Raises:
         NsightError: `ncu` failed, or did not count all cases.
@@ -115,7 +115,7 @@ def profile(ncu: str, cases: list[Case], shape: tuple[int, ...], peer: Path | No
 
 
 def read(text: str) -> list[dict[str, str]]:
-    """Kernels in the output of `ncu --csv`, each with its name and metrics, whatever stands around it."""
+    """Return the kernels in the output of `ncu --csv`, each with its name and metrics."""
     lines = [line for line in text.splitlines() if not line.startswith("==")]
     start = next((index for index, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     rows = [row for row in csv.DictReader(lines[start:]) if (row["ID"] or "").isdigit()]  # not the units
@@ -129,7 +129,7 @@ def read(text: str) -> list[dict[str, str]]:
 
 
 def by_case(kernels: list[dict[str, str]]) -> list[list[dict[str, str]]]:
-    """The kernels behind each marker."""
+    """Return the kernels behind each marker."""
     parts: list[list[dict[str, str]]] = []
     for kernel in kernels:
         if MARKER in kernel["Kernel Name"]:
@@ -140,7 +140,7 @@ def by_case(kernels: list[dict[str, str]]) -> list[list[dict[str, str]]]:
 
 
 def counters(kernels: list[dict[str, str]]) -> dict:
-    """Sums over the kernels of a case, and what the longest of them did."""
+    """Return sums over the kernels of a case, and what the longest of them did."""
     longest = max(kernels, key=lambda kernel: number(kernel.get(TIME)) or 0.0)
     result: dict = {"kernel": longest["Kernel Name"], "kernels": len(kernels)}
     for name, (metric, factor) in SUMS.items():

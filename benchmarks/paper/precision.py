@@ -15,7 +15,7 @@ COMPARED = 10  # draws that are computed twice, to see whether the bits agree
 
 
 def batches(settings: Settings) -> list[int]:
-    """Numbers of images: that of table 5, and the others for table 8."""
+    """Return the numbers of images: that of table 5, and fewer for table 8."""
     most = settings.shape[0]
     fewer = [1] if settings.toy else [1, 16, 256]
     return (fewer if "table8" in settings.names else []) + ([most] if "table5" in settings.names else [])
@@ -33,7 +33,7 @@ def measure(settings: Settings, write: Write, attempt: Callable) -> None:
 
 
 def errors(settings: Settings, known: dict, methods: list, shape: tuple[int, ...]) -> list[dict]:
-    """A result for each method and table of coefficients, dA and dB."""
+    """Return a result for each method and table of coefficients, dA and dB."""
     torch.manual_seed(0)
     absolute, variance, same = defaultdict(list), defaultdict(list), defaultdict(int)
     sizes = defaultdict(list)

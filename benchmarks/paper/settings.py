@@ -51,21 +51,21 @@ class Settings:
 
     @property
     def repeats(self) -> tuple[int, ...]:
-        """How often table 2 does the arithmetic."""
+        """Return how often table 2 does the arithmetic."""
         return (1, 2) if self.toy else (1, 8) if self.quick else (1, 2, 4, 8)
 
     @property
     def draws(self) -> int:
-        return 3 if self.toy else 20 if self.quick else 100
+        return 2 if self.toy else 20 if self.quick else 100
 
     @property
     def passes(self) -> int:
-        """Timed passes of a model, or steps of training."""
+        """Return the number of timed steps of a model."""
         return 2 if self.toy else 20 if self.quick else 100
 
 
 def parse(arguments: list[str] | None = None) -> Settings:
-    """Settings of the command line.
+    """Return the settings of the command line.
 
     Raises:
         SystemExit: something cannot be measured; one line says what.

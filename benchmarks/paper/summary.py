@@ -20,9 +20,9 @@ def summary(results: list[dict]) -> str:
             lines.append(f"{case}: {', '.join(parts)}; stalled: {stalls(result)}")
         elif what == "error":
             lines.append(
-                f"{result['contender']}, {result['dtype']}, {result['gradient']}, {result['shape'][0]} images: "
-                f"error {result['error']:.3g} ± {result['error_interval']:.2g}, variance "
-                f"{result['variance']:.3g}, equal {result['agree']} of {result['compared']}"
+                f"{result['contender']}, {result['dtype']}, {result['gradient']}, "
+                f"{result['shape'][0]} images: error {result['error']:.3g} ± {result['error_interval']:.2g}, "
+                f"variance {result['variance']:.3g}, equal {result['agree']} of {result['compared']}"
             )
         elif what == "training":
             lines.append(
@@ -36,7 +36,7 @@ def summary(results: list[dict]) -> str:
 
 
 def stalls(result: dict) -> str:
-    """The three states that take a warp the longest."""
+    """Return the three states that take a warp the longest."""
     states = {
         name.removeprefix("warps_"): value for name, value in result.items() if name.startswith("warps_")
     }

@@ -36,7 +36,7 @@ TOY_PIXELS, TOY_BATCH, LABELS = 32, 2, bench_model.LABELS
 
 @cache
 def operator(algorithm: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """One of the paper's algorithms as an operator that autograd and `torch.compile` know."""
+    """Return one of the paper's algorithms as an operator that autograd and `torch.compile` know."""
     backward = getattr(triton_algorithms, algorithm)
     forward = torch.library.custom_op(f"paper::{algorithm}", mutates_args=())(value)
     gradients = torch.library.custom_op(f"paper::{algorithm}_backward", mutates_args=())(
@@ -129,7 +129,7 @@ class Clock:
             self.points.append(time.perf_counter())
 
     def milliseconds(self) -> list[float]:
-        """Between each point and the next."""
+        """Return the time from each point to the next."""
         pairs = zip(self.points, self.points[1:], strict=False)
         if not self.gpu:
             return [(end - start) * 1e3 for start, end in pairs]
@@ -140,7 +140,7 @@ class Clock:
 def time_steps(
     model: nn.Module, mode: str, batch_size: int, pixels: int, device: str, passes: int, warm_up: int
 ) -> dict[str, list[float]]:
-    """Milliseconds of the forward pass, the backward pass and the whole step, each time."""
+    """Return milliseconds of the forward pass, the backward pass and the whole step, each time."""
     gpu = device == "cuda"
     images = torch.randn(batch_size, 3, pixels, pixels, device=device)
     labels = torch.randint(LABELS, (batch_size,), device=device)
@@ -173,7 +173,7 @@ def time_steps(
 
 
 def measure(settings: Settings, write: Write, attempt: Callable[[str], AbstractContextManager]) -> None:
-    """Eager passes serve both, compiled ones table 4. KAT is not compiled: its step is its kernel."""
+    """Write a result for each model; KAT is not compiled, since its step is its kernel."""
     modes = [mode for mode in settings.modes if mode == "eager" or "table4" in settings.names]
     if settings.toy:
         modes = ["eager"]
@@ -185,7 +185,7 @@ def measure(settings: Settings, write: Write, attempt: Callable[[str], AbstractC
 
 
 def measured(settings: Settings, name: str, size: str, mode: str, slow: dict) -> dict:
-    """The result of one model, at the largest batch that fits."""
+    """Return the result of one model, at the largest batch that fits."""
     batch_size = TOY_BATCH if settings.toy else slow.get("batch_size", BATCH_SIZE)
     passes = min(slow.get("passes", settings.passes), settings.passes)
     warm_up = 1 if settings.toy else slow.get("warm_up", WARM_UP)

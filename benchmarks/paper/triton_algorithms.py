@@ -16,7 +16,7 @@ BLOCK, ROWS, COLUMNS = 256, 64, 64  # elements of a block of algorithm 1; tile o
 
 @triton.jit
 def load_tables(numerator_ptr, denominator_ptr, group):
-    """Six numerator coefficients, and four denominator coefficients with their signs."""
+    """Load six numerator coefficients, and four denominator coefficients with their signs."""
     a, b = numerator_ptr + group * 6, denominator_ptr + group * 4
     a = (tl.load(a), tl.load(a + 1), tl.load(a + 2), tl.load(a + 3), tl.load(a + 4), tl.load(a + 5))
     return a, (tl.load(b), tl.load(b + 1), tl.load(b + 2), tl.load(b + 3))
@@ -24,7 +24,7 @@ def load_tables(numerator_ptr, denominator_ptr, group):
 
 @triton.jit
 def polynomials(x, a, b):
-    """P(x) = a0 + a1 x + ... + a5 x^5 and Q(x) = 1 + |b1||x| + ... + |b4||x|^4."""
+    """Compute P(x) = a0 + a1 x + ... + a5 x^5 and Q(x) = 1 + |b1||x| + ... + |b4||x|^4."""
     u = tl.abs(x)
     p = a[0] + x * (a[1] + x * (a[2] + x * (a[3] + x * (a[4] + x * a[5]))))
     q = 1.0 + u * (tl.abs(b[0]) + u * (tl.abs(b[1]) + u * (tl.abs(b[2]) + u * tl.abs(b[3]))))
@@ -33,7 +33,7 @@ def polynomials(x, a, b):
 
 @triton.jit
 def gradients(x, grad_y, a, b):
-    """The gradient of x, and one element's terms of the ten coefficients' gradients.
+    """Compute the gradient of x, and one element's terms of the ten coefficients' gradients.
 
     The sign of zero counts as +1, for x and for b.
     """
@@ -63,7 +63,7 @@ def gradients(x, grad_y, a, b):
 
 @triton.jit
 def repeated_gradients(x, grad_y, a, b, REPEATS: tl.constexpr):
-    """The same, REPEATS times over; each time depends on the one before, so that none is left out."""
+    """Compute the same REPEATS times; each time depends on the one before, so that none is left out."""
     shift = x * 0.0
     for _ in range(REPEATS - 1):
         grad_x, t = gradients(x + shift, grad_y, a, b)
@@ -74,7 +74,7 @@ def repeated_gradients(x, grad_y, a, b, REPEATS: tl.constexpr):
 
 @triton.jit
 def marker_kernel(out_ptr):
-    """Writes a number; in a list of kernels it parts one case from the next."""
+    """Write a number; in a list of kernels this parts one case from the next."""
     tl.store(out_ptr, 1.0)
 
 
@@ -119,7 +119,7 @@ def algorithm1_backward_kernel(
     REPEATS: tl.constexpr,
     ORDER: tl.constexpr,
 ):
-    """A thread an element; its ten terms go to memory by ten atomic additions."""
+    """Compute an element a thread; its ten terms go to memory by ten atomic additions."""
     index = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     mask = index < num_elements
     group = index % hidden_size // group_size
@@ -234,5 +234,5 @@ def algorithm2(
 
 
 def sizes(x: Tensor, numerator: Tensor) -> tuple[int, int, int]:
-    """Elements, channels, and channels of a group."""
+    """Return the elements, the channels, and the channels of a group."""
     return x.numel(), x.shape[-1], x.shape[-1] // len(numerator)
