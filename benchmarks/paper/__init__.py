@@ -1,9 +1,14 @@
 """The experiments of the FlashKAT paper (arXiv:2505.13813), rerun; `python -m benchmarks.paper --help`.
 
-Files, in reading order: `published.py` the paper's numbers; `triton_algorithms.py` its two algorithms;
-`contenders.py` what is compared; `layers.py` table 1; `kernels.py` tables 2 and 3, figures 2 and 3, memory
-accesses; `nsight.py` and `probe.py` the hardware counters; `training.py` figure 1 and table 4; `precision.py`
-tables 5 and 8; `figures.py` and `render.py` docs/paper.md.
+Files, in reading order:
+
+- `published.py`: the paper's numbers. `triton_algorithms.py`: its two algorithms. `contenders.py`: who is
+  compared.
+- `settings.py`, `__main__.py`, `summary.py`: the command line, what is refused, the end of the output.
+- `layers.py`: table 1. `configurations.py`: tables 6 and 7. `kernels.py`: tables 2 and 3, figures 2 and 3,
+  memory accesses; `nsight.py` and `probe.py`: hardware counters. `precision.py`: tables 5 and 8. `training.py`:
+  figure 1 and table 4.
+- `results.py`, `statements.py`, `tables.py`, `figures.py`, `render.py`: docs/paper.md.
 """
 
 import sys

@@ -94,6 +94,8 @@ def measure(settings: Settings, write: Write, attempt: Callable) -> None:
     chosen = cases(settings)
     if not chosen:
         return
+    if settings.ncu is None:
+        print("no ncu: times alone, no cycles, throughputs, warp states and bytes", flush=True)
     if not settings.toy and {"table2", "table3"} & set(settings.names):
         from bench_rational import copy_bandwidth
 
@@ -106,7 +108,6 @@ def measure(settings: Settings, write: Write, attempt: Callable) -> None:
         for result in accesses(settings):
             write(result)
     if settings.ncu is None:
-        print("no ncu: times alone, no cycles, throughputs, warp states and bytes", flush=True)
         return
     slow = [
         case for case in chosen if case.contender in (ALGORITHM1, RELAXED) and case.direction == "backward"
