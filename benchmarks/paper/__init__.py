@@ -6,8 +6,8 @@ Files, in reading order:
   compared.
 - `settings.py`, `__main__.py`, `summary.py`: the command line, what is refused, the end of the output.
 - `layers.py`: table 1. `configurations.py`: tables 6 and 7. `kernels.py`: tables 2 and 3, figures 2 and 3,
-  memory accesses; `nsight.py` and `probe.py`: hardware counters. `precision.py`: tables 5 and 8. `training.py`:
-  figure 1 and table 4.
+  memory accesses; `nsight.py` and `probe.py`: hardware counters. `precision.py`: tables 5 and 8.
+  `training.py`: figure 1 and table 4.
 - `results.py`, `statements.py`, `tables.py`, `figures.py`, `render.py`: docs/paper.md.
 """
 
