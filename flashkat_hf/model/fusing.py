@@ -17,6 +17,7 @@ from .op_rational_mlp import rational_mlp
 from .operators import HALF, TRITON_DEVICES, decomposes
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
+PLAIN_WEIGHTS = (nn.Parameter, Tensor, type(None))
 KNOWN: set[type[nn.Module]] = {
     nn.Linear,
     nn.LayerNorm,
@@ -40,13 +41,17 @@ def untouched(module: nn.Module) -> bool:
 
     Known, listened to by nobody, its forward its own.
     """
-    return type(module) in KNOWN and not (
+    if type(module) not in KNOWN or (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__  # as accelerate puts it there to move weights
-    )
+    ):
+        return False
+    return all(
+        type(weight) in PLAIN_WEIGHTS for weight in module._parameters.values()
+    )  # not quantised, not sharded
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -96,7 +101,7 @@ def stream_and_norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
     In eager mode by one kernel, in `working_dtype`.
     """
-    if fuses(x, norm) and not torch.compiler.is_compiling() and x.is_contiguous():
+    if fuses(x, norm) and not torch.compiler.is_compiling() and not decomposes(x) and x.is_contiguous():
         return norm_beside(x, norm.weight, norm.bias, norm.eps, working_dtype(x))  # pyright: ignore[reportArgumentType]
     return x, norm(x)
 

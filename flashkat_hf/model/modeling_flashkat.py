@@ -40,7 +40,7 @@ class FlashKATPatchProjection(nn.Conv2d):
         batch, channels, height, width = input.shape
         grid = (height // patch_height, width // patch_width)
         patches = input.reshape(batch, channels, grid[0], patch_height, grid[1], patch_width)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, *grid, -1)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
         return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
@@ -49,7 +49,9 @@ class FlashKATEmbeddings(nn.Module):
 
     def __init__(self, config: FlashKATConfig):
         super().__init__()
-        self.image_size, self.patch_size = config.image_size, config.patch_size
+        self.image_size = config.image_size
+        self.patch_size = config.patch_size
+        self.num_channels = config.num_channels
         self.grid_size = config.image_size // config.patch_size
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
         self.patch_embeddings = FlashKATPatchProjection(
@@ -78,10 +80,9 @@ class FlashKATEmbeddings(nn.Module):
         return torch.cat((cls_position, grid.flatten(2).transpose(1, 2)), dim=1)
 
     def _check(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> None:
-        num_channels = self.patch_embeddings.in_channels
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
             raise ValueError(
-                f"pixel_values must have shape (batch, {num_channels}, height, width), "
+                f"pixel_values must have shape (batch, {self.num_channels}, height, width), "
                 f"not {tuple(pixel_values.shape)}"
             )
         height, width = pixel_values.shape[-2:]
@@ -145,11 +146,14 @@ class FlashKATAttention(nn.Module):
         """Return what the heads make of the tokens, before `proj`, and their weights."""
         if fuses_attention(self, hidden_states):
             return fused_attention(self, hidden_states), None
-        packed = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        heads = (3, self.config.num_attention_heads, self.head_dim)
+        packed = self.qkv(hidden_states).unflatten(-1, heads).permute(2, 0, 3, 1, 4)
         # compiled, unpacking would select each of the three, and pad each gradient with zeros
         query, key, value = packed.unbind()
+        name = self.config._attn_implementation or "eager"
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation or "eager", eager_attention_forward
+            name if len(hidden_states) else "eager",  # transformers' others take no empty batch
+            eager_attention_forward,
         )
         mixed, weights = attention_interface(
             self,
@@ -378,12 +382,13 @@ class FlashKATForImageClassification(FlashKATPreTrainedModel):
         Args:
             pixel_values: `(batch, num_channels, height, width)`, normalised.
             labels: class indices `(batch,)`, or class probabilities `(batch, num_labels)` as mixup makes
-                them.
+                them; numbers `(batch,)` or `(batch, 1)` for a model with one label, which does regression.
             interpolate_pos_encoding: accept another image size, with positions interpolated to it.
             **kwargs: as for `FlashKATModel`.
 
         Returns:
-            `logits` `(batch, num_labels)` and, with labels, `loss`: the batch's mean cross-entropy.
+            `logits` `(batch, num_labels)` and, with labels, `loss`: the batch's mean, see
+            `image_classification_loss`.
 
         Raises:
             ValueError: wrong number of channels, image size or shape of labels.
@@ -397,12 +402,13 @@ class FlashKATForImageClassification(FlashKATPreTrainedModel):
 
 
 def image_classification_loss(labels: Tensor, logits: Tensor, config: FlashKATConfig) -> Tensor:
-    """Mean cross-entropy with class indices or class probabilities, in float32.
+    """Return the loss that `problem_type` names; by default cross-entropy, with one label the squared error.
 
-    Another `problem_type` as stock.
-
-    The stock loss takes probabilities for a multi-label problem, and notes so in the config.
+    Cross-entropy, in float32, takes class indices or class probabilities, where the stock loss takes
+    probabilities for a multi-label problem, and notes so in the config.
     """
+    if config.problem_type is None and config.num_labels == 1:
+        return nn.functional.mse_loss(logits.squeeze(-1).float(), labels.reshape(len(logits)).float())
     if config.problem_type not in (None, "single_label_classification"):
         return LOSS_MAPPING["ForImageClassification"](labels, logits, config)
     if labels.shape != (logits.shape if labels.is_floating_point() else logits.shape[:1]):

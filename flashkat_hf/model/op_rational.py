@@ -57,9 +57,8 @@ def check_arguments(x: Tensor, numerator: Tensor, denominator: Tensor) -> None:
             raise ValueError(
                 f"{name} must have shape (num_groups, {columns}) or (1, {columns}), not {tuple(table.shape)}"
             )
-    rows = {numerator.shape[0], denominator.shape[0]}
-    num_groups = max(rows)
-    if not rows <= {1, num_groups}:
+    num_groups = max(numerator.shape[0], denominator.shape[0])
+    if min(numerator.shape[0], denominator.shape[0]) not in (1, num_groups):
         raise ValueError(
             f"numerator has {numerator.shape[0]} rows and denominator {denominator.shape[0]}; "
             "they must agree or be 1"

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 PACKAGE = __name__.rpartition(".")[0]
 NAMESPACE = "flashkat" if PACKAGE == "flashkat_hf.model" else re.sub(r"\W", "_", PACKAGE, flags=re.ASCII)
@@ -33,11 +34,21 @@ def has_kernel(x: Tensor) -> bool:
 
 
 def decomposes(x: Tensor) -> bool:
-    """Tell whether the formula itself is to stand in the graph: an exporter's, or one compiled for a CPU."""
-    # PyTorch 2.11 answers is_exporting() with True under torch.compile.
+    """Tell whether the formula itself is to stand where an operator would.
+
+    It does in an exporter's or a tracer's graph, in one compiled for a CPU, under the transforms of
+    `torch.func`, and in forward-mode differentiation.
+    """
+    # PyTorch 2.11's is_exporting() is True under torch.compile (docs/notes/exporting-under-compile.md)
     if torch.compiler.is_dynamo_compiling():
         return x.device.type == "cpu"
-    return torch.compiler.is_exporting() or (torch.compiler.is_compiling() and x.device.type == "cpu")
+    return (
+        torch.compiler.is_exporting()
+        or (torch.compiler.is_compiling() and x.device.type == "cpu")
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def by_device(plain: Callable, kernel: Callable | None) -> Callable:
