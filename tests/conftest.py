@@ -21,9 +21,8 @@ from flashkat_hf.checkpoints.remote_code import write_code
 from flashkat_hf.hub.card import write_card
 from flashkat_hf.training import train
 
-os.environ.setdefault(
-    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # deterministic matrix products; read when CUDA starts
+# Deterministic matrix products; read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +40,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[HubServer]:
-    """A Hub of its own, to which the clients in this process talk as alice, with an empty cache and without waiting."""
+    """Serve a Hub to which the clients in this process talk as alice, with an empty cache and no waits."""
     with HubServer() as server:
         home = tmp_path / "hf_home"
         for name, value in {
@@ -74,7 +73,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[HubServer]:
 
 @pytest.fixture(scope="session")
 def _saved(tmp_path_factory):
-    """A micro model as a training run leaves it: weights, config, image processor."""
+    """Save a micro model as a training run leaves it: weights, config, image processor."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("saved") / "model"
     FlashKATForImageClassification(micro_config()).save_pretrained(path)
@@ -86,7 +85,7 @@ def _saved(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def _complete(_saved, tmp_path_factory):
-    """The same with code and card."""
+    """Save the same model with code and card."""
     path = shutil.copytree(_saved, tmp_path_factory.mktemp("complete") / "model")
     write_code(path)
     write_card(path, repo_id="alice/micro")
@@ -95,19 +94,19 @@ def _complete(_saved, tmp_path_factory):
 
 @pytest.fixture
 def bare_folder(_saved, tmp_path):
-    """A copy of a micro model's folder without code and card."""
+    """Copy a micro model's folder without code and card."""
     return shutil.copytree(_saved, tmp_path / "model")
 
 
 @pytest.fixture
 def model_folder(_complete, tmp_path):
-    """A copy of a micro model's folder with code and card."""
+    """Copy a micro model's folder with code and card."""
     return shutil.copytree(_complete, tmp_path / "model")
 
 
 @pytest.fixture
 def _one_run(request, monkeypatch) -> Iterator[None]:
-    """On the CPU unless marked, one thread, and all that a run seeds and sets put back."""
+    """Train on the CPU unless marked, in one thread, and put back all that a run seeds and sets."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", str(request.node.get_closest_marker("gpu") is None).lower())
     num_threads, states = torch.get_num_threads(), (random.getstate(), numpy.random.get_state())
     torch.set_num_threads(1)
@@ -124,7 +123,7 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(images, tmp_path, _one_run):
-    """Train on the images, or what `data` says; the folder of the run."""
+    """Return a function that trains on the images, or on `data`, and returns the folder of the run."""
 
     def run(name: str = "run", **settings) -> Path:
         output = tmp_path / name

@@ -1,7 +1,4 @@
-"""The repository of the operators alone.
-
-Built, loaded by the `kernels` library, and used beside the package.
-"""
+"""The repository of the operators alone is built, loaded by `kernels`, and used beside the package."""
 
 import json
 import os
@@ -13,7 +10,6 @@ import sys
 import pytest
 import yaml
 from helpers import CASES, DATA, ROOT
-from kernels._rust import Build, Metadata
 
 from flashkat_hf.hub.card import LOCAL_PATH
 
@@ -28,7 +24,10 @@ def repository(tmp_path_factory):
 
 
 def test_layout(repository):
-    """As the library's own parsers read it; the code is the package's to the byte."""
+    """The library's own parsers read the repository; its code is the package's to the byte."""
+    pytest.importorskip("kernels")
+    from kernels._rust import Build, Metadata
+
     backends = [str(backend).lower() for backend in Build.open(repository).general.backends]
     assert [backend.rpartition(".")[2] for backend in backends] == ["cpu", "cuda", "rocm"]
     variants = sorted((repository / "build").iterdir())
@@ -57,7 +56,8 @@ def test_card(repository):
 
 
 def test_use(repository, tmp_path):
-    """In a process of its own, first without the package and then with it."""
+    """The repository works in a process of its own, first without the package and then with it."""
+    pytest.importorskip("kernels")
     test = {
         "path": [path for path in sys.path if "site-packages" in path],
         "package": str(ROOT),
@@ -66,14 +66,11 @@ def test_use(repository, tmp_path):
         "case": CASES[0],
         "names": ["x", "numerator", "denominator", "grad_output", "y", "dx", "d_numerator", "d_denominator"],
     }
-    kept = {
-        name: os.environ[name]
-        for name in ("PATH", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
-        if name in os.environ
-    }
+    names = os.environ.keys() & {"PATH", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"}
+    environment = {name: os.environ[name] for name in names}
     result = subprocess.run(
         [sys.executable, "-I", "-S", ROOT / "tests/support/isolated_kernel.py", json.dumps(test)],
-        env=kept | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)},
+        env=environment | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,

@@ -1,7 +1,4 @@
-"""What works after `import flashkat_hf`.
-
-The Auto classes, the pipeline, saving and loading, broken folders.
-"""
+"""`import flashkat_hf` is enough for Auto classes, pipelines, saves and loads; broken folders are errors."""
 
 import subprocess
 import sys
@@ -65,7 +62,7 @@ def test_loading_initialises_nothing_that_was_loaded(folder, monkeypatch):
 
 
 def test_missing_coefficients_are_refilled(folder):
-    """Loading builds on the meta device: what only `__init__` set would be lost."""
+    """Loading builds on the meta device, where whatever `__init__` alone sets would be lost."""
     path = folder / "model.safetensors"
     tensors = {k: v for k, v in load_file(path).items() if "act1" not in k and "qkv" not in k}
     save_file(tensors, path, metadata={"format": "pt"})
@@ -89,7 +86,7 @@ def test_new_head(folder):
 
 @pytest.mark.parametrize("backend", ["pil", "torchvision"])
 def test_image_processor(folder, image, backend):
-    """Shorter side to 32 / 0.875, bicubic, center crop, ImageNet statistics; against PIL by hand."""
+    """The processor agrees with PIL by hand: bicubic to 32 / 0.875, centre crop, mean and std."""
     processor = AutoImageProcessor.from_pretrained(folder, backend=backend)
     actual = processor(image.convert("L"), return_tensors="pt")["pixel_values"][0]
     resized = (
@@ -139,7 +136,7 @@ def test_foreign_weights(folder):
 
 @pytest.mark.parametrize("missing", ["triton", "torchvision"])
 def test_works_without(missing, folder):
-    """A laptop without triton, a server without torchvision."""
+    """The package imports on a laptop without triton and on a server without torchvision."""
     script = f"""
 import sys
 sys.modules[{missing!r}] = None  # importing it raises ImportError

@@ -58,7 +58,7 @@ RELEASED = json.loads((DATA / "start_tables.json").read_text())["tables"]
 
 
 def evaluate(name: str, x: Tensor) -> Tensor:
-    """r(x) of the named table for x ``(num_points,)``, float64."""
+    """Return r(x) of the named table for x ``(num_points,)``, in float64."""
     numerator, denominator = (torch.tensor([row], dtype=torch.float64) for row in start_table(name))
     return rational_reference(x[:, None], numerator, denominator)[:, 0]
 

@@ -35,16 +35,17 @@ FLOAT32 = {
     *("numerator_ptr", "denominator_ptr", "weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "lse_ptr"),
     *("partial_ptr", "column_ptr", "column_sum_ptr", "statistics_ptr", "rest_ptr"),
 }
+# torch.compile launches these itself and passes numbers in float64, in which nothing is to be computed.
 OPEN = (
     triton_attention.packed_attention_forward_kernel,
     triton_norm_rational.add_norm_rational_forward_kernel,
-)  # to torch.compile
-FLOAT64 = r"\b(add|sub|mul|fma|div|sqrt|rcp|ex2)\.\S*f64"  # which passes numbers in float64: nothing is to be computed in it
+)
+FLOAT64 = r"\b(add|sub|mul|fma|div|sqrt|rcp|ex2)\.\S*f64"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def compile_for(kernel, tile, dtype: str, target: GPUTarget):
-    """Compile as a launch on aligned tensors would."""
+    """Compile a kernel as a launch on aligned tensors would."""
     return compile_with(
         kernel, {"SEGMENTS": tile.segments, "WIDTH": tile.width}, tile.num_warps, dtype, target
     )
@@ -136,7 +137,7 @@ def test_attention_compiles(part, capability, dtype):
 
 
 def check_assembly(ptx: str, max_registers: int) -> None:
-    """Matrix instructions run on beside others, few registers are enough, and nothing is kept in memory."""
+    """Matrix instructions run beside others, few registers are enough, and nothing is kept in memory."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
@@ -171,7 +172,7 @@ def test_rational_mlp_compiles(keep, capability, dtype):
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_of_images_compile(capability):
-    """Those of the data side: bytes to bytes, with exact arithmetic where PIL's is."""
+    """The data side's kernels go from bytes to bytes, with exact arithmetic where PIL's is."""
     crops, augmentation = triton_crops, triton_augmentation
     types = {"x_ptr": "*u8", "y_ptr": "*u8", "table_ptr": "*u8", "size": "i32"}
     plans = {

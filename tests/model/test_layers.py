@@ -56,7 +56,7 @@ def test_dropout_acts_before_both_linear_maps_in_training_only():
 
 
 def test_autocast_rounds_the_input_once():
-    """As a plain MLP's: the first activation neither reads nor keeps float32."""
+    """Autocast treats the MLP as a plain one: the first activation neither reads nor keeps float32."""
     mlp, seen = GRKANMlp(16, 32), []
     mlp.act1.register_forward_hook(lambda _, args, output: seen.extend([args[0].dtype, output.dtype]))
     with torch.autocast("cpu", torch.bfloat16):
@@ -65,7 +65,7 @@ def test_autocast_rounds_the_input_once():
 
 
 def test_kernels_stand_for_plain_modules_only(monkeypatch):
-    """LoRA replaces linear maps, and hooks want to be called."""
+    """LoRA replaces linear maps and hooks want to be called, so such a module is called as it is."""
     x, linear = torch.randn(2, 16), torch.nn.Linear(16, 16)
     assert not fuses(x, linear)  # on a CPU
     monkeypatch.setattr(fusing, "TRITON_DEVICES", ("cpu",))

@@ -48,7 +48,7 @@ MODULES = "attention attention.proj attention.dropout norm1 norm2 mlp mlp.act1 m
 
 @pytest.mark.parametrize("listened", ["", *MODULES.split()])
 def test_fused_layers(listened, device, monkeypatch):
-    """As kernels would be called; whoever listens to a module gets all that went through it."""
+    """A module with a hook gets all that goes through it, although kernels would stand for it."""
     monkeypatch.setattr(fusing, "TRITON_DEVICES", (device,))
     model, gradients, stored = micro_model("flashkat", device)
     if listened:
@@ -61,7 +61,7 @@ def test_fused_layers(listened, device, monkeypatch):
 
 @pytest.mark.parametrize("name", MODULES.split())
 def test_what_is_listened_to_or_replaced_is_called(name, device, monkeypatch):
-    """With kernels around it, a module gets what the plain block gives it, by hooks and by a forward of its own."""
+    """A module that is listened to or has a forward of its own gets the plain block's input."""
     model, _, stored = micro_model("flashkat", device)
     module = model.flashkat.layers[0].get_submodule(name)
 
@@ -115,7 +115,7 @@ def test_parameter_counts(size, count):
 
 
 def test_building_factorises_once_a_block(monkeypatch):
-    """What a start costs; the original factorises for every head."""
+    """A start costs one factorisation a block; the original makes one for every head."""
     sizes, eigh = [], torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: sizes.append(len(matrix)) or eigh(matrix))
     FlashKATForImageClassification(FlashKATConfig.from_size("tiny"))
@@ -123,7 +123,7 @@ def test_building_factorises_once_a_block(monkeypatch):
 
 
 def test_mean_pooling():
-    """The mean of the patch tokens, then the norm; the last hidden state is not normalised."""
+    """The pooled vector is the norm of the patch tokens' mean; the last hidden state is not normalised."""
     model, _, stored = micro_model(pooling="mean")
     outputs = model.flashkat(stored["input"])
     assert relative_error(outputs.last_hidden_state, stored["hidden_states.2"]) <= OUTPUT_TOLERANCE
@@ -133,7 +133,7 @@ def test_mean_pooling():
 
 
 def test_every_field_changes_the_model():
-    """Beside sizes: each field, set alone, changes parameters or what the model computes in training."""
+    """Each field beside the sizes, set alone, changes parameters or what the model computes in training."""
     x = torch.randn(2, 3, 32, 32)
 
     def fingerprint(**overrides):
@@ -180,7 +180,7 @@ def test_start_is_the_released_one():
 
 
 def test_mimetic_start_has_the_law_of_the_original():
-    """Against the original's recipe, a factorisation for every head, on what does not depend on the basis."""
+    """The start agrees with the original's, a factorisation for every head, in what no basis changes."""
     size, head_dim = 192, 64
     noise = (3 / size) ** 0.5 * (2 * torch.rand(8, size, size) - 1)
     left, singular, right = torch.linalg.svd(0.7 * (noise + torch.eye(size)))
@@ -210,10 +210,7 @@ def test_mimetic_start_has_the_law_of_the_original():
 
 @torch.no_grad()
 def test_variance_preserving_start():
-    """Yang and Wang.
-
-    Var(w) = 1 / (d_in E[act(z)^2]), so the variance of normal input goes through both maps.
-    """
+    """The variance of normal input goes through both maps: Var(w) = 1 / (d_in E[act(z)^2]) (Yang, Wang)."""
     torch.manual_seed(0)
     mlp = FlashKATModel(FlashKATConfig.from_size("small", initializer="variance_preserving")).layers[0].mlp
     x = torch.randn(2000, 384)

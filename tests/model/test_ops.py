@@ -48,7 +48,7 @@ def test_value_and_gradients(shape, rows, dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_low_precision_tables(dtype, device):
-    """Tables in the model's dtype, as after `model.to(bfloat16)`: gradients come back in it."""
+    """Gradients come back in the tables' dtype, the model's after `model.to(bfloat16)`."""
     x, numerator, denominator, grad_y = random_inputs((4, 5, 24), dtype, device)
     inputs = x, numerator.to(dtype), denominator.to(dtype), grad_y
     baseline = value_and_gradients(rational_decomposed, *inputs)
@@ -86,7 +86,7 @@ def test_layouts(layout, device):
 
 
 def test_expanded_input_and_gradient(device):
-    """Stride 0, as `sum().backward()` and broadcasting make it.
+    """Tensors of stride 0 work, as broadcasting and `sum().backward()` make them.
 
     The original kernels read past such tensors.
     """
@@ -272,9 +272,9 @@ def test_fused_gradcheck(name):
 
 @pytest.mark.parametrize("shape", [(2, 17, 3 * 32), (1, 5, 3 * 64)], ids=str)
 def test_packed_attention(shape, device):
-    """Against PyTorch's own in float64, with the bias in front.
+    """The operator agrees with PyTorch's attention in float64, with the bias in front.
 
-    Bounds: half precision rounds each factor once.
+    The bound is one rounding of each factor to half precision.
     """
     heads, dtype = 2 if shape[2] == 96 else 1, torch.float16
     scale = (shape[2] // (3 * heads)) ** -0.5  # as models have it: scores of variance 1
@@ -329,7 +329,7 @@ def test_fused_opcheck(device):
 
 @pytest.mark.parametrize("where", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_compiled_for_a_gpu_keeps_the_kernel(where):
-    """Not the formula: PyTorch 2.11 says under torch.compile that it is exporting."""
+    """The compiler gets the operator, although PyTorch 2.11 says under torch.compile that it is exporting."""
     graphs = []
 
     def backend(graph_module, _):
@@ -412,7 +412,7 @@ def test_bad_arguments(x, numerator, denominator, message):
 
 @pytest.mark.gpu
 def test_autocast_on_the_model_path():
-    """What a linear map under autocast gives is bfloat16, and stays so."""
+    """The output of a linear map under autocast is bfloat16, and stays so."""
     linear = torch.nn.Linear(32, 48, device="cuda")
     _, numerator, denominator, _ = random_inputs((1, 48), torch.float32, "cuda")
     with torch.autocast("cuda", torch.bfloat16):

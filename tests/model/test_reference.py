@@ -1,4 +1,4 @@
-"""The plain PyTorch formula against numbers computed with the original code in float64, and against autograd."""
+"""The plain PyTorch formula against the original code's numbers in float64, and against autograd."""
 
 import pytest
 import torch
@@ -56,10 +56,7 @@ def test_blocks_of_rows_do_not_show(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory(dtype):
-    """At most four times x beyond the inputs, at the peak of forward and backward.
-
-    Only x and the tables are kept.
-    """
+    """Forward and backward need at most four times x beyond the inputs, and keep only x and the tables."""
     x = torch.randn(1024, 1024).to(dtype).requires_grad_()
     numerator, denominator = torch.randn(1, 6, requires_grad=True), torch.randn(8, 4, requires_grad=True)
     grad_y = torch.ones_like(x)
@@ -72,7 +69,7 @@ def test_memory(dtype):
 
 
 def peak_bytes(function) -> int:
-    """The most bytes of tensors alive at once in `function`, from the profiler's record of each allocation."""
+    """Return the most bytes of tensors alive at once in `function`, by the profiler's allocations."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

@@ -48,10 +48,7 @@ def test_two_runs_agree_bit_for_bit(device):
 
 
 def test_large_scores(device):
-    """Far above what float16's exponentials hold, and far below.
-
-    The softmax is shifted by each row's maximum.
-    """
+    """Scores may lie far beyond what float16's exponentials hold: each row's maximum is subtracted first."""
     qkv = torch.randn(1, 20, 3 * 32, device=device).to(torch.float16)
     qkv[..., :64] *= 30
     y, lse = packed_attention_forward(qkv, 2, 1.0)

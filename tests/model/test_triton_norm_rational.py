@@ -20,7 +20,7 @@ EPS = 1e-6
 
 
 def random_arguments(shape, dtype, device, rows=(1, 8)):
-    """Summands, the norm's parameters, tables, and gradients of both results."""
+    """Return summands, the norm's parameters, tables, and gradients of both results."""
     residual, branch, grad_total, grad_y = torch.randn(4, *shape, device=device).to(dtype)
     weight, bias = torch.randn(2, shape[-1], device=device)
     tables = torch.randn(rows[0], 6, device=device), torch.randn(rows[1], 4, device=device)
@@ -28,7 +28,7 @@ def random_arguments(shape, dtype, device, rows=(1, 8)):
 
 
 def plain(total, parameters, grad_total, grad_y, dtype):
-    """y, and the gradients of total and of the parameters, by plain PyTorch in `dtype`."""
+    """Return y and the gradients of total and of the parameters, by plain PyTorch in `dtype`."""
     total, *parameters = (tensor.detach().to(dtype).requires_grad_() for tensor in (total, *parameters))
     weight, bias, *tables = parameters
     y = rational_reference(torch.nn.functional.layer_norm(total, weight.shape, weight, bias, EPS), *tables)
@@ -37,7 +37,7 @@ def plain(total, parameters, grad_total, grad_y, dtype):
 
 
 def check(residual, branch, *parameters_and_gradients):
-    """Value and gradients; returns the arguments of the backward pass."""
+    """Check value and gradients, and return the arguments of the backward pass."""
     *parameters, grad_total, grad_y = parameters_and_gradients
     total, y, mean, rstd = triton_norm_rational.add_norm_rational_forward(residual, branch, *parameters, EPS)
     arguments = grad_total, grad_y, total, mean, rstd, *parameters
@@ -64,7 +64,7 @@ def test_value_and_gradients(shape, rows, dtype, device):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_totals(shape, device):
-    """The sums of both gradients' columns; the other results as without them, to the order of the sums."""
+    """The sums of both gradients' columns are right; other results change by the order of sums alone."""
     arguments = check(*random_arguments(shape, torch.float32, device))
     plain = triton_norm_rational.add_norm_rational_backward(*arguments, totals=False)
     grad, columns, *grad_tables = triton_norm_rational.add_norm_rational_backward(*arguments, totals=True)
@@ -80,7 +80,7 @@ def test_totals(shape, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_norm_alone(shape, dtype, device):
-    """Beside a residual stream of `dtype`, in float16."""
+    """The branch may be float16 beside a residual stream of `dtype`."""
     x, _, weight, bias, *_, grad_total, grad_y = random_arguments(shape, dtype, device)
     y, mean, rstd = triton_norm.norm_forward(x, weight, bias, EPS, torch.float16)
     results = y, *triton_norm.norm_backward(grad_total, grad_y, x, mean, rstd, weight, bias)

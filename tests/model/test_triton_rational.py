@@ -49,7 +49,7 @@ def test_value_and_gradients(shape, rows, dtype, device):
 
 @pytest.mark.parametrize("num_multiprocessors", [1, 3])
 def test_any_number_of_programs_gives_the_gradients(num_multiprocessors, device, monkeypatch):
-    """Programs of many tiles, and steps that are whole rows although a row is no multiple of a tile."""
+    """Programs walk over many tiles, in steps of whole rows although a row is no multiple of a tile."""
     monkeypatch.setattr(triton_rational, "num_multiprocessors", lambda device: num_multiprocessors)
     inputs = random_inputs((150, 120), torch.float32, device)  # 5 x 3 channels a group: a width of 1
     baseline = value_and_gradients(rational_decomposed, *inputs)

@@ -41,7 +41,7 @@ def test_tiles(num_rows, group_size, element_bytes):
 
 @pytest.mark.parametrize("num_tokens", range(1, 257))
 def test_attention_blocks(num_tokens):
-    """Every token in one, and few rows without one."""
+    """Every token lies in a block, and fewer than 32 of the blocks' rows lie beyond the last token."""
     blocks, rest = attention_blocks(num_tokens)
     assert rest in (0, 16, 32)  # rows of matrix instructions
     end = (blocks - 1) * ATTENTION_BLOCK + (rest or ATTENTION_BLOCK)

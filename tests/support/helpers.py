@@ -1,4 +1,4 @@
-"""What several test files share: stored reference numbers, gradients, and the bound on errors."""
+"""Several test files share these: stored reference numbers, gradients, and the bound on errors."""
 
 import json
 from collections.abc import Callable
@@ -22,14 +22,8 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests/fixtures"
 CASES = list(json.loads((DATA / "rational_reference.json").read_text())["cases"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [
-    (1, 8),
-    (2, 197, 192),
-    (3, 7, 24),
-    (5, 40),
-    (8,),
-    (0, 64),
-]  # groups of 1, 24, 3, 5; one row; no rows
+# Groups of 1, 24, 3, 5; one row; no rows.
+SHAPES = [(1, 8), (2, 197, 192), (3, 7, 24), (5, 40), (8,), (0, 64)]
 ROWS = [(1, 8), (8, 8), (8, 1), (1, 1)]  # rows of numerator and denominator: shared or one for each group
 
 MICRO = {
@@ -43,15 +37,12 @@ MICRO = {
 
 
 def micro_config(**overrides) -> FlashKATConfig:
-    """The config of the stored micro models."""
+    """Return the config of the stored micro models."""
     return FlashKATConfig(**{**MICRO, "num_labels": 10, **overrides})
 
 
 def reference_case(name: str) -> dict[str, Tensor]:
-    """Inputs (float32) and float64 results of one stored case.
-
-    X, numerator, denominator, grad_output, y, dx, ...
-    """
+    """Return a stored case: float32 `x`, `numerator`, `denominator`, `grad_output`, float64 `y`, `dx`..."""
     tensors = load_file(DATA / "rational_reference.safetensors")
     return {
         key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")
@@ -59,13 +50,13 @@ def reference_case(name: str) -> dict[str, Tensor]:
 
 
 def original_state(kind: str, prefix: str = "state_dict.") -> dict[str, Tensor]:
-    """State or gradients of a stored micro model ("kat" or "flashkat") in the original's names."""
+    """Return state or gradients of a stored micro model ("kat" or "flashkat") in the original's names."""
     tensors = load_file(DATA / f"{kind}_micro_timm.safetensors")
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def timm_vit(**arguments) -> VisionTransformer:
-    """A micro ViT of timm's, every parameter random and large enough to matter."""
+    """Return a micro ViT of timm's, every parameter random and large enough to matter."""
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 10}
     model = VisionTransformer(**{**sizes, **arguments}).eval()
     with torch.no_grad():
@@ -75,7 +66,7 @@ def timm_vit(**arguments) -> VisionTransformer:
 
 
 def stored_model(kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """State and gradients of a stored micro model in our names, and its other tensors ("kat" or "flashkat")."""
+    """Return state and gradients of a stored micro model in our names, and its other tensors."""
     tensors = load_file(DATA / f"{kind}_micro_timm.safetensors")
     state, gradients = (
         to_flashkat(original_state(kind, prefix), {"num_attention_heads": 2})[1]
@@ -85,7 +76,7 @@ def stored_model(kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """Max |actual - exact| / max |exact|, the measure of the stored numbers."""
+    """Return max |actual - exact| / max |exact|, the measure of the stored numbers."""
     exact = exact.to(actual.device, torch.float64)
     return ((actual.detach().double() - exact).abs().max() / exact.abs().max()).item()
 
@@ -93,7 +84,7 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 def random_inputs(
     shape, dtype: torch.dtype, device: str, rows: tuple[int, int] = (1, 8)
 ) -> tuple[Tensor, ...]:
-    """x, numerator, denominator and grad_y; the tables in float32."""
+    """Return x, numerator, denominator and grad_y; the tables are float32."""
     x, grad_y = torch.randn(2, *shape, device=device).to(dtype)
     return x, torch.randn(rows[0], 6, device=device), torch.randn(rows[1], 4, device=device), grad_y
 
@@ -101,7 +92,7 @@ def random_inputs(
 def value_and_gradients(
     function: Callable, x: Tensor, numerator: Tensor, denominator: Tensor, grad_y: Tensor
 ) -> list:
-    """The output, and `torch.autograd.grad` of all three inputs."""
+    """Return the output, and `torch.autograd.grad` of all three inputs."""
     inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, numerator, denominator)]
     y = function(*inputs)
     return [y.detach(), *torch.autograd.grad(y, inputs, grad_y)]
@@ -110,7 +101,7 @@ def value_and_gradients(
 def exact_value_and_gradients(
     x: Tensor, numerator: Tensor, denominator: Tensor, grad_y: Tensor
 ) -> list[Tensor]:
-    """The reference in float64, on the inputs as they are."""
+    """Return the reference's value and gradients in float64, on the inputs as they are."""
     x, numerator, denominator, grad_y = (tensor.double() for tensor in (x, numerator, denominator, grad_y))
     return [rational_value(x, numerator, denominator), *rational_gradients(grad_y, x, numerator, denominator)]
 

@@ -1,4 +1,4 @@
-"""What happens with a checkpoint where the package is not.
+"""Checks a checkpoint where the package is not.
 
 Run by test_remote_code.py, in a process of its own.
 
@@ -51,7 +51,7 @@ def check_logits(model, expected: torch.Tensor = BATCH["logits"]) -> None:
 
 
 def operators(model, module: str = "op_rational"):
-    """A module of operators that a model's code has imported."""
+    """Return a module of operators that a model's code has imported."""
     return sys.modules[type(model).__module__.rpartition(".")[0] + f".{module}"]
 
 
@@ -70,24 +70,19 @@ def fine_tune(model) -> list[float]:
 
 
 def without_triton(folder: str, hub: str, out: str) -> None:
-    """Neither package nor triton.
-
-    A refusal without trust, then logits, training, and saving again and again.
-    """
+    """Without package and triton, loading needs trust; then come logits, training, and saves of saves."""
     assert not any(importlib.util.find_spec(name) for name in TEST["hidden"])
     for source in (folder, hub):
         for auto_class in (AutoConfig, AutoModelForImageClassification):
             with pytest.raises(ValueError, match="Please pass the argument `trust_remote_code=True`"):
                 auto_class.from_pretrained(source)
 
-    model = AutoModelForImageClassification.from_pretrained(
-        hub, **TRUST
-    )  # every file is checked for requirements
+    # Every file is checked for requirements.
+    model = AutoModelForImageClassification.from_pretrained(hub, **TRUST)
     check_logits(model)
     assert operators(model).rational_forward is None
-    check_logits(
-        AutoModelForImageClassification.from_pretrained(hub, subfolder="step-2", **TRUST), BATCH["other"]
-    )
+    earlier = AutoModelForImageClassification.from_pretrained(hub, subfolder="step-2", **TRUST)
+    check_logits(earlier, BATCH["other"])
     model = AutoModelForImageClassification.from_pretrained(folder, **TRUST)
     check_logits(model)
     base = AutoModel.from_pretrained(folder, **TRUST)
@@ -116,10 +111,7 @@ def without_triton(folder: str, hub: str, out: str) -> None:
 
 
 def with_triton_and_the_package(folder: str, copy: str, package: str) -> None:
-    """Two checkpoints' code in one process, then the package.
-
-    Each has its own operators, and all stay usable.
-    """
+    """Two checkpoints' code and then the package share a process; each has operators of its own."""
     first = AutoModelForImageClassification.from_pretrained(folder, **TRUST)
     second = AutoModelForImageClassification.from_pretrained(copy, **TRUST)
     assert operators(first).rational_forward.__module__.endswith(".triton_rational")
@@ -140,23 +132,17 @@ def with_triton_and_the_package(folder: str, copy: str, package: str) -> None:
     for source in (folder, copy):
         third = AutoModelForImageClassification.from_pretrained(source, **TRUST)
         assert type(third) is flashkat_hf.FlashKATForImageClassification  # the package wins
-    losses = [
-        fine_tune(model)
-        for model in (first, second, third, flashkat_hf.FlashKATForImageClassification(third.config))
-    ]
+    fourth = flashkat_hf.FlashKATForImageClassification(third.config)
+    losses = [fine_tune(model) for model in (first, second, third, fourth)]
     torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=0)
     torch.testing.assert_close(losses[0], losses[2], atol=1e-5, rtol=0)
-    assert (
-        third.flashkat.layers[0].mlp.act1.numerator != first.flashkat.layers[0].mlp.act1.numerator
-    ).sum() == 0
+    tables = [model.flashkat.layers[0].mlp.act1.numerator for model in (first, third)]
+    assert torch.equal(*tables)
     print("done")
 
 
 def on_a_gpu(folder: str, copy: str, package: str) -> None:
-    """The copy's Triton kernels.
-
-    The package's logits, and training in half precision, fused operators and all.
-    """
+    """The copy's Triton kernels give the package's logits, and train in half precision, fused ones too."""
     model = AutoModelForImageClassification.from_pretrained(folder, **TRUST).eval().cuda()
     pixel_values = BATCH["pixel_values"].cuda()
     with torch.no_grad():

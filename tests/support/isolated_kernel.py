@@ -1,6 +1,6 @@
-"""The repository of the operators, used where the package is not, and then beside it.
+"""Uses the repository of the operators where the package is not, and then beside it.
 
-See test_kernel_repository.py.
+Run by test_kernel_repository.py.
 
 python -I -S isolated_kernel.py JSON_ARGUMENTS
 """
@@ -29,13 +29,14 @@ CASE = {name: load_file(TEST["data"])[f"{TEST['case']}/{name}"] for name in TEST
 
 
 def check(function) -> None:
-    """`function(x, numerator, denominator)` and its gradients against the stored float64 numbers."""
+    """Hold `function(x, numerator, denominator)` and its gradients against the stored float64 numbers."""
     inputs = [CASE[name].clone().requires_grad_() for name in ("x", "numerator", "denominator")]
     y = function(*inputs)
-    found = [y, *torch.autograd.grad(y, inputs, CASE["grad_output"])]
+    results = [y, *torch.autograd.grad(y, inputs, CASE["grad_output"])]
     exact = [CASE[name] for name in ("y", "dx", "d_numerator", "d_denominator")]
-    for got, true in zip(found, exact, strict=True):
-        assert (got.double() - true).abs().max() <= 2e-6 * true.abs().max()  # float32's rounding, a few times
+    for result, true in zip(results, exact, strict=True):
+        error = (result.double() - true).abs().max()
+        assert error <= 2e-6 * true.abs().max()  # float32's rounding, a few times
 
 
 @use_kernel_forward_from_hub("Rational")
@@ -66,9 +67,8 @@ sys.path.append(TEST["package"])
 import flashkat_hf  # noqa: E402
 from flashkat_hf.model import operators  # noqa: E402
 
-namespaces = [
-    module.NAMESPACE for name, module in sys.modules.items() if re.search(r"flashkat.*\.operators$", name)
-]
+copies = [module for name, module in sys.modules.items() if re.search(r"flashkat.*\.operators$", name)]
+namespaces = [module.NAMESPACE for module in copies]
 assert operators.NAMESPACE == "flashkat"
 assert len(namespaces) == len(set(namespaces)) >= 2, namespaces
 for function in (flashkat_hf.rational, kernel.rational):

@@ -45,7 +45,14 @@ def settings(folder: Path, name: str, workers: int) -> Settings:
 
 
 def in_child(run: Settings, seconds: float | None = None, writes: int | None = None) -> int:
-    """Exit status of a child that trains, killed after so many seconds, or when it syncs its n-th file or folder."""
+    """Train in a child and return its exit status.
+
+    Args:
+        run: what the child trains.
+        seconds: kill it this long after it has completed a checkpoint, however slow the machine is.
+        writes: kill it when it syncs its n-th file or folder.
+    """
+    checkpoints = set(run.output.glob("checkpoints/step-*"))
     child = os.fork()
     if child == 0:
         status = 1
@@ -65,6 +72,10 @@ def in_child(run: Settings, seconds: float | None = None, writes: int | None = N
         finally:
             os._exit(status)
     if seconds is not None:
+        while checkpoints.issuperset(run.output.glob("checkpoints/step-*")):
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break  # it has ended, and its checkpoints are gone
+            time.sleep(0.005)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -79,10 +90,8 @@ def main(folder: Path, kills: int, workers: int) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     make_images(folder / "images")
-    start = time.perf_counter()
     if in_child(settings(folder, "whole", workers=0)) != 0:
         raise SystemExit("the undisturbed run failed")
-    seconds = time.perf_counter() - start
     draw, killed, during, resumed, runs, attempts, status = random.Random(workers), 0, 0, 0, 1, 0, None
     while killed < kills or status != 0:
         runs += status == 0
@@ -93,7 +102,7 @@ def main(folder: Path, kills: int, workers: int) -> None:
         elif attempts % 2:
             status = in_child(run, writes=draw.randrange(1, 40))
         else:
-            status = in_child(run, seconds=draw.uniform(0.1, 0.6) * seconds)
+            status = in_child(run, seconds=draw.uniform(0, 0.2))
         if status not in (0, -signal.SIGKILL):
             raise SystemExit(f"attempt {attempts} failed with {status}")
         killed += status != 0
