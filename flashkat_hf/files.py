@@ -22,15 +22,15 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {one_line(error)}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {one_line(error)}") from error
+        raise ValueError(f"cannot read {path}: it is not JSON ({one_line(error)})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+        raise ValueError(f"{path} is not a JSON object")
     return content
 
 
-def to_json(values: dict[str, Any], **options: Any) -> str:
-    """Return the text of a JSON file; `options` are those of `json.dumps`."""
-    return json.dumps(values, indent=2, **options) + "\n"
+def to_json(values: Any, *, indent: int | None = 2, **options: Any) -> str:
+    """Return the text of a JSON file, or of a JSON line where `indent` is None; options of `json.dumps`."""
+    return json.dumps(values, indent=indent, **options) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
