@@ -15,7 +15,8 @@ from .checkpoints.description import describe
 from .checkpoints.published import PUBLISHED
 from .conversion.conversion import convert, export_original
 from .conversion.source import TRANSFORMS
-from .hub.upload import Push, publish, push
+from .hub import publish, push
+from .hub.upload import Push
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

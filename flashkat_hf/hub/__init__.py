@@ -1,5 +1,6 @@
 """From a folder to a commit on the Hub."""
 
-from .upload import publish, push
+from .publication import publish
+from .upload import push
 
 __all__ = ["publish", "push"]

@@ -1,6 +1,5 @@
 """Pushing checkpoints while training goes on."""
 
-import logging
 import os
 import shutil
 import tempfile
@@ -12,10 +11,9 @@ from shlex import quote
 from huggingface_hub import HfApi, get_token
 
 from ..checkpoints.hub_errors import HubError, explained
+from ..messages import one_line, warn
 from .staging import stage
-from .upload import check_access, check_branch, check_name, send
-
-logger = logging.getLogger(__name__)
+from .upload import check_access, check_branch, check_repo_id, send
 
 
 @dataclass
@@ -27,17 +25,22 @@ class _Job:
     final: bool
     failures: int = 0
 
+    def discard(self) -> None:
+        """Remove the snapshot."""
+        if self.snapshot != self.folder:
+            shutil.rmtree(self.snapshot, ignore_errors=True)
+
 
 class BackgroundPusher:
-    """Pushes model folders from a thread of its own, so that training neither waits for the Hub nor ends with it.
+    """Push model folders from a thread, so that training neither waits for the Hub nor ends with it.
 
     Checkpoints go to a branch, one commit each; the final model goes to main. Only one push runs at a time,
     and of the checkpoints that wait for it only the newest is kept. What fails is tried again, later and
-    later; what the Hub refuses for good is logged as a warning. Make it in the main process only.
+    later; what the Hub refuses for good is said in a warning. Make it in the main process only.
 
     Args:
         repo_id: `owner/name`; made if it does not exist.
-        private: of a new repository.
+        private: visibility of a new repository.
         branch: for checkpoints; made from main.
         token: by default HF_TOKEN's or the one you logged in with.
         delays: seconds before each further try; the last one is used again and again.
@@ -55,34 +58,38 @@ class BackgroundPusher:
         token: str | None = None,
         delays: tuple[float, ...] = (10, 30, 60, 120, 300),
     ):
-        self.repo_id, self.branch = check_name(repo_id), check_branch(branch)
-        self._token, self._delays = token, delays
+        self.repo_id = check_repo_id(repo_id)
+        self.branch = check_branch(branch)
+        self._token = token
+        self._delays = delays
         check_access(repo_id, private=private, token=token)
         with explained(f"cannot push to {repo_id}", repo_id, token):
             HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
-        self._waiting: _Job | None = None  # the newest checkpoint
-        self._last: _Job | None = None  # the final model
+        self._checkpoint: _Job | None = None  # the newest that waits
+        self._final: _Job | None = None
         self._running: _Job | None = None
-        self._refused: list[str] = []
-        self._stopping = self._given_up = False
+        self._problems: list[str] = []
+        self._stopping = False  # no more checkpoints come
+        self._given_up = False
         self._cleared: set[Path] = set()
-        self._changed, self._staging = threading.Condition(), threading.Lock()
+        self._changed = threading.Condition()
+        self._staging = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="flashkat-push", daemon=True)
         self._thread.start()
 
     def submit(self, folder: Path, message: str) -> None:
-        """Push a checkpoint when its turn comes; returns at once.
+        """Queue a checkpoint to be pushed in its turn, and return at once.
 
         Args:
             folder: a model folder. It may be replaced or removed right after, but its files must not be
                 written to: they are linked, not copied, where the file system can.
-            message: of the commit.
+            message: the commit's.
         """
-        job = self._job(Path(folder), message, self.branch, final=False)
-        if job:
+        if job := self._job(Path(folder), message, self.branch, final=False):
             with self._changed:
-                _discard(self._waiting)
-                self._waiting = job
+                if self._checkpoint:
+                    self._checkpoint.discard()
+                self._checkpoint = job
                 self._changed.notify_all()
 
     def finish(self, folder: Path | None, message: str, *, patience: float = 600.0) -> list[str]:
@@ -90,72 +97,78 @@ class BackgroundPusher:
 
         Args:
             folder: a model folder; None where training brought none.
-            message: of the commit.
-            patience: seconds after which the rest is given up.
+            message: the commit's.
+            patience: seconds after which the remaining pushes are given up.
 
         Returns:
             One line for each thing that was not pushed, with the command that pushes it.
         """
         job = self._job(Path(folder), message, "main", final=True) if folder is not None else None
         with self._changed:
-            self._last, self._stopping = job, True
+            self._final = job
+            self._stopping = True
             self._changed.notify_all()
         self._thread.join(patience)
         with self._staging, self._changed:  # PyTorch in a thread must not live to see the interpreter's end
-            jobs = (self._last, self._running, self._waiting)
-            left = sorted((job for job in jobs if job), key=lambda job: not job.final)
-            self._waiting, self._last, self._given_up = None, None, True
-            lines = self._refused + [self._line(job, "the Hub could not be reached in time") for job in left]
-            for job in left:
+            self._given_up = True
+            pending = [job for job in (self._final, self._running, self._checkpoint) if job]
+            for job in sorted(pending, key=lambda job: not job.final):
+                self._problems.append(self._problem(job, "the Hub could not be reached in time"))
                 if job is not self._running:
-                    _discard(job)
+                    job.discard()
+            self._final = None
+            self._checkpoint = None
             self._changed.notify_all()
-        return list(dict.fromkeys(lines))
+            return list(dict.fromkeys(self._problems))
 
     def _job(self, folder: Path, message: str, branch: str, final: bool) -> _Job | None:
+        """Return a job with a snapshot of the folder, or None where that fails."""
+        job = _Job(folder, folder, message, branch, final)
         try:
-            if folder not in self._cleared:  # what a run that was killed has left
+            if folder not in self._cleared:
                 self._cleared.add(folder)
-                for left in folder.parent.glob(f".{folder.name}-push-*"):
-                    shutil.rmtree(left, ignore_errors=True)
-            snapshot = _link(folder)
+                for leftover in folder.parent.glob(f".{folder.name}-push-*"):  # of a run that was killed
+                    shutil.rmtree(leftover, ignore_errors=True)
+            job.snapshot = _link(folder)
         except OSError as error:
-            job = _Job(folder, folder, message, branch, final)
-            self._refuse(job, error.strerror or str(error))
+            self._refuse(job, one_line(error))
             return None
-        return _Job(folder, snapshot, message, branch, final)
+        return job
 
     def _work(self) -> None:
+        """Push one job after the other until no more come: the thread's function."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._last or self._waiting or self._stopping)
-                self._running = job = self._last or self._waiting
+                self._changed.wait_for(lambda: self._final or self._checkpoint or self._stopping)
+                self._running = job = self._final or self._checkpoint
                 if job is None:
                     return
-                if job is self._last:
-                    self._last = None
+                if job.final:
+                    self._final = None
                 else:
-                    self._waiting = None
-            again = self._try(job)
+                    self._checkpoint = None
+            retry = self._try(job)
             with self._changed:
                 self._running = None
-                if (
-                    not again or self._given_up or (not job.final and self._waiting)
-                ):  # done, or a newer one waits
-                    _discard(job)
+                retry = retry and not self._given_up
+                if not retry or (not job.final and self._checkpoint):  # done, or a newer one waits
+                    job.discard()
                 elif job.final:
-                    self._last = job
+                    self._final = job
                 else:
-                    self._waiting = job
-                if again and not self._given_up:
-                    before = (self._stopping, self._given_up, self._waiting)
-                    self._changed.wait_for(
-                        lambda: (self._stopping, self._given_up, self._waiting) != before,  # noqa: B023 - used here
-                        self._delays[min(job.failures, len(self._delays)) - 1],
-                    )
+                    self._checkpoint = job
+                if retry:
+                    self._wait(self._delays[min(job.failures, len(self._delays)) - 1])
+
+    def _wait(self, seconds: float) -> None:
+        """Wait before the next try, but no longer than until there is something new to do."""
+        state = (self._stopping, self._given_up, self._checkpoint)
+        self._changed.wait_for(
+            lambda: (self._stopping, self._given_up, self._checkpoint) != state, timeout=seconds
+        )
 
     def _try(self, job: _Job) -> bool:
-        """One push; whether it is worth another try."""
+        """Push once; return True if it failed in a way that another try may mend."""
         try:
             with tempfile.TemporaryDirectory(prefix="flashkat-push-") as workspace:
                 with self._staging:
@@ -170,27 +183,31 @@ class BackgroundPusher:
                     )
                 send(staged, self.repo_id, job.branch, token=self._token, message=job.message)
         except Exception as error:
-            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            reason = (
+                str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error)}"
+            )
+            reason = reason.replace(str(job.snapshot), str(job.folder))
             if isinstance(error, HubError) and (error.transient or error.moved):
                 job.failures += 1
-                logger.warning("%s is not pushed yet: %s; it will be tried again", job.folder, reason)
+                warn(f"{job.folder} is not pushed yet: {reason}; it will be tried again")
                 return True
             self._refuse(job, reason)
         return False
 
     def _refuse(self, job: _Job, reason: str) -> None:
-        line = self._line(job, reason.replace(str(job.snapshot), str(job.folder)))
-        logger.warning("%s", line)
-        self._refused.append(line)
+        """Warn of what was not pushed, and keep the line for the end."""
+        self._problems.append(self._problem(job, reason))
+        warn(self._problems[-1])
 
-    def _line(self, job: _Job, reason: str) -> str:
-        where = "" if job.branch == "main" else f" --revision {job.branch}"
-        command = f"flashkat push {quote(str(job.folder))} {self.repo_id}{where}"
+    def _problem(self, job: _Job, reason: str) -> str:
+        """Return the line that says what was not pushed, why, and the command that pushes it."""
+        revision = "" if job.branch == "main" else f" --revision {job.branch}"
+        command = f"flashkat push {quote(str(job.folder))} {self.repo_id}{revision}"
         return f"{job.folder} ({job.message}) was not pushed: {reason}; `{command}` pushes it"
 
 
 def _link(folder: Path) -> Path:
-    """A folder beside this one with hard links to its files, or copies where that cannot be."""
+    """Make a folder beside this one with hard links to its files, or copies where links are impossible."""
     snapshot = Path(tempfile.mkdtemp(prefix=f".{folder.name}-push-", dir=folder.resolve().parent))
     try:
         for path in folder.iterdir():
@@ -203,8 +220,3 @@ def _link(folder: Path) -> Path:
         shutil.rmtree(snapshot, ignore_errors=True)
         raise
     return snapshot
-
-
-def _discard(job: _Job | None) -> None:
-    if job and job.snapshot != job.folder:
-        shutil.rmtree(job.snapshot, ignore_errors=True)

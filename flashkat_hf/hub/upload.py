@@ -1,4 +1,4 @@
-"""Pushing a model folder to the Hub in one commit, and publishing the converted KATs."""
+"""Pushing a model folder to the Hub: one commit, or none."""
 
 import hashlib
 import re
@@ -22,15 +22,12 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoints.hub_errors import NO_TOKEN, HubError, explained
-from ..checkpoints.published import PUBLISHED
-from ..conversion.conversion import convert
+from ..messages import one_line
 from .staging import Staged, stage
 
 ATTEMPTS = 3  # of a commit; huggingface_hub itself tries uploads six times
 LONGEST_WAIT = 60.0  # seconds between them; a Hub that asks for more ends the push
-SILENCE = (
-    300.0  # seconds without a byte after which a request is given up; huggingface_hub would wait for ever
-)
+SILENCE = 300.0  # seconds without a byte that end a request; huggingface_hub would wait for ever
 STALE_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 BRANCH = re.compile(r"(?!.*(\.\.|//|/\.|\.lock(/|$)|@\{))[\w.@+-][\w.@+/-]*(?<![./])")
 
@@ -69,19 +66,21 @@ class Push:
 
     @property
     def empty(self) -> bool:
+        """True if the branch holds all of the folder already."""
         return not self.changed and not self.deleted
 
     def __str__(self) -> str:
-        where = f"{self.repo_id}{', a new repository' * self.new}{', private' * (self.new and bool(self.private))}"
-        where += f"; branch {self.branch}{', new' * self.new_branch}"
-        rows = [(name, _size(size), "sent") for name, size in self.changed.items()]
-        rows += [(name, _size(size), "there already") for name, size in self.same.items()]
+        repository = ", a new repository" * self.new + ", private" * (self.new and bool(self.private))
+        target = f"{self.repo_id}{repository}; branch {self.branch}{', new' * self.new_branch}"
+        rows = [(name, _bytes_text(size), "sent") for name, size in self.changed.items()]
+        rows += [(name, _bytes_text(size), "there already") for name, size in self.same.items()]
         rows += [(name, "", "deleted: weights of an earlier model") for name in self.deleted]
         rows += [(name, "", f"left out: {reason}") for name, reason in self.staged.left_out.items()]
         width = max(len(name) for name, *_ in rows)
-        lines = [f"  {name:{width}}  {size:>9}  {what}" for name, size, what in rows]
-        total = f"{len(self.changed)} files, {_size(sum(self.changed.values()))}"
-        return "\n".join([where, *lines, *(f"note: {note}" for note in self.staged.notes), total])
+        lines = [f"  {name:{width}}  {size:>9}  {fate}" for name, size, fate in rows]
+        notes = [f"note: {note}" for note in self.staged.notes]
+        total = f"{len(self.changed)} files, {_bytes_text(sum(self.changed.values()))}"
+        return "\n".join([target, *lines, *notes, total])
 
 
 def push(
@@ -107,15 +106,14 @@ def push(
     Args:
         folder: a model folder, such as `convert` or a training run leaves.
         repo_id: `owner/name`.
-        private: of a new repository.
+        private: visibility of a new repository.
         revision: the branch, made from main where it does not exist; by default main.
         create_pr: open a pull request against main.
         what_if: check everything, send nothing.
         token: by default HF_TOKEN's or the one you logged in with.
-        message: of the commit.
+        message: the commit's.
         include_training_state: also send optimizer states and `training_args.bin`.
-        license: the Hub's identifier of one, for the card, where the folder has none; by default that of the
-            branch's.
+        license: the Hub's identifier, for a card that is written; by default that of the branch's card.
         report: gets the text of what will be sent, before it is.
 
     Raises:
@@ -124,10 +122,10 @@ def push(
     """
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"a pull request is opened against main, so revision {revision} has no meaning")
-    check_name(repo_id)
+    check_repo_id(repo_id)
     branch, folder = check_branch(revision or "main"), Path(folder).expanduser()
     if license is None and not (folder / "README.md").exists():
-        license = _license_there(repo_id, branch, token)
+        license = _license_on_branch(repo_id, branch, token)
     with tempfile.TemporaryDirectory(prefix="flashkat-push-") as workspace:
         staged = stage(
             folder,
@@ -163,11 +161,11 @@ def send(
     message: str,
     report: Report | None = None,
 ) -> Push:
-    """The second half of `push`: what is staged goes to a repository that `check_access` let pass."""
-    api, lost = HfApi(token=token), False
+    """Send a staged folder to a repository that `check_access` let pass: the second half of `push`."""
+    api, answer_lost = HfApi(token=token), False
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with explained(f"cannot push to {repo_id}", repo_id, token), _patience():
+            with _asking(f"cannot push to {repo_id}", repo_id, token):
                 plan = _compare(api, Push(repo_id, branch, staged, private=private), create_pr)
                 if report and attempt == 1:
                     report(str(plan))
@@ -175,83 +173,18 @@ def send(
                     _commit(api, plan, message, create_pr)
             return plan
         except HubError as error:
-            # A commit whose answer was lost is found by comparing again; a pull request would be opened
-            # twice.
-            again = (error.transient and not (create_pr and error.lost)) or (error.moved and lost)
+            # Comparing again finds a commit whose answer was lost; a pull request would be opened twice.
+            retry = (error.transient and not (create_pr and error.lost)) or (error.moved and answer_lost)
             wait = error.retry_after if error.retry_after is not None else 2.0**attempt
-            if attempt == ATTEMPTS or not again or wait > LONGEST_WAIT:
+            if attempt == ATTEMPTS or not retry or wait > LONGEST_WAIT:
                 raise
-            lost = lost or error.lost
+            answer_lost = answer_lost or error.lost
             time.sleep(wait)
     raise AssertionError("unreachable")
 
 
-def publish(
-    name: str,
-    namespace: str,
-    *,
-    private: bool | None = None,
-    what_if: bool = False,
-    token: str | None = None,
-    report: Report | None = None,
-) -> list[Push]:
-    """Convert published KATs, prove them, write their cards and push them to `namespace/name`.
-
-    Args:
-        name: a name in `published.PUBLISHED`, or "all".
-        namespace: your user name or an organisation of yours.
-        private: of new repositories.
-        what_if: convert and check, send nothing.
-        token: by default HF_TOKEN's or the one you logged in with.
-        report: gets the text of each conversion and of what will be sent, and each error as it happens.
-
-    Returns:
-        One `Push` for each checkpoint.
-
-    Raises:
-        ValueError: in one line; with "all", after the others have been published.
-    """
-    if name != "all" and name not in PUBLISHED:
-        raise ValueError(f"{name} is not published; known are {', '.join(PUBLISHED)} and all")
-    names = list(PUBLISHED) if name == "all" else [name]
-    targets = {row: f"{namespace}/{row}" for row in names}
-    check_access(*map(check_name, targets.values()), private=private, what_if=what_if, token=token)
-    say = report or (lambda text: None)
-    done: list[Push] = []
-    failed: dict[str, str] = {}
-    for row, target in targets.items():
-        with tempfile.TemporaryDirectory(prefix="flashkat-publish-") as workspace:
-            model, sent = Path(workspace, row), Path(workspace, "sent")
-            sent.mkdir()
-            try:
-                say(str(convert(row, model, token=token)))
-                staged = stage(model, sent, repo_id=target, published=row)
-                text = f"Convert {PUBLISHED[row].file}"
-                plan = send(
-                    staged,
-                    target,
-                    "main",
-                    private=private,
-                    what_if=what_if,
-                    token=token,
-                    message=text,
-                    report=report,
-                )
-                done.append(plan)
-            except ValueError as error:
-                reason = str(error).replace(str(model), row)
-                if name != "all":
-                    raise ValueError(reason) from error
-                failed[row] = reason
-                say(f"{row}: {reason}")
-    if failed:
-        reasons = "; ".join(f"{row} ({reason})" for row, reason in failed.items())
-        raise ValueError(f"{len(failed)} of {len(names)} are not published: {reasons}")
-    return done
-
-
-def check_name(repo_id: str) -> str:
-    """The name, if the Hub would take it.
+def check_repo_id(repo_id: str) -> str:
+    """Return the name of a repository if the Hub would take it.
 
     Raises:
         ValueError: in one line.
@@ -259,18 +192,15 @@ def check_name(repo_id: str) -> str:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(
-            f"the Hub does not allow the name {repo_id!r}: {' '.join(str(error).split())}"
-        ) from error
+        raise ValueError(f"the Hub does not allow the name {repo_id!r}: {one_line(error)}") from error
     if "/" not in repo_id or repo_id.endswith((".git", ".ipynb")):
-        raise ValueError(
-            f"the Hub does not allow the name {repo_id!r}: owner/name is expected, without .git or .ipynb"
-        )
+        rule = "owner/name is expected, without .git or .ipynb"
+        raise ValueError(f"the Hub does not allow the name {repo_id!r}: {rule}")
     return repo_id
 
 
 def check_branch(name: str) -> str:
-    """The name, if it can be a branch's, or `refs/pr/N`.
+    """Return a name if a branch can have it, or if it is `refs/pr/N`.
 
     Raises:
         ValueError: in one line.
@@ -289,13 +219,11 @@ def check_access(
     what_if: bool = False,
     token: str | None = None,
 ) -> None:
-    """Ask the Hub whether the token may write to these repositories of one owner, or make them.
+    """Ask the Hub whether the token may write to these repositories of one owner, or make them; send nothing.
 
-    Nothing is sent.
-
-    An owner that the account does not list is not taken for somebody else: the Hub decides, asked about an
-    upload that is not made. Where there is no repository yet, making it is the only question, so it is made,
-    unless `what_if`.
+    An owner that the account does not list may still be an organisation of it. The Hub decides: it is asked
+    about an upload that is not made. Where there is no repository yet, making it is the only question, so it
+    is made, unless `what_if`.
 
     Raises:
         HubError: in one line: no token or a bad one, no right to write, another visibility, no network.
@@ -304,38 +232,38 @@ def check_access(
     if not (token or get_token()):
         raise HubError(f"{action}: {NO_TOKEN}")
     api = HfApi(token=token)
-    with explained(action, repo_ids[0], token), _patience():
+    with _asking(action, repo_ids[0], token):
         account = api.whoami()
     role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
-        raise HubError(
-            f"{action}: the access token of {account['name']} may only read; make one that may write"
-        )
-    own = {account["name"], *(organization["name"] for organization in account.get("orgs") or [])}
+        problem = f"the access token of {account['name']} may only read; make one that may write"
+        raise HubError(f"{action}: {problem}")
+    owners = {owner["name"].casefold() for owner in (account, *(account.get("orgs") or []))}
     for repo_id in repo_ids:
-        listed = repo_id.partition("/")[0].casefold() in {name.casefold() for name in own}
-        with explained(f"cannot push to {repo_id}", repo_id, token), _patience():
+        listed = repo_id.partition("/")[0].casefold() in owners
+        action = f"cannot push to {repo_id}"
+        with _asking(action, repo_id, token):
             try:
-                there = api.repo_info(repo_id).private
+                is_private = api.repo_info(repo_id).private
             except RepositoryNotFoundError:
                 if create_pr:
                     raise
                 if not (listed or what_if):
                     api.create_repo(repo_id, private=private)
                 continue
-            if None not in (private, there) and there != private:
-                now = "private" if there else "public"
+            if None not in (private, is_private) and is_private != private:
+                visibility = "private" if is_private else "public"
                 raise HubError(
-                    f"cannot push to {repo_id}: it exists and is {now}; its settings on the Hub change that"
+                    f"{action}: it exists and is {visibility}; its settings on the Hub change that"
                 )
             if not (listed or create_pr):
                 api.preupload_lfs_files(repo_id, [CommitOperationAdd("README.md", b"#")])
 
 
-def _license_there(repo_id: str, branch: str, token: str | None) -> str | None:
-    """What the card on the branch says, if there is one and the Hub shows it."""
+def _license_on_branch(repo_id: str, branch: str, token: str | None) -> str | None:
+    """Return the license in the card on the branch, or None where the Hub shows no card or no license."""
     try:
-        with explained(f"cannot read {repo_id}", repo_id, token), _patience():
+        with _asking(f"cannot read {repo_id}", repo_id, token):
             path = HfApi(token=token).hf_hub_download(repo_id, "README.md", revision=branch)
         license = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict().get("license")
     except (OSError, ValueError):
@@ -344,18 +272,20 @@ def _license_there(repo_id: str, branch: str, token: str | None) -> str | None:
 
 
 @contextmanager
-def _patience() -> Iterator[None]:
-    client = get_session()
-    before, client.timeout = client.timeout, SILENCE
-    try:
-        yield
-    finally:
-        client.timeout = before
+def _asking(action: str, repo_id: str, token: str | None) -> Iterator[None]:
+    """Give up requests after `SILENCE`, and turn what goes wrong into a `HubError` about `action`."""
+    with explained(action, repo_id, token):
+        client = get_session()
+        timeout, client.timeout = client.timeout, SILENCE
+        try:
+            yield
+        finally:
+            client.timeout = timeout
 
 
 def _compare(api: HfApi, plan: Push, create_pr: bool) -> Push:
-    """Find what is new, changed and stale in the folder against the branch, or main if that does not exist."""
-    there: dict[str, RepoFile] = {}
+    """Complete the plan by comparing the folder with the branch, or with main where it does not exist."""
+    published: dict[str, RepoFile] = {}
     try:
         try:
             plan.head = api.repo_info(plan.repo_id, revision=plan.branch).sha
@@ -366,34 +296,33 @@ def _compare(api: HfApi, plan: Push, create_pr: bool) -> Push:
             plan.head = api.repo_info(plan.repo_id, revision="main").sha
         if plan.head:
             listing = api.list_repo_tree(plan.repo_id, revision=plan.head)
-            there = {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
+            published = {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
     except RepositoryNotFoundError:
         if create_pr:
             raise
-        plan.new, plan.new_branch = True, plan.branch != "main"
+        plan.new = True
+        plan.new_branch = plan.branch != "main"
     for path in sorted(plan.staged.folder.iterdir()):
-        same = path.name in there and _same(path, there[path.name])
+        same = path.name in published and _same_content(path, published[path.name])
         (plan.same if same else plan.changed)[path.name] = path.stat().st_size
-    sent = plan.same.keys() | plan.changed.keys()
-    plan.deleted = sorted(name for name in there if STALE_WEIGHTS.fullmatch(name) and name not in sent)
+    obsolete = published.keys() - plan.same.keys() - plan.changed.keys()
+    plan.deleted = sorted(name for name in obsolete if STALE_WEIGHTS.fullmatch(name))
     return plan
 
 
-def _same(path: Path, there: RepoFile) -> bool:
+def _same_content(path: Path, published: RepoFile) -> bool:
+    """Compare a file's size and checksum with those of the Hub's file."""
     size = path.stat().st_size
-    if there.lfs:
+    if published.lfs:
         with path.open("rb") as file:
-            return (
-                size == there.lfs.size and hashlib.file_digest(file, "sha256").hexdigest() == there.lfs.sha256
-            )
-    return (
-        size == there.size
-        and hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest() == there.blob_id
-    )
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        return (size, checksum) == (published.lfs.size, published.lfs.sha256)
+    blob_id = hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest()
+    return (size, blob_id) == (published.size, published.blob_id)
 
 
 def _commit(api: HfApi, plan: Push, message: str, create_pr: bool) -> None:
-    """Make what is missing of repository and branch, then one commit. `upload_folder` would make several."""
+    """Make the repository and the branch if need be, then one commit; `upload_folder` would make several."""
     if plan.new:
         api.create_repo(plan.repo_id, private=plan.private, exist_ok=True)
         plan.head = api.repo_info(plan.repo_id).sha
@@ -404,7 +333,7 @@ def _commit(api: HfApi, plan: Push, message: str, create_pr: bool) -> None:
         return
     operations = [CommitOperationAdd(name, plan.staged.folder / name) for name in plan.changed]
     operations += [CommitOperationDelete(name) for name in plan.deleted]
-    done = api.create_commit(
+    commit = api.create_commit(
         plan.repo_id,
         operations,
         commit_message=message,
@@ -412,10 +341,11 @@ def _commit(api: HfApi, plan: Push, message: str, create_pr: bool) -> None:
         create_pr=create_pr,
         parent_commit=None if create_pr else plan.head,
     )
-    plan.url = done.pr_url if create_pr and done.pr_url else done.commit_url
+    plan.url = commit.pr_url if create_pr and commit.pr_url else commit.commit_url
 
 
-def _size(size: float) -> str:
+def _bytes_text(size: float) -> str:
+    """Return a number of bytes with its unit, such as 1.5 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000 or unit == "GB":
             break

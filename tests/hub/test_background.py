@@ -18,6 +18,18 @@ def pusher(hub):
     return BackgroundPusher("alice/run", delays=(0.05,))
 
 
+@pytest.fixture
+def warnings(capsys):
+    """Give a function that returns all that was written to standard error so far."""
+    texts = []
+
+    def read() -> str:
+        texts.append(capsys.readouterr().err)
+        return "".join(texts)
+
+    return read
+
+
 def wait_until(condition, seconds=20.0):
     end = time.monotonic() + seconds
     while not condition():
@@ -74,21 +86,21 @@ def test_only_the_newest_waits(hub, pusher, model_folder):
     assert leftovers(model_folder) == []
 
 
-def test_it_is_tried_again(hub, pusher, model_folder, caplog):
+def test_it_is_tried_again(hub, pusher, model_folder, warnings):
     hub.fail("GET /api/models/alice/run/revision", status=503, times=7)
     pusher.submit(model_folder, "step 1")
     wait_until(lambda: "checkpoints" in str(hub.repositories["models", "alice/run"].refs))
     assert pusher.finish(model_folder, "the end") == []
     assert hub.titles("alice/run", "checkpoints")[0] == "step 1"
     assert hub.titles("alice/run")[0] == "the end"
-    assert "is not pushed yet: cannot push to alice/run: the Hub has a problem (503" in caplog.text
+    assert "is not pushed yet: cannot push to alice/run: the Hub has a problem (503" in warnings()
 
 
-def test_the_hub_stays_away(hub, pusher, model_folder, caplog):
+def test_the_hub_stays_away(hub, pusher, model_folder, warnings):
     """Training goes on, and the end says what to do; nothing on the disk is lost or left over."""
     hub.fail(".*", status=503, times=10_000)
     pusher.submit(model_folder, "step 1")
-    wait_until(lambda: "is not pushed yet" in caplog.text)
+    wait_until(lambda: "is not pushed yet" in warnings())
     pusher.submit(model_folder, "step 2")
     lines = pusher.finish(model_folder, "the end", patience=0.5)
     assert len(lines) == 2
@@ -100,7 +112,7 @@ def test_the_hub_stays_away(hub, pusher, model_folder, caplog):
     pusher._thread.join(20)
     assert not pusher._thread.is_alive()
     assert leftovers(model_folder) == []
-    assert all("hf_alice" not in text for text in (caplog.text, *lines))
+    assert all("hf_alice" not in text for text in (warnings(), *lines))
 
 
 def test_what_the_hub_refuses_is_not_tried_again(hub, pusher, model_folder, tmp_path):
@@ -148,9 +160,9 @@ def test_refused_before_training_starts(hub, monkeypatch, token, repo, branch, s
 
 
 def test_what_a_killed_run_has_left_is_removed(hub, pusher, model_folder):
-    left = model_folder.with_name(f".{model_folder.name}-push-abc")
-    left.mkdir()
-    (left / "model.safetensors").write_bytes(b"x")
+    leftover = model_folder.with_name(f".{model_folder.name}-push-abc")
+    leftover.mkdir()
+    (leftover / "model.safetensors").write_bytes(b"x")
     pusher.submit(model_folder, "step 1")
     assert pusher.finish(None, "") == []
     assert leftovers(model_folder) == []

@@ -1,0 +1,70 @@
+"""Publishing the converted KATs: conversion, proof, card and push of each."""
+
+import tempfile
+from pathlib import Path
+
+from ..checkpoints.published import PUBLISHED
+from ..conversion.conversion import convert
+from .staging import stage
+from .upload import Push, Report, check_access, check_repo_id, send
+
+
+def publish(
+    name: str,
+    namespace: str,
+    *,
+    private: bool | None = None,
+    what_if: bool = False,
+    token: str | None = None,
+    report: Report | None = None,
+) -> list[Push]:
+    """Convert published KATs, prove them, write their cards and push them to `namespace/name`.
+
+    Args:
+        name: a name in `published.PUBLISHED`, or "all".
+        namespace: your user name or an organisation of yours.
+        private: visibility of new repositories.
+        what_if: convert and check, send nothing.
+        token: by default HF_TOKEN's or the one you logged in with.
+        report: gets the text of each conversion and of what will be sent, and each error as it happens.
+
+    Returns:
+        One `Push` for each checkpoint.
+
+    Raises:
+        ValueError: in one line; with "all", after the others have been published.
+    """
+    if name != "all" and name not in PUBLISHED:
+        raise ValueError(f"{name} is not published; known are {', '.join(PUBLISHED)} and all")
+    names = list(PUBLISHED) if name == "all" else [name]
+    targets = {name: check_repo_id(f"{namespace}/{name}") for name in names}
+    check_access(*targets.values(), private=private, what_if=what_if, token=token)
+    report = report or (lambda text: None)
+    pushes: list[Push] = []
+    failures: list[str] = []
+    for checkpoint, repo_id in targets.items():
+        with tempfile.TemporaryDirectory(prefix="flashkat-publish-") as workspace:
+            model, staging = Path(workspace, checkpoint), Path(workspace, "sent")
+            staging.mkdir()
+            try:
+                report(str(convert(checkpoint, model, token=token)))
+                push = send(
+                    stage(model, staging, repo_id=repo_id, published=checkpoint),
+                    repo_id,
+                    "main",
+                    private=private,
+                    what_if=what_if,
+                    token=token,
+                    message=f"Convert {PUBLISHED[checkpoint].file}",
+                    report=report,
+                )
+                pushes.append(push)
+            except ValueError as error:
+                reason = str(error).replace(str(model), checkpoint)
+                if name != "all":
+                    raise ValueError(reason) from error
+                failures.append(f"{checkpoint} ({reason})")
+                report(f"{checkpoint}: {reason}")
+    if failures:
+        raise ValueError(f"{len(failures)} of {len(names)} are not published: {'; '.join(failures)}")
+    return pushes
