@@ -1,4 +1,4 @@
-"""Model cards: written from `model_cards/` or from what a training run left, and checked without the Hub."""
+"""Model cards: written from `model_cards/` or from a training run's summary, and checked without the Hub."""
 
 import importlib.util
 import json
@@ -17,6 +17,8 @@ from ..checkpoints.figures import plot_functions
 from ..checkpoints.loading import load_checkpoint
 from ..checkpoints.published import PUBLISHED
 from ..checkpoints.remote_code import read_config
+from ..files import read_json, write_text
+from ..messages import one_line
 from ..model.configuration_flashkat import SIZES
 from ..model.modeling_flashkat import FlashKATForImageClassification
 
@@ -46,7 +48,7 @@ def write_card(
 
     Args:
         folder: a saved `FlashKATForImageClassification` with its image processor.
-        repo_id: under which the model is published; by default the examples name the folder.
+        repo_id: the name under which the model is published; by default the examples name the folder.
         published: a name in `published.PUBLISHED`: the card tells what is published about it. Otherwise it
             tells what `summary.json`, as training writes it, and the config say.
         license: the Hub's identifier; by default the published one's, and "unknown" for other models.
@@ -60,13 +62,13 @@ def write_card(
     config = read_config(folder)
     facts = published_facts(published, config) if published else training_facts(folder)
     if license:
-        _require(license in _licenses(), f"license {license!r} is not one of the Hub's identifiers")
+        if license not in _licenses():
+            raise ValueError(f"license {license!r} is not one of the Hub's identifiers")
         facts |= {"license": license, "license_text": f"{license}, as its author states."}
-    if repo_id is not None:
-        _check_id(repo_id)
-    model_id = (
-        repo_id or re.sub(r"[^\w.-]+", "-", folder.resolve().name, flags=re.ASCII).strip("-.") or "model"
-    )
+    if repo_id is None:
+        model_id = re.sub(r"[^\w.-]+", "-", folder.resolve().name, flags=re.ASCII).strip("-.") or "model"
+    else:
+        model_id = _check_repo_id(repo_id)
     model, _ = load_checkpoint(str(folder))
     if published and model.config.num_labels != 1000:
         raise ValueError(f"{published} has 1000 labels, but the model has {model.config.num_labels}")
@@ -74,23 +76,18 @@ def write_card(
     text = render_card(facts, model, model_id, picture)
     if problems := check_card(text):
         raise ValueError(f"the card of {folder} would not be valid: {problems[0]}")
-    new = folder / "README.md.new"
     try:
         if picture:
             plot_functions(model).savefig(folder / "functions.png", dpi=110)
-        new.write_text(text, encoding="utf-8")
-        new.replace(folder / "README.md")
+        write_text(folder / "README.md", text)
     except OSError as error:
-        raise ValueError(f"cannot write the card of {folder}: {error.strerror or error}") from error
+        raise ValueError(f"cannot write the card of {folder}: {one_line(error)}") from error
 
 
 def render_card(
     facts: Mapping[str, Any], model: FlashKATForImageClassification, model_id: str, picture: bool
 ) -> str:
-    """The card's text.
-
-    `facts` as `published_facts` or `training_facts` gives them, and what the model itself says.
-    """
+    """Return the card's text from `published_facts` or `training_facts` and from the model itself."""
     title = model_id.rpartition("/")[2]
     data = ModelCardData(
         license=facts["license"],
@@ -120,11 +117,11 @@ def render_card(
 
 
 def check_card(text: str) -> list[str]:
-    """What is wrong with a model card, in words; empty if nothing is.
+    """Return what is wrong with a model card, in words; an empty list if nothing is.
 
-    The Hub's rules as far as they hold offline: front matter in YAML with a license, names of models and data
-    sets, evaluation results; and ours: what a FlashKAT must say, no path of a machine, nothing left of a
-    template.
+    The Hub's rules are checked as far as they hold offline: front matter in YAML with a license, names of
+    models and data sets, evaluation results. Ours are: what a FlashKAT must say, no path of a machine, no
+    placeholder of a template.
     """
     match = FRONT_MATTER.match(text)
     if not match:
@@ -132,13 +129,14 @@ def check_card(text: str) -> list[str]:
     try:
         data = yaml.safe_load(match[1])
     except yaml.YAMLError as error:
-        return [f"its front matter is not YAML: {' '.join(str(error).split())}"]
+        return [f"its front matter is not YAML: {one_line(error)}"]
     if not isinstance(data, dict):
         return ["its front matter is not a mapping"]
     return [*_check_data(data), *_check_text(text, text[match.end() :])]
 
 
 def _check_data(data: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the front matter."""
     if (license := data.get("license")) is None:
         yield "license is missing"
     elif license not in _licenses():
@@ -155,7 +153,7 @@ def _check_data(data: Mapping[str, Any]) -> Iterator[str]:
         values = data.get(name) or []
         for value in values if isinstance(values, list) else [values]:
             try:
-                _check_id(value)
+                _check_repo_id(value)
             except ValueError as error:
                 yield f"{name}: {error}"
     if "model-index" in data:
@@ -163,10 +161,11 @@ def _check_data(data: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_results(data: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the evaluation results in the front matter."""
     try:
         card = ModelCardData(**{"model-index": data["model-index"]})
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        yield f"model-index is not valid: {' '.join(str(error).split())}"
+        yield f"model-index is not valid: {one_line(error)}"
         return
     if not card.model_name or not card.eval_results:
         yield "model-index has no name or no results"
@@ -181,32 +180,34 @@ def _check_results(data: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_text(text: str, body: str) -> Iterator[str]:
+    """Yield what is wrong with the whole text, and with its body below the front matter."""
     if not body.strip():
         yield "it says nothing below the front matter"
     for path in LOCAL_PATH.findall(text):
         yield f"it names a path of one machine, {path}"
     for line in body.splitlines():
-        if found := LEFTOVERS.search(line):
-            yield f"{found[0]!r} is left of a template: {line.strip()[:80]}"
+        if leftover := LEFTOVERS.search(line):
+            yield f"{leftover[0]!r} is left of a template: {line.strip()[:80]}"
     for name in LOADED.findall(body):
         try:
-            _check_id(name)
+            _check_repo_id(name)
         except ValueError as error:
             yield str(error)
 
 
 def published_facts(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the template says about a published checkpoint.
+    """Return what the template says about a published checkpoint.
 
-    ValueError if there is none or the config is another's.
+    Raises:
+        ValueError: there is none of this name, or the config is another's.
     """
-    _require(name in PUBLISHED, f"{name!r} is not one of the published checkpoints: {', '.join(PUBLISHED)}")
+    if name not in PUBLISHED:
+        raise ValueError(f"{name!r} is not one of the published checkpoints: {', '.join(PUBLISHED)}")
     data = yaml.safe_load((CARDS / f"{name}.yaml").read_text(encoding="utf-8"))
-    sizes = {field: config.get(field) for field in SIZES[data["size"]]}
-    _require(
-        sizes == SIZES[data["size"]],
-        f"{name} has {_listed(SIZES[data['size']])}, but the model has {_listed(sizes)}",
-    )
+    expected = SIZES[data["size"]]
+    sizes = {field: config.get(field) for field in expected}
+    if sizes != expected:
+        raise ValueError(f"{name} has {_listed(expected)}, but the model has {_listed(sizes)}")
     return {
         "published": data | {"name": name},
         "license": data["license"],
@@ -223,33 +224,32 @@ def published_facts(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
             for result in data["results"]
         ],
         "eval_results": [
-            EvalResult(
-                task_type="image-classification",
+            _eval_result(
+                result["metric"],
+                result["value"],
                 dataset_type=IMAGENET,
                 dataset_name="ImageNet-1k",
                 dataset_split="validation",
-                metric_type="accuracy",
-                metric_name=f"{result['metric']} in %",
-                metric_value=result["value"],
                 source_name=result["source"],
                 source_url=result["url"],
             )
             for result in data["results"]
         ],
-        "speed": _speed(data["size"]),
+        "speed": _measured_speed(data["size"]),
     }
 
 
 def training_facts(folder: Path) -> dict[str, Any]:
-    """What the template says about a model of this package's training, from its summary.json if there is one."""
-    summary = _summary(folder)
+    """Return what the template says about a model that this package has trained, from its summary.json."""
+    path = folder / "summary.json"
+    summary = read_json(path) if path.is_file() else {}
     data, started_from = (_public_name(summary.get(key), folder) for key in ("data", "started_from"))
     data_name = {None: "the test images", "digits": "scikit-learn's digits"}.get(data, data)
-    measured = [("top-1 accuracy", summary.get("top1")), ("top-5 accuracy", summary.get("top5"))]
-    measured = [(metric, 100 * value) for metric, value in measured if value is not None]
-    images = summary.get("num_test_images")
-    commit = summary.get("commit")
-    source = "measured at the end of training" + (f", commit {commit[:7]}" if commit else "")
+    accuracies = {"top-1 accuracy": summary.get("top1"), "top-5 accuracy": summary.get("top5")}
+    percents = {metric: 100 * value for metric, value in accuracies.items() if value is not None}
+    num_images = summary.get("num_test_images")
+    commit = f", commit {summary['commit'][:7]}" if summary.get("commit") else ""
+    dataset_type = data if data and ("/" in data or data == "digits") else "imagefolder"
     return {
         "license": "unknown",
         "license_text": "Not stated by the author.",
@@ -258,125 +258,102 @@ def training_facts(folder: Path) -> dict[str, Any]:
         "imagenet": bool(data and "imagenet" in data.lower()) and summary.get("num_labels") == 1000,
         "results": [
             {
-                "data": f"{data_name}, {images:,} test images" if images else data_name,
+                "data": f"{data_name}, {num_images:,} test images" if num_images else data_name,
                 "metric": metric,
-                "shown": f"{value:.2f}%",
-                "source": source,
+                "shown": f"{percent:.2f}%",
+                "source": f"measured at the end of training{commit}",
             }
-            for metric, value in measured
+            for metric, percent in percents.items()
         ],
         "eval_results": [
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=data if data and ("/" in data or data == "digits") else "imagefolder",
-                dataset_name=data_name or "",
-                metric_type="accuracy",
-                metric_name=f"{metric} in %",
-                metric_value=round(value, 3),
-            )
-            for metric, value in measured
+            _eval_result(metric, round(percent, 3), dataset_type=dataset_type, dataset_name=data_name or "")
+            for metric, percent in percents.items()
         ]
         or None,
         "training": _training_rows(summary, data_name if data else None, started_from),
     }
 
 
+def _eval_result(metric: str, percent: float, **data_and_source: Any) -> EvalResult:
+    """Return an accuracy in percent as the Hub wants it."""
+    task, name = "image-classification", f"{metric} in %"
+    return EvalResult(task, metric_type="accuracy", metric_name=name, metric_value=percent, **data_and_source)
+
+
 def _training_rows(
     summary: Mapping[str, Any], data: str | None, started_from: str | None
 ) -> list[tuple[str, str]]:
-    """The rows of a fine-tuned model's training table; what the summary does not have is left out."""
+    """Return the rows of a fine-tuned model's training table, less those that the summary does not have."""
 
-    def joined(*parts: tuple[str, str]) -> str:
-        known = [text.format(summary[key]) for key, text in parts if summary.get(key) is not None]
+    def joined(**texts: str) -> str:
+        known = [text.format(summary[key]) for key, text in texts.items() if summary.get(key) is not None]
         return ", ".join(known)
 
     versions = summary.get("versions") or {}
-    raw, averaged = summary.get("top1_raw"), summary.get("top1_ema")
     rows = [
-        ("data", ", ".join(filter(None, [data, joined(("num_train_images", "{:,} training images"))]))),
+        ("data", ", ".join(filter(None, [data, joined(num_train_images="{:,} training images")]))),
         ("started from", started_from or ""),
-        (
-            "length",
-            joined(("epochs", "{} epochs"), ("steps", "{:,} updates"), ("batch_size", "batches of {}")),
-        ),
-        ("best epoch", joined(("best_epoch", "{}"))),
-        ("top-1 of the weights", f"{raw:.2%}" if raw is not None else ""),
-        ("top-1 of the averaged weights", f"{averaged:.2%}" if averaged is not None else ""),
-        ("device", joined(("num_processes", "{} x"), ("device", "{}")).replace(" x, ", " x ")),
-        ("precision", joined(("precision", "{}")) + (", compiled" if summary.get("compiled") else "")),
-        ("throughput", joined(("images_per_second", "{:,.0f} images/s"))),
-        ("peak memory", joined(("peak_memory_gib", "{:.1f} GiB"))),
-        ("time", joined(("seconds", "{:,.0f} s"))),
-        ("seed", joined(("seed", "{}"))),
+        ("length", joined(epochs="{} epochs", steps="{:,} updates", batch_size="batches of {}")),
+        ("best epoch", joined(best_epoch="{}")),
+        ("top-1 of the weights", joined(top1_raw="{:.2%}")),
+        ("top-1 of the averaged weights", joined(top1_ema="{:.2%}")),
+        ("device", joined(num_processes="{} x", device="{}").replace(" x, ", " x ")),
+        ("precision", joined(precision="{}") + (", compiled" if summary.get("compiled") else "")),
+        ("throughput", joined(images_per_second="{:,.0f} images/s")),
+        ("peak memory", joined(peak_memory_gib="{:.1f} GiB")),
+        ("time", joined(seconds="{:,.0f} s")),
+        ("seed", joined(seed="{}")),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
-        ("commit of flashkat_hf", joined(("commit", "{}"))),
+        ("commit of flashkat_hf", joined(commit="{}")),
     ]
     return [(name, value) for name, value in rows if value]
 
 
-def _summary(folder: Path) -> dict[str, Any]:
-    path = folder / "summary.json"
-    if not path.is_file():
-        return {}
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    _require(isinstance(summary, dict), f"{path} is not a JSON object")
-    return summary
-
-
 def _public_name(value: Any, folder: Path) -> str | None:
-    """A Hub id as it is, a path by its last part.
+    """Return a Hub id as it is, and a path by its last part.
 
-    An id has one slash; so may a relative path, which is told by its first part and by what is there, here or
-    above the model's folder. Where that errs, an id loses its namespace; no path is kept.
+    An id has one slash; so may a relative path, which is told by its first part and by the folders here and
+    above the model's. Where that errs, an id loses its namespace; no path is kept.
     """
     if value is None:
         return None
     parts = re.split(r"[/\\]+", str(value).rstrip("/\\"))
-    name = "/".join(parts)
     places = (Path.cwd(), *folder.resolve().parents)
     if len(parts) != 2 or parts[0] in LOCAL_FOLDERS or any((place / parts[0]).is_dir() for place in places):
         return parts[-1]
     try:
-        _check_id(name)
+        return _check_repo_id("/".join(parts))
     except ValueError:
         return parts[-1]
-    return name
 
 
 def _licenses() -> list[str]:
+    """Return the Hub's identifiers of licenses."""
     return (CARDS / "licenses.txt").read_text(encoding="utf-8").split()
 
 
-def _speed(size: str) -> list[dict[str, Any]]:
-    """The measured training steps, inference and latency of a model size.
-
-    `benchmarks/render.py` writes them.
-    """
+def _measured_speed(size: str) -> list[dict[str, Any]]:
+    """Return the measured speeds of a model size, which `benchmarks/render.py` writes for the cards."""
     lines = [json.loads(line) for line in (CARDS / "speed.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line["size"] == size]
 
 
 def _label_names(id2label: Mapping[Any, str] | None) -> str | None:
+    """Return the first five labels in one line, or None where they have no names."""
     names = [str(name) for _, name in sorted((id2label or {}).items())]
     if not names or names[0] == "LABEL_0":
         return None
     return ", ".join(names[:5]).replace("|", "\\|") + (f", ... ({len(names)})" if len(names) > 5 else "")
 
 
-def _check_id(repo_id: Any) -> None:
+def _check_repo_id(repo_id: Any) -> str:
+    """Return a name if the Hub would take it; `upload.check_repo_id` also demands an owner."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"not a name that the Hub takes: {error}") from error
+        raise ValueError(f"not a name that the Hub takes: {one_line(error)}") from error
+    return repo_id
 
 
 def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in values.items())
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

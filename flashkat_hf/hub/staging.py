@@ -1,12 +1,10 @@
-"""What a push sends of a model folder.
-
-Checked, completed with code and card, and without anything of this machine.
-"""
+"""What a push sends of a model folder: checked, completed, nothing of this machine in it."""
 
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,28 +15,17 @@ from safetensors import SafetensorError, safe_open
 
 from ..checkpoints.loading import load_checkpoint
 from ..checkpoints.remote_code import check_code, write_code
+from ..files import read_json, to_json
+from ..messages import one_line
 from ..model.configuration_flashkat import FlashKATConfig
 from ..model.modeling_flashkat import FlashKATForImageClassification
 from .card import LOCAL_PATH, check_card, write_card
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TEXT = (".json", ".jsonl", ".md", ".txt", ".csv", ".yaml", ".yml", ".py")
-SENT = (*TEXT, ".png", ".jpg", ".jpeg", ".svg", ".webp")
-SENT_NAMES = ("LICENSE", "NOTICE")
-PICKLES = (
-    ".bin",
-    ".pt",
-    ".pth",
-    ".pkl",
-    ".pickle",
-    ".ckpt",
-    ".tar",
-    ".joblib",
-    ".npy",
-    ".npz",
-    ".h5",
-    ".msgpack",
-)
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+TEXT_SUFFIXES = {".json", ".jsonl", ".md", ".txt", ".csv", ".yaml", ".yml", ".py"}
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".svg", ".webp"}
+PICKLE_SUFFIX = re.compile(r"\.(bin|pt|pth|pkl|pickle|ckpt|tar|joblib|npy|npz|h5|msgpack)")
 TRAINING_STATE = re.compile(
     r"training_args\.bin|trainer_state\.json|(training_state|optimizer|scheduler|scaler|sampler|rng_state|random_states"
     r"|dl_state_dict|custom_checkpoint).*\.(bin|pt|pth|pkl|json|safetensors)"
@@ -72,9 +59,7 @@ def stage(
     final: bool = True,
     secrets: Iterable[str] = (),
 ) -> Staged:
-    """Fill the empty folder `target` with what a push of the model in `source` sends.
-
-    `source` stays as it is.
+    """Fill the empty folder `target` with what a push of `source` sends; `source` stays as it is.
 
     Args:
         source: a model folder.
@@ -91,65 +76,60 @@ def stage(
         ValueError: in one line: it is no model folder, holds pickles, weights and config do not agree, card
             or code are not complete, or a text names a path of this machine or holds an access token.
     """
+    staged = Staged(target)
+    with _cannot_be_pushed(source, target):
+        _copy_files(source, staged, include_training_state)
+        check_weights(target)
+        write_code(target)
+        code = sorted(path.name for path in target.glob("*.py"))
+        staged.notes.append(f"code: {len(code)} files of this package, for trust_remote_code")
+        for name in code:
+            staged.left_out.pop(name, None)
+        if final:
+            load_checkpoint(str(target))
+            if not (target / "README.md").is_file():
+                write_card(target, repo_id=repo_id, published=published, license=license)
+                staged.notes.append("README.md: written, as there was none")
+            elif license:
+                raise ValueError(f"its README.md says what the license is; there is no use for {license}")
+        _check_texts(target, source, secrets)
+    return staged
+
+
+@contextmanager
+def _cannot_be_pushed(source: Path, target: Path) -> Iterator[None]:
+    """Let an error say that `source` cannot be pushed, and name `source` where it names `target`."""
     try:
-        return _stage(source, target, repo_id, include_training_state, published, license, final, secrets)
-    except OSError as error:
-        raise ValueError(f"{source} cannot be pushed: {error.strerror or error}") from error
-    except ValueError as error:
-        text = str(error).replace(str(target), str(source))
-        raise ValueError(f"{source} cannot be pushed: {text}") from error
+        yield
+    except (OSError, ValueError) as error:
+        reason = (
+            one_line(error) if isinstance(error, OSError) else str(error).replace(str(target), str(source))
+        )
+        raise ValueError(f"{source} cannot be pushed: {reason}") from error
 
 
-def _stage(
-    source: Path,
-    target: Path,
-    repo_id: str | None,
-    include_training_state: bool,
-    published: str | None,
-    license: str | None,
-    final: bool,
-    secrets: Iterable[str],
-) -> Staged:
+def _copy_files(source: Path, staged: Staged, include_training_state: bool) -> None:
+    """Link weights and copy texts and pictures, with paths of this machine shortened."""
     if not source.is_dir():
         raise ValueError("it is not a folder")
     if not (source / "config.json").is_file():
         raise ValueError("it is not a model folder, as it has no config.json")
-    _read_json(source / "config.json")
-    staged = Staged(target)
     weights = weight_files(source)
     for path in sorted(source.iterdir()):
-        if reason := _left_out(path, weights, include_training_state):
+        copy = staged.folder / path.name
+        if reason := _reason_to_leave_out(path, weights, include_training_state):
             staged.left_out[path.name] = reason
         elif path.suffix == ".safetensors":
-            (target / path.name).symlink_to(path.resolve())  # large, and nothing writes to it
+            copy.symlink_to(path.resolve())  # large, and nothing writes to it
         else:
-            shutil.copyfile(path, target / path.name)
-            if path.suffix in (".json", ".jsonl") and (
-                changed := _shorten_local_paths(target / path.name, source)
-            ):
-                staged.notes.append(
-                    f"{path.name}: {changed} paths of this machine shortened to their last part"
-                )
-    check_weights(target)
-    write_code(target)
-    if code := sorted(path.name for path in target.glob("*.py")):
-        staged.notes.append(f"code: {len(code)} files of this package, for trust_remote_code")
-    for name in code:
-        staged.left_out.pop(name, None)
-    if final:
-        load_checkpoint(str(target))
-        if (target / "README.md").is_file():
-            if license:
-                raise ValueError(f"its README.md says what the license is; there is no use for {license}")
-        else:
-            write_card(target, repo_id=repo_id, published=published, license=license)
-            staged.notes.append("README.md: written, as there was none")
-    _check_texts(target, source, secrets)
-    return staged
+            shutil.copyfile(path, copy)
+            if path.suffix in (".json", ".jsonl") and (count := _shorten_local_paths(copy, source)):
+                note = f"{path.name}: {count} paths of this machine shortened to their last part"
+                staged.notes.append(note)
 
 
-def _left_out(path: Path, weights: set[str], include_training_state: bool) -> str | None:
-    """Why this file is not sent, or None if it is.
+def _reason_to_leave_out(path: Path, weights: set[str], include_training_state: bool) -> str | None:
+    """Return why a file is not sent, or None if it is.
 
     Raises:
         ValueError: it is a pickle that might be taken for weights.
@@ -160,79 +140,72 @@ def _left_out(path: Path, weights: set[str], include_training_state: bool) -> st
         return "a folder"
     if TRAINING_STATE.fullmatch(path.name):
         return None if include_training_state else "training state"
-    if path.suffix in PICKLES:
-        raise ValueError(
-            f"{path.name} is not a safetensors file, and nothing else is sent as weights; move it away"
-        )
+    if PICKLE_SUFFIX.fullmatch(path.suffix):
+        rule = "nothing else is sent as weights; move it away"
+        raise ValueError(f"{path.name} is not a safetensors file, and {rule}")
     if path.suffix == ".safetensors":
         return None if path.name in weights else "not a part of the weights"
     if path.suffix == ".py":
         return "not this package's code"
-    return None if path.suffix in SENT or path.name in SENT_NAMES else "not a part of a model"
+    sent = path.suffix in TEXT_SUFFIXES | PICTURE_SUFFIXES or path.name in ("LICENSE", "NOTICE")
+    return None if sent else "not a part of a model"
 
 
 def weight_files(folder: Path) -> set[str]:
-    """The names of the safetensors files that transformers loads.
+    """Return the names of the safetensors files that transformers loads.
 
     Raises:
         ValueError: there are none, or the index names what is not there.
     """
-    if (folder / WEIGHTS).is_file():
-        return {WEIGHTS}
-    if not (folder / INDEX).is_file():
-        raise ValueError(f"it has neither {WEIGHTS} nor {INDEX}")
-    index = _read_json(folder / INDEX)
+    if (folder / WEIGHTS_FILE).is_file():
+        return {WEIGHTS_FILE}
+    if not (folder / WEIGHTS_INDEX).is_file():
+        raise ValueError(f"it has neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX}")
+    index = read_json(folder / WEIGHTS_INDEX)
     shards = set(index["weight_map"].values()) if isinstance(index.get("weight_map"), dict) else set()
     if not shards:
-        raise ValueError(f"{INDEX} names no files")
+        raise ValueError(f"{WEIGHTS_INDEX} names no files")
     for name in sorted(shards):
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{INDEX} names {name}, which is not there")
+            raise ValueError(f"{WEIGHTS_INDEX} names {name}, which is not there")
     return shards
 
 
 def check_weights(folder: Path) -> None:
-    """Compare the tensors' names and shapes with those of the model that the config describes.
-
-    Reads headers only.
+    """Compare the tensors' names and shapes, read from the headers, with those of the model in config.json.
 
     Raises:
         ValueError: a file is damaged, or they differ.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    stored: dict[str, tuple[int, ...]] = {}
     for name in sorted(weight_files(folder)):
         try:
             with safe_open(folder / name, "pt") as file:
-                found |= {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor in file.keys()}  # noqa: SIM118
+                stored |= {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{name} is damaged or no safetensors file ({' '.join(str(error).split())})"
-            ) from error
-    settings = _read_json(folder / "config.json")
-    if (kind := settings.get("model_type")) != "flashkat":
-        raise ValueError(f"config.json describes a {kind} model, not a FlashKAT")
+            raise ValueError(f"{name} is damaged or no safetensors file ({one_line(error)})") from error
+    if (model_type := read_json(folder / "config.json").get("model_type")) != "flashkat":
+        raise ValueError(f"config.json describes a {model_type} model, not a FlashKAT")
     try:
         config = FlashKATConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = FlashKATForImageClassification(config)
     except (StrictDataclassError, TypeError, KeyError) as error:
-        raise ValueError(f"config.json: {' '.join(str(error).split())}") from error
+        raise ValueError(f"config.json: {one_line(error)}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if lost := sorted(expected.keys() - found.keys()):
-        raise ValueError(
-            f"the weights lack {len(lost)} tensors of the model in config.json, such as {lost[0]}"
-        )
-    if others := sorted(found.keys() - expected.keys()):
-        raise ValueError(
-            f"the weights have {len(others)} tensors that config.json does not call for: {others[0]}, ..."
-        )
+    if missing := sorted(expected.keys() - stored.keys()):
+        count = f"{len(missing)} tensors of the model in config.json"
+        raise ValueError(f"the weights lack {count}, such as {missing[0]}")
+    if surplus := sorted(stored.keys() - expected.keys()):
+        count = f"{len(surplus)} tensors that config.json does not call for"
+        raise ValueError(f"the weights have {count}: {surplus[0]}, ...")
     for name, shape in expected.items():
-        if found[name] != shape:
-            raise ValueError(f"{name} is {found[name]} in the weights, but {shape} by config.json")
+        if stored[name] != shape:
+            raise ValueError(f"{name} is {stored[name]} in the weights, but {shape} by config.json")
 
 
 def _shorten_local_paths(path: Path, source: Path) -> int:
-    """Cut paths of this machine in a JSON file, or in JSON lines, to their last part; returns how many."""
+    """Cut paths of this machine in a JSON file, or in JSON lines, to their last part; return how many."""
     local, count = _local_paths(source), 0
 
     def shorten(text: str) -> str:
@@ -240,7 +213,7 @@ def _shorten_local_paths(path: Path, source: Path) -> int:
         if PurePosixPath(text).is_absolute() and "\n" not in text and Path(text).parent.is_dir():
             text, times = PurePosixPath(text).name, 1
         else:
-            text, times = local.subn(lambda found: re.split(r"[\\/]", found[0].rstrip("\\/"))[-1], text)
+            text, times = local.subn(lambda match: re.split(r"[\\/]", match[0].rstrip("\\/"))[-1], text)
         count += times
         return text
 
@@ -251,57 +224,44 @@ def _shorten_local_paths(path: Path, source: Path) -> int:
             return [walk(item) for item in value]
         return shorten(value) if isinstance(value, str) else value
 
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text, lines = path.read_text(encoding="utf-8", errors="replace"), path.suffix == ".jsonl"
     try:
-        contents = (
-            [json.loads(line) for line in text.splitlines() if line.strip()]
-            if path.suffix == ".jsonl"
-            else ([json.loads(text)])
-        )
+        parts = [line for line in text.splitlines() if line.strip()] if lines else [text]
+        contents = [json.loads(part) for part in parts]
     except ValueError as error:
-        raise ValueError(f"{path.name} is no JSON file ({error})") from error
-    if path.name == "config.json" and contents[0].pop(
-        "_name_or_path", ""
-    ):  # as transformers does when it saves
-        count += 1
-    indent = None if path.suffix == ".jsonl" else 2
-    shorter = "".join(f"{json.dumps(walk(content), indent=indent)}\n" for content in contents)
+        raise ValueError(f"{path.name} is no JSON file ({one_line(error)})") from error
+    if path.name == "config.json":
+        if not isinstance(contents[0], dict):
+            raise ValueError("config.json is no JSON object")
+        count += bool(contents[0].pop("_name_or_path", ""))  # as transformers does when it saves
+    shortened = "".join(to_json(walk(content), indent=None if lines else 2) for content in contents)
     if count:
-        path.write_text(shorter, encoding="utf-8")
+        path.write_text(shortened, encoding="utf-8")
     return count
 
 
 def _local_paths(source: Path) -> re.Pattern[str]:
-    """`LOCAL_PATH`, and whatever lies below the home directory, the working directory or the folder's own."""
+    """Return `LOCAL_PATH` with all that lies below the home, the working or the folder's parent directory."""
     places = {str(place) for place in (Path.home(), Path.cwd(), source.resolve().parent)} - {"/"}
     own = "|".join(re.escape(place) for place in sorted(places, key=len, reverse=True))
     return re.compile(rf"(?<![\w.:/])(?:{own})/\S+|{LOCAL_PATH.pattern}")
 
 
 def _check_texts(folder: Path, source: Path, secrets: Iterable[str]) -> None:
+    """Refuse access tokens and paths of this machine in texts, incomplete code and an invalid card."""
     secrets = [secret for secret in secrets if secret]
     local = _local_paths(source)
     for path in sorted(folder.iterdir()):
-        if path.suffix not in TEXT:
+        if path.suffix not in TEXT_SUFFIXES:
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
         if TOKEN.search(text) or any(secret in text for secret in secrets):
             raise ValueError(f"{path.name} holds an access token; take it out, and make a new one")
         for number, line in enumerate(text.splitlines(), 1):
-            if found := local.search(line):
-                raise ValueError(f"{path.name}, line {number}, names a path of this machine, {found[0]}")
+            if match := local.search(line):
+                raise ValueError(f"{path.name}, line {number}, names a path of this machine, {match[0]}")
     if problems := check_code(folder):
         raise ValueError(f"its code is not complete: {problems[0]}")
     card = folder / "README.md"
     if card.is_file() and (problems := check_card(card.read_text(encoding="utf-8", errors="replace"))):
         raise ValueError(f"README.md: {problems[0]}; correct it, or move it away to have one written")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} is no JSON file ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is no JSON object")
-    return content

@@ -111,8 +111,9 @@ def test_card_of_a_fine_tuned_model(folder):
     assert (card.data.license, card.data.base_model, card.data.datasets) == ("unknown", None, None)
     top1, top5 = card.data.eval_results
     assert (top1.metric_value, top5.metric_value, top1.dataset_name) == (98.611, 100.0, "photos")
+    source = "measured at the end of training, commit 0123456"
     for row in (
-        "| photos, 360 test images | top-1 accuracy | 98.61% | measured at the end of training, commit 0123456 |",
+        f"| photos, 360 test images | top-1 accuracy | 98.61% | {source} |",
         "| data | photos, 1,437 training images |",
         "| started from | kat-tiny |",
         "| length | 50 epochs, 1,150 updates, batches of 64 |",
