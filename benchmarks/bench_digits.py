@@ -1,10 +1,10 @@
-"""Held-out accuracy on scikit-learn's digits of a FlashKAT beside a plain ViT of the same size, under the same recipe.
+"""Compare a FlashKAT's held-out accuracy on scikit-learn's digits with that of a plain ViT of the same size.
 
-    python benchmarks/bench_digits.py --output benchmarks/results/digits.jsonl               # micro, on a CPU
-    python benchmarks/bench_digits.py --size tiny --output benchmarks/results/digits_224.jsonl   # 224 pixels, on a GPU
+    python benchmarks/bench_digits.py --output benchmarks/results/digits.jsonl  # micro, on a CPU
+    python benchmarks/bench_digits.py --size tiny --output benchmarks/results/digits_224.jsonl  # on a GPU
 
-Runs are processes' own matter, so seeds can go side by side, each into a file, as on a GPU that one does not
-fill:
+The size tiny takes images of 224 pixels. Runs share nothing, so on a GPU that one of them does not fill,
+seeds can go side by side, each into a file:
 
     for seed in 0 1 2; do
         python benchmarks/bench_digits.py --size tiny --seeds $seed --output runs/$seed.jsonl \
@@ -62,7 +62,7 @@ class Arguments:
 
 
 class ViT(VisionTransformer):
-    """timm's ViT, called as the trainer calls a FlashKAT."""
+    """A ViT of timm that the trainer can call as it calls a FlashKAT."""
 
     def __init__(self, config: FlashKATConfig):
         super().__init__(
@@ -89,16 +89,16 @@ class ViT(VisionTransformer):
 
 
 def build_vit(settings: Settings, class_names: list[str]):
-    others = {"num_labels": len(class_names), "drop_path_rate": settings.drop_path}
-    micro = settings.size == "micro"
-    config = (
-        FlashKATConfig(**MICRO, **others) if micro else FlashKATConfig.from_size(str(settings.size), **others)
-    )
+    fields = {"num_labels": len(class_names), "drop_path_rate": settings.drop_path}
+    if settings.size == "micro":
+        config = FlashKATConfig(**MICRO, **fields)
+    else:
+        config = FlashKATConfig.from_size(str(settings.size), **fields)
     return ViT(config), make_image_processor(config.image_size, 1.0)
 
 
 def measure(model: str, seed: int, arguments: Arguments) -> dict:
-    """One run's summary, less what is no result."""
+    """Train one model and return the results in its run's summary."""
     flags = ["--size", arguments.size, "--seed", str(seed)]
     flags += [part for setting in arguments.settings for part in f"--{setting}".split("=", 1)]
     with tempfile.TemporaryDirectory() as folder:
@@ -107,19 +107,9 @@ def measure(model: str, seed: int, arguments: Arguments) -> dict:
         last = json.loads(Path(folder, "run", "last", "summary.json").read_text())["top1"]
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-    kept = (
-        "top1",
-        "best_epoch",
-        "epochs",
-        "steps",
-        "batch_size",
-        "image_size",
-        "precision",
-        "compiled",
-        "seed",
-        "seconds",
-    )
-    about = {name: summary[name] for name in (*kept, "images_per_second", "device", "versions", "commit")}
+    names = "top1 best_epoch epochs steps batch_size image_size precision compiled seed seconds"
+    names += " images_per_second device versions commit"
+    about = {name: summary[name] for name in names.split()}
     about |= {"commit": arguments.commit} if arguments.commit else {}
     model_about = {"model": model, "size": arguments.size, "learning_rate": settings.learning_rate}
     return {**model_about, "last_top1": last, **about}
@@ -130,15 +120,15 @@ def main(arguments: Arguments) -> None:
     results: dict[str, list[dict]] = {model: [] for model in arguments.models}
     with arguments.output.open("w") as lines:
         for seed in arguments.seeds:
-            for model, found in results.items():
-                found.append(measure(model, seed, arguments))
-                lines.write(json.dumps(found[-1]) + "\n")
+            for model, runs in results.items():
+                runs.append(measure(model, seed, arguments))
+                lines.write(json.dumps(runs[-1]) + "\n")
                 lines.flush()
     print(f"\n{arguments.size}, {len(arguments.seeds)} seeds: held-out top-1 after the last epoch")
-    for model, found in results.items():
-        last, best = ([100 * result[name] for result in found] for name in ("last_top1", "top1"))
+    for model, runs in results.items():
+        last, best = ([100 * result[name] for result in runs] for name in ("last_top1", "top1"))
         spread = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""
-        seconds = statistics.mean(result["seconds"] for result in found)
+        seconds = statistics.mean(result["seconds"] for result in runs)
         text = f"{statistics.mean(last):.2f}%{spread}   best epoch {statistics.mean(best):.2f}%"
         print(f"{model:9} {text}   {seconds:.0f} s a run")
 

@@ -1,6 +1,6 @@
-"""Throughput of FlashKAT beside timm's ViT of the same size: training step, inference, latency.
+"""Measure the throughput of FlashKAT beside timm's ViT of the same size: training step, inference, latency.
 
-On a GPU or a CPU.
+It runs on a GPU or a CPU.
 
 A training step is forward, cross-entropy, backward and fused AdamW on synthetic images, under bfloat16
 autocast on a GPU and in float32 on a CPU; inference has bfloat16 weights on a GPU. The providers take turns,
@@ -36,9 +36,10 @@ kernels:
 The original code, from clones (`peers.py`); KAT runs at 32 images at most, since a step of it takes that
 long:
 
-    python benchmarks/bench_model.py --append --output $R/model.jsonl --peer PATH --providers "FlashKAT, original"
-    python benchmarks/bench_model.py --append --output $R/model.jsonl --peer PATH --providers "KAT, original" \
-        --modes eager --turn 1 --turns 3
+    python benchmarks/bench_model.py --append --output $R/model.jsonl --peer PATH \
+        --providers "FlashKAT, original"
+    python benchmarks/bench_model.py --append --output $R/model.jsonl --peer PATH \
+        --providers "KAT, original" --modes eager --turn 1 --turns 3
 
 Compiling takes most of the time, on one core. With `--lock FILE` several of these programs, and of
 `profile_step.py`, run side by side on one GPU: they make their steps together and time them alone, one
@@ -114,7 +115,7 @@ PROVIDERS = {"flashkat_hf": flashkat, "timm ViT": vit, "timm ViT, matrix-product
 
 @dataclass(frozen=True, kw_only=True)
 class Provided:
-    """The settings that name what is measured, where, and where the results go."""
+    """Settings that say what is measured, where, and where the results go."""
 
     output: Path = field(metadata={"help": "JSON lines are written here"})
     append: bool = field(default=False, metadata={"help": "add to the output file instead of starting it"})
@@ -148,7 +149,7 @@ class Provided:
             peers.load(self.peer, name)
 
     def makers(self) -> dict[str, Callable[[str, int], torch.nn.Module]]:
-        """Functions of size and image size, by provider; the originals only with --peer."""
+        """Return functions of size and image size, by provider; the originals only with --peer."""
         originals = peers.SOURCES if self.peer is not None else ()
         return PROVIDERS | {
             name: partial(peers.make, self.peer, name, num_labels=LABELS) for name in originals
@@ -187,10 +188,8 @@ class Settings(Provided):
         wrong = [pixels for pixels in self.image_sizes if pixels < 1 or pixels % PATCH_SIZE]
         refuse(wrong, f"--image_sizes: {wrong} must be positive multiples of {PATCH_SIZE}")
         originals = [name for name in self.chosen() if name in peers.SOURCES]
-        refuse(
-            originals and self.task == "inference",
-            f"--providers: {'; '.join(originals)} computes in float32, but inference here has bfloat16 weights",
-        )
+        problem = "computes in float32, but inference here has bfloat16 weights"
+        refuse(originals and self.task == "inference", f"--providers: {'; '.join(originals)} {problem}")
 
 
 def refuse(condition: object, message: str) -> None:
@@ -204,7 +203,7 @@ def refuse_unknown(option: str, values: list[str], known: dict) -> None:
 
 
 def about(settings: Provided) -> dict[str, str | None]:
-    """What every result says of the machine, the versions and the code."""
+    """Return what every result says of the machine, the versions and the code."""
     gpu = settings.device == "cuda"
     if gpu:
         import triton
@@ -224,10 +223,7 @@ def about(settings: Provided) -> dict[str, str | None]:
 
 @contextmanager
 def results_file(settings: Provided) -> Iterator[Callable[[dict], None]]:
-    """A function that writes a result, with `about` the machine, and shows it.
-
-    What it wrote survives a kill.
-    """
+    """Give a function that writes a result, with `about` the machine, and shows it; lines survive a kill."""
     facts = about(settings)
     try:
         settings.output.parent.mkdir(parents=True, exist_ok=True)
@@ -246,14 +242,14 @@ def results_file(settings: Provided) -> Iterator[Callable[[dict], None]]:
 
 @contextmanager
 def beside_others(settings: Provided) -> Iterator[None]:
-    """While a step is made: others may make theirs, but nobody times."""
+    """Hold the lock that lets other programs make a step, but not time one."""
     with locked(settings.lock, fcntl.LOCK_SH):
         yield
 
 
 @contextmanager
 def alone(settings: Provided) -> Iterator[None]:
-    """While a step is timed: the other programs wait."""
+    """Hold the lock that lets other programs wait while a step is timed."""
     with locked(settings.lock, fcntl.LOCK_EX):
         yield
 
@@ -271,7 +267,7 @@ def locked(path: Path | None, operation: int) -> Iterator[None]:
 def make_step(
     model: torch.nn.Module, task: str, mode: str, images: torch.Tensor, labels: torch.Tensor
 ) -> Callable[[], torch.Tensor]:
-    """A function that makes one step, and returns the loss or the logits."""
+    """Return a function that makes one step and returns the loss or the logits."""
     gpu = images.is_cuda
     if task == "inference" and gpu:
         model, images = model.bfloat16(), images.bfloat16()
@@ -293,10 +289,15 @@ def make_step(
 
 
 def warm_step(
-    make: Callable[[str, int], torch.nn.Module], task: str, size: str, mode: str, batch_size: int, image_size: int,
+    make: Callable[[str, int], torch.nn.Module],
+    task: str,
+    size: str,
+    mode: str,
+    batch_size: int,
+    image_size: int,
     device: str,
-) -> Callable[[], torch.Tensor]:  # fmt: skip
-    """A step that has run often enough for whatever compiles and allocates, and whose outcome is finite."""
+) -> Callable[[], torch.Tensor]:
+    """Return a step that has compiled and allocated what it needs, and whose outcome is finite."""
     torch.manual_seed(0)
     images = torch.randn(batch_size, 3, image_size, image_size, device=device)
     labels = torch.randint(LABELS, (batch_size,), device=device)
@@ -308,7 +309,7 @@ def warm_step(
 
 
 def together(step: Callable[[], torch.Tensor], turn: int) -> list[float]:
-    """Milliseconds of one step on the GPU, the mean over `turn` of them in a row with work queued in front."""
+    """Milliseconds of one step on the GPU: the mean over `turn` of them in a row, behind queued work."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     step()
     start.record()
@@ -333,7 +334,7 @@ def one_by_one(step: Callable[[], torch.Tensor], turn: int, gpu: bool) -> list[f
 
 
 def measure(settings: Settings, size: str, mode: str, image_size: int, batch_size: int) -> list[dict]:
-    """One result for each provider; they take turns."""
+    """Time the providers in turns, and return one result for each."""
     gpu = settings.device == "cuda"
     torch.compiler.reset()
     makers, steps, peaks, batches = settings.makers(), {}, {}, {}
@@ -367,13 +368,13 @@ def measure(settings: Settings, size: str, mode: str, image_size: int, batch_siz
             "mode": mode,
             "batch_size": batches[provider],
             "image_size": image_size,
-            "images_per_s": round(batches[provider] / median(found) * 1e3, 1),
-            "ms": round(median(found), 3),
-            "spread": round((max(found) - min(found)) / median(found), 3),
+            "images_per_s": round(batches[provider] / median(samples) * 1e3, 1),
+            "ms": round(median(samples), 3),
+            "spread": round((max(samples) - min(samples)) / median(samples), 3),
             "peak_gib": peaks[provider],
             "turn": 1 if single else turn,
         }
-        for provider, found in times.items()
+        for provider, samples in times.items()
     ]
 
 

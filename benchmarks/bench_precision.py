@@ -1,13 +1,13 @@
-"""Error of the coefficients' gradients against float64: our sums beside the original KAT kernel's.
+"""Measure the error of the coefficients' gradients: our sums beside the original KAT kernel's.
 
 The original adds each element's term to its coefficient in memory by an atomic addition, in float32: one long
 running sum, emulated here in the order of memory (on a GPU the order changes from run to run). Ours is the
 operator as users call it: on a GPU the Triton kernel's sums in registers and one reduction, on a CPU the sums
 of `reference.py`. Inputs are normal, the coefficients those of the swish table with noise. A result is one
-JSON line: the mean absolute error over the draws and coefficients, relative to the gradients' mean absolute
-value.
+JSON line: the mean absolute error against float64 over the draws and coefficients, relative to the gradients'
+mean absolute value.
 
-    python benchmarks/bench_precision.py --output benchmarks/results/precision.jsonl  # two minutes on one core
+    python benchmarks/bench_precision.py --output benchmarks/results/precision.jsonl  # two minutes
     python benchmarks/bench_precision.py --output benchmarks/results/precision_gpu.jsonl --peer PATH
 
 With --peer, a folder with clones (`peers.py`), the original kernels of FlashKAT and KAT themselves run on the
@@ -49,23 +49,23 @@ class Settings:
 
 
 def gradients(x: Tensor, grad_y: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Of numerator and denominator side by side, `(8, 10)` float64."""
+    """Return the gradients of numerator and denominator side by side, `(8, 10)` float64."""
     tables = tuple(
         table.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_() for table in tables
     )
-    found = torch.autograd.grad(rational(x, *tables), tables, grad_y)
-    return torch.cat(found, dim=1).double().cpu()
+    sums = torch.autograd.grad(rational(x, *tables), tables, grad_y)
+    return torch.cat(sums, dim=1).double().cpu()
 
 
 def original(rational: Callable, x: Tensor, grad_y: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """The same by an original kernel, in float32."""
+    """Return the same gradients by an original kernel, in float32."""
     tables = tuple(table.detach().requires_grad_() for table in tables)
-    found = torch.autograd.grad(rational(x.float(), *tables), tables, grad_y.float())
-    return torch.cat(found, dim=1).double().cpu()
+    sums = torch.autograd.grad(rational(x.float(), *tables), tables, grad_y.float())
+    return torch.cat(sums, dim=1).double().cpu()
 
 
 def running_sums(x: Tensor, grad_y: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """The same by one running float32 sum for each coefficient, element by element in the order of memory."""
+    """Return the same gradients by running float32 sums, element by element in the order of memory."""
     a, b = (table.float().cpu()[:, :, None] for table in tables)
     x, grad_y = (
         tensor.float().cpu().view(-1, 8, tensor.shape[-1] // 8).transpose(0, 1) for tensor in (x, grad_y)
@@ -122,14 +122,14 @@ def main(settings: Settings) -> None:
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     with settings.output.open("w") as lines:
         for dtype, method in cases:
-            found = torch.tensor(errors[dtype, method], dtype=torch.float64)
+            samples = torch.tensor(errors[dtype, method], dtype=torch.float64)
             result = {
                 "method": method,
                 "dtype": str(dtype).removeprefix("torch."),
                 "shape": settings.shape,
                 "draws": settings.draws,
-                "mean_error": found.mean().item(),
-                "largest_error": found.max().item(),
+                "mean_error": samples.mean().item(),
+                "largest_error": samples.max().item(),
             }
             print(json.dumps(result))
             lines.write(json.dumps({**result, **about}) + "\n")

@@ -1,6 +1,4 @@
-"""Bandwidth of the rational, forward and backward, beside PyTorch's GELU and the compiled reference.
-
-Needs a GPU.
+"""Measure the bandwidth of the rational beside PyTorch's GELU and the compiled reference; it needs a GPU.
 
 Each provider is checked against the float64 reference before it is timed. A result is one JSON line with the
 GPU, the versions and the commit; `of_copy` is its bandwidth over that of a large device copy in the same run.
@@ -56,7 +54,7 @@ def median_ms(run: Callable, repeats: int) -> float:
 
 
 def copy_bandwidth(repeats: int) -> float:
-    """Bytes per second, read and written, of a copy of 4 GiB."""
+    """Bytes per second that a copy of 4 GiB reads and writes."""
     source = torch.empty(2**30, dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / (median_ms(lambda: target.copy_(source), repeats) * 1e-3)
@@ -80,8 +78,7 @@ def check(provider: str, dtype: torch.dtype) -> None:
     gradients = torch.autograd.grad(y, leaves, grad_y)
     doubles = [leaf.detach().double() for leaf in leaves]
     exact = [rational_value(*doubles), *rational_gradients(grad_y.double(), *doubles)]
-    # of a rounding to dtype, or of float32 arithmetic, which the original does with powers instead of
-    # Horner's rule
+    # A few roundings to dtype, or float32 arithmetic: the original computes powers instead of Horner's rule
     tolerance = 1e-4 if provider == peers.FLASHKAT else max(4 * torch.finfo(dtype).eps, 1e-5)
     for actual, expected in zip((y.detach(), *gradients[:1]), exact[:2], strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
@@ -130,9 +127,8 @@ def main(settings: Settings) -> None:
                 check(provider, dtype)
                 for channels in settings.channels:
                     for direction, ms in measure(provider, channels, dtype, settings).items():
-                        tensors = (
-                            2 if direction == "forward" else 3
-                        )  # read x, write y; read x and grad_y, write grad_x
+                        # read x, write y; read x and grad_y, write grad_x
+                        tensors = 2 if direction == "forward" else 3
                         num_bytes = tensors * settings.batch_size * TOKENS * channels * dtype.itemsize
                         result = {
                             "provider": provider,

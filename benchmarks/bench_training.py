@@ -1,10 +1,9 @@
-"""Throughput of the trainer with the pretraining recipe.
+"""Measure the trainer's throughput with the pretraining recipe: JPEG files, synthetic data, two GPUs.
 
-From JPEG files against synthetic data, and over two GPUs.
-
-    python benchmarks/bench_training.py --output benchmarks/results/training.jsonl
-    python benchmarks/bench_training.py --append --output benchmarks/results/training.jsonl --cases "synthetic fsdp2"
-    python benchmarks/bench_training.py --size micro --batch_size 8 --images 64 --output /dev/null   # tries it on a CPU
+    R=benchmarks/results
+    python benchmarks/bench_training.py --output $R/training.jsonl
+    python benchmarks/bench_training.py --append --output $R/training.jsonl --cases "synthetic fsdp2"
+    python benchmarks/bench_training.py --size micro --batch_size 8 --images 64 --output /dev/null  # on a CPU
 
 One GPU reads JPEG files that are made for it, and the same batch again and again (synthetic); two GPUs do so
 with DDP, and train on synthetic data with FSDP2, whose model one process then loads. Each case is a run of
@@ -74,7 +73,7 @@ class Arguments:
 
 
 class Synthetic:
-    """One batch, on the device, as often as an epoch has steps."""
+    """Batches that are one and the same, on the device, as many as an epoch has steps."""
 
     steps = 0
 
@@ -96,18 +95,12 @@ class Synthetic:
 
 
 def work(arguments: Arguments) -> None:
-    """One run, in each of its processes."""
+    """Train as one process of a run."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     flags = ["--data", str(arguments.data), "--output", str(arguments.folder), "--size", arguments.size]
     flags += ["--batch_size", str(arguments.batch_size * world), "--epochs", str(arguments.epochs)]
-    flags += [
-        "--warmup_epochs",
-        "0",
-        "--evaluate_epochs",
-        str(arguments.epochs),
-        "--checkpoint_minutes",
-        "1000",
-    ]
+    flags += ["--warmup_epochs", "0", "--evaluate_epochs", str(arguments.epochs)]
+    flags += ["--checkpoint_minutes", "1000"]
     if arguments.workers is not None:
         flags += ["--workers", str(arguments.workers)]
     if not torch.cuda.is_available():
@@ -121,19 +114,11 @@ def work(arguments: Arguments) -> None:
 
 
 def measure(case: str, processes: int, data: str, arguments: Arguments, extra: dict[str, str]) -> dict:
-    """Run a case in processes of its own; its rates, and what it ran on."""
+    """Run a case in processes of its own, and return its rates and what it ran on."""
     with tempfile.TemporaryDirectory() as folder:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [
-            sys.executable,
-            *(launch if processes > 1 else []),
-            __file__,
-            "--case",
-            case,
-            "--data",
-            data,
-        ]
-        command += ["--folder", f"{folder}/run", "--output", os.devnull]
+        command = [sys.executable, *(launch if processes > 1 else []), __file__, "--case", case]
+        command += ["--data", data, "--folder", f"{folder}/run", "--output", os.devnull]
         for name in ("size", "batch_size", "steps", "epochs", "on_device", "workers"):
             if (value := getattr(arguments, name)) is not None:
                 command += [f"--{name}", str(value)]
@@ -145,14 +130,10 @@ def measure(case: str, processes: int, data: str, arguments: Arguments, extra: d
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         epochs = [line for line in lines if "kind" not in line][1:]
         settings = json.loads((run / "settings.json").read_text())
-        AutoModelForImageClassification.from_pretrained(
-            run / "last"
-        )  # one process loads what several have made
+        AutoModelForImageClassification.from_pretrained(run / "last")  # in one process, made by several
     rates = {rate: round(statistics.median(line[rate] for line in epochs), 1) for rate in RATES}
-    about = {
-        name: summary[name]
-        for name in ("peak_memory_gib", "precision", "compiled", "device", "versions", "commit")
-    }
+    names = ("peak_memory_gib", "precision", "compiled", "device", "versions", "commit")
+    about = {name: summary[name] for name in names}
     return {
         "case": case,
         "processes": processes,
@@ -166,21 +147,17 @@ def measure(case: str, processes: int, data: str, arguments: Arguments, extra: d
 
 
 def chosen_cases(arguments: Arguments, processes: int) -> list[str]:
-    """The cases asked for, or all that this machine can run.
+    """Return the cases asked for, or all that this machine can run.
 
     Raises:
         SystemExit: one was asked for that it cannot run.
     """
-    alone, many = (
-        CASES[:2],
-        CASES[2:] if torch.cuda.is_available() else CASES[2:4],
-    )  # accelerate's FSDP2 is for GPUs
-    possible = [*alone, *(many if processes > 1 else ())]
+    largest = len(CASES) if torch.cuda.is_available() else 4  # accelerate's FSDP2 is for GPUs
+    possible = CASES[: largest if processes > 1 else 2]
     if impossible := [case for case in arguments.cases or () if case not in possible]:
-        raise SystemExit(
-            f"--cases: {impossible[0]} cannot run here; with --processes {processes}: {'; '.join(possible)}"
-        )
-    return arguments.cases or possible
+        known = f"with --processes {processes}: {'; '.join(possible)}"
+        raise SystemExit(f"--cases: {impossible[0]} cannot run here; {known}")
+    return arguments.cases or list(possible)
 
 
 def main(arguments: Arguments) -> None:

@@ -1,6 +1,4 @@
-"""The original FlashKAT and KAT, read from clones that `--peer` names.
-
-Nothing of them is part of this repository.
+"""Load the original FlashKAT and KAT from clones that `--peer` names; this repository holds nothing of them.
 
 The folder holds the repositories under the names that `git clone` gives them: `FlashKAT`
 (OSU-STARLAB/FlashKAT), `kat` (Adamdad/kat) and `rational_kat_cu` (Adamdad/rational_kat_cu). Their kernels
@@ -19,17 +17,12 @@ import torch
 from torch import Tensor
 
 FLASHKAT, KAT = "FlashKAT, original", "KAT, original"
-SOURCES = {
-    FLASHKAT: ("FlashKAT", "FlashKAT"),
-    KAT: ("kat", "rational_kat_cu"),
-}  # the model, the package of its kernels
+SOURCES = {FLASHKAT: ("FlashKAT", "FlashKAT"), KAT: ("kat", "rational_kat_cu")}  # model, package of kernels
 
 
 @cache
 def load(folder: Path, peer: str) -> ModuleType:
-    """The module with a peer's models, under a name of its own.
-
-    Their packages stay importable by themselves alone.
+    """Return the module with a peer's models, under a name of its own.
 
     Both repositories call the module `katransformer`. Importing it replaces nothing of ours: the search path
     is as before, and so is whatever they patch of `torch.nn.init`.
@@ -38,9 +31,8 @@ def load(folder: Path, peer: str) -> ModuleType:
     source = model / "katransformer.py"
     for path in (source, kernels):
         if not path.exists():
-            raise SystemExit(
-                f"--peer: {path} is missing; {folder} must hold clones called {', '.join(names())}"
-            )
+            clones = ", ".join(names())
+            raise SystemExit(f"--peer: {path} is missing; {folder} must hold clones called {clones}")
     name = f"peer_{model.name.lower()}"
     spec = importlib.util.spec_from_file_location(name, source)
     module = importlib.util.module_from_spec(spec)
@@ -65,7 +57,7 @@ def names() -> list[str]:
 
 
 def make(folder: Path, peer: str, size: str, image_size: int, num_labels: int) -> torch.nn.Module:
-    """A peer's model in the configuration that was released: eight groups, one numerator for all of them.
+    """Build a peer's model in the configuration that was released: eight groups, one numerator for all.
 
     The weights keep PyTorch's start: the original's takes a minute of factorisations at base, and the speed
     does not depend on it.
@@ -77,7 +69,7 @@ def make(folder: Path, peer: str, size: str, image_size: int, num_labels: int) -
 
 
 def rational(folder: Path, peer: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A peer's operator: float32 `(images, tokens, channels)` with tables `(1 or 8, 6)` and `(8, 4)`."""
+    """Return a peer's operator: float32 `(images, tokens, channels)`, tables `(1 or 8, 6)` and `(8, 4)`."""
     module = load(folder, peer)
     if peer == FLASHKAT:
         package, tail = sys.modules[module.FlashKAT_Group.__module__], ()

@@ -1,6 +1,4 @@
-"""Draw docs/throughput.png and docs/scaling.png from the results files.
-
-`render.py` does so when they have changed.
+"""Draw docs/throughput.png and docs/scaling.png from the results files; `render.py` draws what has changed.
 
 A picture carries the SHA-256 of its results file as "Source", so that a check tells an old picture from a new
 one without drawing it. Needs matplotlib.
@@ -20,24 +18,24 @@ OTHERS = "#9a9a9a"
 
 
 def throughput(results: list[dict]):
-    """Images per second in training.
+    """Draw images per second in training: a panel for each size, a bar for each provider.
 
-    A panel for each size, a bar for each provider, compiled where it was measured.
+    Bars are of compiled steps where those were measured.
     """
     from matplotlib.figure import Figure
 
     sizes = list(dict.fromkeys(result["size"] for result in results))
     providers = list(dict.fromkeys(result["provider"] for result in results))
-    found = {
+    rates = {
         (result["provider"], result["size"], result["mode"]): result["images_per_s"] for result in results
     }
     modes = {
-        name: "compiled" if any((name, s, "compiled") in found for s in sizes) else "eager"
+        name: "compiled" if any((name, size, "compiled") in rates for size in sizes) else "eager"
         for name in providers
     }
     figure = Figure(figsize=(10, 0.9 + 0.35 * len(providers)), layout="constrained")
     for axes, size in zip(figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0], sizes, strict=True):
-        values = [found.get((name, size, modes[name]), 0.0) for name in providers]
+        values = [rates.get((name, size, modes[name]), 0.0) for name in providers]
         labels = [f"{name}, {modes[name]}" for name in providers]
         bars = axes.barh(labels, values, color=[COLOURS.get(name, OTHERS) for name in providers])
         axes.bar_label(
@@ -54,7 +52,7 @@ def throughput(results: list[dict]):
 
 
 def scaling(results: list[dict]):
-    """Images per second in training against the batch size at 224 pixels, and against the image size at one batch."""
+    """Draw images per second in training against the batch size at 224 pixels and the image size."""
     from matplotlib.figure import Figure
 
     larger = {result["batch_size"] for result in results if result["image_size"] != 224}
@@ -98,7 +96,7 @@ PICTURES: dict[str, tuple[str, Callable]] = {
 
 
 def is_current(picture: Path, results: Path) -> bool:
-    """Whether a picture was drawn from what is in its results file; true where there are no results yet."""
+    """Return True if a picture was drawn from its results file as it is, or if there are no results yet."""
     if not results.exists():
         return True
     if not picture.exists():
@@ -121,9 +119,8 @@ def update(check: bool) -> None:
     for picture, (results, plot) in PICTURES.items():
         if not is_current(ROOT / picture, ROOT / results):
             if check:
-                raise SystemExit(
-                    f"{picture} is not drawn from {results} as it is: run python benchmarks/render.py"
-                )
+                command = "python benchmarks/render.py"
+                raise SystemExit(f"{picture} is not drawn from {results} as it is: run {command}")
             draw(ROOT / picture, ROOT / results, plot)
 
 

@@ -1,6 +1,4 @@
-"""Where the time of a training step goes on a GPU.
-
-Its kernels by class, and how far ours are from their roofline.
+"""Measure where a training step's time goes on a GPU: kernels by class, and ours beside their roofline.
 
     R=benchmarks/results
     python benchmarks/profile_step.py --append --output $R/profile.jsonl --size small
@@ -63,18 +61,13 @@ OTHER = "other"
 
 
 class Traffic(NamedTuple):
-    """What a kernel must move and multiply for a token, each tensor once.
-
-    Tables and partial sums are left out.
-    """
+    """Numbers that a kernel must move and multiply for a token, less tables and partial sums."""
 
     hidden: int = 0  # numbers of two bytes (bfloat16) for each channel of the residual stream
     intermediate: int = 0  # the same for each channel between the MLP's linear maps
     row: int = 0  # float32 numbers for each token
     head: int = 0  # float32 numbers for each token and head
-    products: int = (
-        0  # products of (tokens, tokens) with (tokens, head_dim), or as costly ones, for each head
-    )
+    products: int = 0  # products of (tokens, tokens) with (tokens, head_dim), or as costly, for each head
     maps: int = 0  # linear maps between the channels of the residual stream and those of the MLP
 
 
@@ -84,18 +77,15 @@ TRAFFIC = {
     "rational_mlp_backward_kernel": Traffic(intermediate=4),  # grad_y, x; grad_x, y
     "rational_mlp_forward_kernel": Traffic(hidden=1, intermediate=2, maps=1),  # x; product, y
     "add_norm_rational_forward_kernel": Traffic(hidden=4, row=2),  # residual, branch; total, y; mean, rstd
-    "add_norm_rational_backward_kernel": Traffic(
-        hidden=4, row=2
-    ),  # grad_total, grad_y, total; grad; mean, rstd
+    # grad_total, grad_y, total; grad; mean, rstd
+    "add_norm_rational_backward_kernel": Traffic(hidden=4, row=2),
     "norm_forward_kernel": Traffic(hidden=2, row=2),  # x; y; mean, rstd
     "norm_backward_kernel": Traffic(hidden=4, row=2),  # grad_x, grad_y, x; grad; mean, rstd
     "packed_attention_forward_kernel": Traffic(hidden=4, head=1, products=2),  # q, k, v; y; lse
-    "packed_attention_queries_kernel": Traffic(
-        hidden=6, head=3, products=3
-    ),  # also y and lse; grad_q, statistics
-    "packed_attention_keys_kernel": Traffic(
-        hidden=6, head=2, products=4
-    ),  # q, k, v, grad_y; two gradients; statistics
+    # also y and lse; grad_q, statistics
+    "packed_attention_queries_kernel": Traffic(hidden=6, head=3, products=3),
+    # q, k, v, grad_y; two gradients; statistics
+    "packed_attention_keys_kernel": Traffic(hidden=6, head=2, products=4),
     **dict.fromkeys(("resize_width_kernel", "resize_height_kernel"), Traffic()),  # of the data side
     **dict.fromkeys(("level_tables_kernel", "operations_kernel", "normalize_kernel"), Traffic()),  # likewise
     "gather_sums_kernel": Traffic(),  # partial sums: a few MB
@@ -122,18 +112,17 @@ class Settings(Provided):
 
 
 def kernel_class(name: str) -> str:
-    return next((found for found, pattern in CLASSES if re.search(pattern, name)), OTHER)
+    return next((label for label, pattern in CLASSES if re.search(pattern, name)), OTHER)
 
 
 def short_name(name: str) -> str:
-    """Without a leading `void` and long template arguments."""
-    return (
-        name.removeprefix("void ").replace("at::native::", "").replace("(anonymous namespace)::", "")[:SHOWN]
-    )
+    """Return a kernel's name without a leading `void`, namespaces and long template arguments."""
+    name = name.removeprefix("void ").replace("at::native::", "").replace("(anonymous namespace)::", "")
+    return name[:SHOWN]
 
 
 def kernel_times(trace: dict, steps: int) -> list[dict]:
-    """Calls and milliseconds of one step for each kernel in a Chrome trace of several, the slowest first."""
+    """Return calls and milliseconds of a step for each kernel in a trace of several, slowest first."""
     calls, microseconds = Counter(), defaultdict(float)
     for event in trace["traceEvents"]:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
@@ -151,10 +140,7 @@ def kernel_times(trace: dict, steps: int) -> list[dict]:
 
 
 def work(kernel: str, size: str, batch_size: int) -> tuple[int, int] | None:
-    """Bytes that one call must move and operations that it must make.
-
-    None for a kernel that the table lacks.
-    """
+    """Return the bytes and operations that one call needs, or None for a kernel that the table lacks."""
     traffic = TRAFFIC.get(re.sub(r"_\d+$", "", kernel))  # torch.compile numbers the kernels that it sees
     if traffic is None:
         return None
@@ -174,7 +160,7 @@ def product_speed() -> float:
 
 
 def traced(step: Callable[[], torch.Tensor], steps: int) -> dict:
-    """A Chrome trace of the GPU's side of several steps."""
+    """Return a Chrome trace of the GPU's side of several steps."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):

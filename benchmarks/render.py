@@ -1,8 +1,8 @@
 """Write the documents' tables and pictures from the results files.
 
-With --check, fail when one says something else.
+    python benchmarks/render.py [--check]
 
-python benchmarks/render.py [--check]
+With --check, fail when a document says something else.
 """
 
 import json
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def rational_table(results: list[dict], dtype: str = "bfloat16") -> str:
-    """Part of the copy bandwidth that each provider reaches, a row for each provider, and what was measured where."""
+    """Return a row for each provider: the parts of the copy bandwidth that it reaches."""
     results = [result for result in results if result["dtype"] == dtype]
     columns = list(dict.fromkeys((result["direction"], result["shape"][-1]) for result in results))
     rows = [
@@ -58,38 +58,39 @@ def rational_table(results: list[dict], dtype: str = "bfloat16") -> str:
 
 
 def conversion_table(results: list[dict]) -> str:
-    """A row for each ViT and variant: the mean over the seeds, and the worst seed's agreement."""
-    rows = [
-        "| ViT, channels x layers | act2 | logit error, rms | largest | top-1 differs | agreement, worst seed |",
-        "|---" * 6 + "|",
-    ]
+    """Return a row for each ViT and variant: the mean over the seeds, and the worst seed's agreement."""
+    header = "| ViT, channels x layers | act2 | logit error, rms | largest | top-1 differs "
+    rows = [f"{header}| agreement, worst seed |", "|---" * 6 + "|"]
     for vit, variant in dict.fromkeys((result["vit"], result["variant"]) for result in results):
         runs = [result for result in results if (result["vit"], result["variant"]) == (vit, variant)]
         mean = sum(run["logit_rms_error"] for run in runs) / len(runs)
-        largest, images = max(run["logit_max_error"] for run in runs), sum(run["images"] for run in runs)
-        rows.append(
-            f"| {vit} | {variant} | {mean:.2%} | {largest:.2%} | {sum(run['differ'] for run in runs)} of {images:,} | "
-            f"{min(run['agreement'] for run in runs):.2%} |"
+        largest, agreement = (
+            max(run["logit_max_error"] for run in runs),
+            min(run["agreement"] for run in runs),
         )
+        differ, images = (sum(run[key] for run in runs) for key in ("differ", "images"))
+        cells = [vit, variant, f"{mean:.2%}", f"{largest:.2%}", f"{differ} of {images:,}", f"{agreement:.2%}"]
+        rows.append(f"| {' | '.join(cells)} |")
     about = results[0]
     accuracy = [result["accuracy_source"] for result in results]
     rows += [
         "",
-        f"{len({result['seed'] for result in results})} seeds each; errors in standard deviations of the ViT's logits; "
-        f"the ViTs' own accuracy on the held-out digits is {min(accuracy):.1%} to {max(accuracy):.1%}; calibrated on "
-        f"{about['calibration_images']} training images. torch {about['torch']}, timm {about['timm']}, transformers "
-        f"{about['transformers']}, commit {about['commit'][:7]}; `benchmarks/bench_conversion.py`.",
+        f"{len({result['seed'] for result in results})} seeds each; errors in standard deviations of the "
+        f"ViT's logits; the ViTs' own accuracy on the held-out digits is {min(accuracy):.1%} to "
+        f"{max(accuracy):.1%}; calibrated on {about['calibration_images']} training images. "
+        f"torch {about['torch']}, timm {about['timm']}, transformers {about['transformers']}, "
+        f"commit {about['commit'][:7]}; `benchmarks/bench_conversion.py`.",
     ]
     return "\n".join(rows)
 
 
 def card_speed(results: list[dict]) -> str:
-    """The lines of our own model, which the model cards show."""
+    """Return the lines of our own model, which the model cards show."""
     return "".join(json.dumps(result) + "\n" for result in results if result["provider"] == "flashkat_hf")
 
 
 def digits_table(results: list[dict]) -> str:
-    """A row for each model: mean and spread of the accuracy after the last epoch, over the seeds."""
+    """Return a row for each model: mean and spread of the accuracy after the last epoch, over the seeds."""
     rows = ["| held-out top-1 on the digits | last epoch | best epoch |", "|---" * 3 + "|"]
     for model, name in (("flashkat", "FlashKAT"), ("vit", "plain ViT (timm)")):
         runs = [result for result in results if result["model"] == model]
@@ -97,12 +98,13 @@ def digits_table(results: list[dict]) -> str:
         spread = f" ± {stdev(last):.2%}" if len(runs) > 1 else ""
         rows.append(f"| {name} | {mean(last):.2%}{spread} | {mean(best):.2%} |")
     about = results[0]
+    commits = dict.fromkeys(result["commit"][:7] for result in results)
     rows += [
         "",
-        f"{about['size']} size, {about['image_size']} pixels, from scratch by the same recipe (`finetune-digits`, "
-        f"{about['epochs']} epochs), {len({result['seed'] for result in results})} seeds, {about['device']}, torch "
-        f"{about['versions']['torch']}, timm {about['versions']['timm']}, commit "
-        f"{' and '.join(dict.fromkeys(result['commit'][:7] for result in results))}; `benchmarks/bench_digits.py`.",
+        f"{about['size']} size, {about['image_size']} pixels, from scratch by the same recipe "
+        f"(`finetune-digits`, {about['epochs']} epochs), {len({result['seed'] for result in results})} "
+        f"seeds, {about['device']}, torch {about['versions']['torch']}, timm {about['versions']['timm']}, "
+        f"commit {' and '.join(commits)}; `benchmarks/bench_digits.py`.",
     ]
     return "\n".join(rows)
 
@@ -117,10 +119,9 @@ PERFORMANCE = "docs/performance.md"
 
 
 def training_table(results: list[dict]) -> str:
-    """A row for each case of the trainer, beside synthetic data on one GPU by the same commit."""
-    one = {
-        result["commit"]: result["images_per_second"] for result in results if result["case"] == "synthetic"
-    }
+    """Return a row for each case of the trainer, beside synthetic data on one GPU by the same commit."""
+    synthetic = [result for result in results if result["case"] == "synthetic"]
+    one_gpu = {result["commit"]: result["images_per_second"] for result in synthetic}
     rows = [
         "| pretraining recipe | GPUs | images/s | step side | of one GPU, synthetic | commit |",
         "|---" * 6 + "|",
@@ -130,32 +131,32 @@ def training_table(results: list[dict]) -> str:
         commit, rate = result["commit"], result["images_per_second"]
         rows.append(
             f"| {case} | {result['processes']} | {rate:,.0f} | {result['step_images_per_second']:,.0f} | "
-            f"{f'{rate / one[commit]:.2f}' if commit in one else ''} | {commit[:7]} |"
+            f"{f'{rate / one_gpu[commit]:.2f}' if commit in one_gpu else ''} | {commit[:7]} |"
         )
     about = results[0]
     rows += [
         "",
-        f"{about['size']}, {about['batch_size']} images a GPU, {about['precision']}, compiled; {about['device']}, "
-        f"torch {about['versions']['torch']}, accelerate {about['versions']['accelerate']}; "
-        "`benchmarks/bench_training.py`.",
+        f"{about['size']}, {about['batch_size']} images a GPU, {about['precision']}, compiled; "
+        f"{about['device']}, torch {about['versions']['torch']}, "
+        f"accelerate {about['versions']['accelerate']}; `benchmarks/bench_training.py`.",
     ]
     return "\n".join(rows)
 
 
 def data_table(results: list[dict]) -> str:
-    """A row for each way and number of workers."""
+    """Return a row for each part that the GPU does and each number of workers."""
     rows = ["| what the GPU does | worker processes | images/s | host ms for a batch |", "|---" * 4 + "|"]
-    rows += [
-        f"| {result['on_device']} | {result['workers']} | {result['images_per_s']:,.0f} | {result['host_ms']:.1f} |"
-        for result in results
-    ]
+    for result in results:
+        rates = f"{result['images_per_s']:,.0f} | {result['host_ms']:.1f}"
+        rows.append(f"| {result['on_device']} | {result['workers']} | {rates} |")
     about = results[0]
     files = f"{about['file_size']} ({about['file_bytes'] / 1000:.0f} KB)"
     rows += [
         "",
-        f"JPEG files of {files} to batches of {about['batch_size']} at {about['image_size']} pixels, the pretraining "
-        f"recipe; {about['gpu'] or 'no GPU'}, {about['cpu_cores']} cores, torchvision {about['torchvision']}, Pillow "
-        f"{about['pillow']}, commit {about['commit'][:7]}; `benchmarks/bench_data.py`.",
+        f"JPEG files of {files} to batches of {about['batch_size']} at {about['image_size']} pixels, the "
+        f"pretraining recipe; {about['gpu'] or 'no GPU'}, {about['cpu_cores']} cores, torchvision "
+        f"{about['torchvision']}, Pillow {about['pillow']}, "
+        f"commit {about['commit'][:7]}; `benchmarks/bench_data.py`.",
     ]
     return "\n".join(rows)
 

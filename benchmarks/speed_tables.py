@@ -13,10 +13,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def by_case(results: list[dict], *keys: str) -> dict[tuple, dict]:
-    """The results by the values of `keys`.
-
-    Two of one case are an error, since a table could show only one.
-    """
+    """Return the results by the values of `keys`; two of one case are an error, as a table shows only one."""
     cases = {}
     for result in results:
         case = tuple(result[key] for key in keys)
@@ -31,7 +28,7 @@ def distinct(values: Iterable[Hashable]) -> list:
 
 
 def measured(results: list[dict], script: str) -> str:
-    """Machine, versions and commit; results of several places or commits are told apart by provider."""
+    """Return machine, versions and commit; by provider where results are of several places or commits."""
     places = defaultdict(list)
     for result in results:
         versions = [f"{name} {result[name]}" for name in ("torch", "triton", "timm") if result.get(name)]
@@ -43,7 +40,7 @@ def measured(results: list[dict], script: str) -> str:
 
 
 def model_table(results: list[dict], unit: str = "images_per_s") -> str:
-    """A row for each provider and mode, a column for each size; then ours over each other provider.
+    """Return a row for each provider and mode, a column for each size; then ours over each other provider.
 
     `unit` is "images_per_s", where a ratio above 1 is ours faster, or "ms", where one below 1 is. What was
     measured on different machines is not compared.
@@ -108,7 +105,7 @@ def latency_table(results: list[dict]) -> str:
 
 
 def scaling_table(results: list[dict]) -> str:
-    """A row for each batch and image size, a column for each provider and mode."""
+    """Return a row for each batch and image size, a column for each provider and mode."""
     cases = by_case(results, "image_size", "batch_size", "provider", "mode")
     columns = distinct((result["mode"], result["provider"]) for result in results)
     columns.sort(key=lambda column: column[0])  # stable: the providers keep their order
@@ -127,7 +124,7 @@ def case_name(result: dict) -> str:
 
 
 def profile_table(results: list[dict]) -> str:
-    """Milliseconds of a step in each class of kernels, a column for each provider."""
+    """Return the milliseconds of a step in each class of kernels, a column for each provider."""
     totals = by_case([result for result in results if result["kernel"] == "total"], "provider", "mode")
     sums = defaultdict(float)
     for result in results:
@@ -146,7 +143,7 @@ def profile_table(results: list[dict]) -> str:
 
 
 def roofline_table(results: list[dict]) -> str:
-    """Our kernels: time, the time they cannot go below, and by what."""
+    """Return a row for each of our kernels: its time, and the time it cannot go below and why."""
     total = next(result for result in results if result["provider"] == OURS and result["kernel"] == "total")
     copy, speed = total["copy_gb_per_s"], total["product_tflops"]
     rows = []
@@ -169,13 +166,12 @@ def roofline_table(results: list[dict]) -> str:
 
 
 def kernel_table(results: list[dict]) -> str:
-    """The slowest kernels of each provider."""
+    """Return a table of the slowest kernels of each provider."""
     parts = []
     for provider, mode in distinct((result["provider"], result["mode"]) for result in results):
-        found = [result for result in results if (result["provider"], result["mode"]) == (provider, mode)]
-        kernels = sorted(
-            (kernel for kernel in found if kernel["kernel"] != "total"), key=lambda kernel: -kernel["ms"]
-        )
+        case = [result for result in results if (result["provider"], result["mode"]) == (provider, mode)]
+        kernels = [result for result in case if result["kernel"] != "total"]
+        kernels.sort(key=lambda kernel: -kernel["ms"])
         rows = [
             [f"`{kernel['kernel'][:80]}`", kernel["class"], f"{kernel['calls']:.0f}", f"{kernel['ms']:.2f}"]
             for kernel in kernels[:TOP_KERNELS]
@@ -185,10 +181,7 @@ def kernel_table(results: list[dict]) -> str:
 
 
 def precision_table(results: list[dict]) -> str:
-    """Relative error of the coefficients' gradients.
-
-    A row for each method, mean and largest for each dtype.
-    """
+    """Return a row for each method: mean and largest error of the coefficients' gradients for each dtype."""
     cases = by_case(results, "method", "dtype")
     methods, dtypes = (distinct(result[key] for result in results) for key in ("method", "dtype"))
     rows = [
@@ -204,6 +197,7 @@ def precision_table(results: list[dict]) -> str:
     header = ["error of the coefficients' gradients"]
     header += [f"{dtype}, {value}" for dtype in dtypes for value in ("mean", "largest of a draw")]
     shape = " x ".join(map(str, first["shape"]))
-    note = f"{first['draws']} draws of {shape} inputs, against float64, relative to the gradients' mean absolute value. "
-    note += f"{first['machine']}, torch {first['torch']}, commit {first['commit'][:7]}. `benchmarks/bench_precision.py`."
+    note = f"{first['draws']} draws of {shape} inputs, against float64, relative to the gradients' mean "
+    note += f"absolute value. {first['machine']}, torch {first['torch']}, commit {first['commit'][:7]}. "
+    note += "`benchmarks/bench_precision.py`."
     return table(header, rows) + "\n\n" + note

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--what-if", action="store_true", help="check everything, send nothing")
     options = parser.parse_args(arguments)
     try:
-        done = push(
+        result = push(
             options.folder,
             options.repo,
             private=options.private or None,
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except ValueError as error:
         raise SystemExit(f"upload.py: {error}") from error
-    print(done.url or "nothing was sent")
+    print(result.url or "nothing was sent")
 
 
 if __name__ == "__main__":

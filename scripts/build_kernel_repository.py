@@ -18,10 +18,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 ROOT = Path(__file__).parent.parent
 SOURCES = Path(__file__).parent / "kernel_repository"
-NAME, VERSION = (
-    "flashkat-rational",
-    1,
-)  # the Hub's branches v1, v2, ...: raise it when a caller's code may break
+NAME = "flashkat-rational"
+VERSION = 1  # the Hub's branches v1, v2, ...: raise it when a caller's code may break
 BACKENDS = ("cpu", "cuda", "rocm")
 BUILD = f"""\
 [general]
@@ -36,15 +34,10 @@ backends = {json.dumps(BACKENDS)}
 
 
 def code() -> dict[str, bytes]:
-    """The files of a variant by name.
-
-    The operators, all that they import, and what stands around them here.
-    """
+    """Return the files of a variant by name: operators, their imports, and what stands around them."""
     operators = (ROOT / "flashkat_hf/model").glob("op_*.py")
-    files = {
-        Path(file) for operator in operators for file in (operator, *get_relative_import_files(operator))
-    }
-    paths = [*files, *SOURCES.glob("*.py")]
+    imported = (file for operator in operators for file in (operator, *get_relative_import_files(operator)))
+    paths = [*map(Path, imported), *SOURCES.glob("*.py")]
     return {path.name: path.read_bytes() for path in sorted(set(paths))}
 
 
@@ -69,7 +62,7 @@ def build(out: Path) -> None:
         variant = f"build/torch-{backend}"
         metadata = {
             "name": NAME,
-            "id": f"_{python_name}_{backend}_{digest[:7]}",  # the module's name, and so the operators' namespace
+            "id": f"_{python_name}_{backend}_{digest[:7]}",  # names the module and the operators' namespace
             "version": VERSION,
             "license": "mit",
             "python-depends": [],

@@ -69,7 +69,8 @@ def result(provider: str, images_per_s: float, **other) -> dict:
         ("triton_poi_fused_convolution_0", "pointwise and reductions"),
         ("void at::native::reduce_kernel<128, 4, at::native::ReduceOp<float>>", "pointwise and reductions"),
         (
-            "void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>, FusedAdamMathFunctor>",
+            "void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>, "
+            "FusedAdamMathFunctor>",
             "optimiser",
         ),
         ("Memset (Device)", "other"),
@@ -329,9 +330,11 @@ def test_results_are_added(tmp_path):
 def test_one_result_for_each_provider(tmp_path, monkeypatch):
     """On a CPU each step is timed alone; a provider with a limit runs at it."""
     monkeypatch.setitem(bench_model.LARGEST_BATCH, "small", 2)
-    models = {name: lambda size, pixels: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16**2, 1000))
-              for name in ("large", "small")}  # fmt: skip
-    monkeypatch.setattr(bench_model, "PROVIDERS", models)
+
+    def make(size, pixels):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16**2, 1000))
+
+    monkeypatch.setattr(bench_model, "PROVIDERS", {"large": make, "small": make})
     settings = bench_model.Settings(output=tmp_path / "r.jsonl", device="cpu", turns=3, turn=2)
     large, small = bench_model.measure(settings, "tiny", "eager", 16, 4)
     assert (large["provider"], large["batch_size"], small["batch_size"]) == ("large", 4, 2)

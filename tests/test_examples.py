@@ -154,7 +154,8 @@ def test_accelerates_launcher_with_two_processes_and_mixed_precision(tmp_path):
     """
     output = tmp_path / "two"
     result = command(
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+        "--num_processes", 2, "--num_machines", 1,
         "--mixed_precision", "bf16", "--dynamo_backend", "no", "--main_process_port", 0,
         "examples/finetune.py", "--output", output, "--epochs", 2, "--max_steps", 8, "--batch_size", 50,
     )  # fmt: skip

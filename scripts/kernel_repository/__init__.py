@@ -1,4 +1,4 @@
-"""The group rational of Kolmogorov-Arnold transformers and its fused forms, in Triton and in plain PyTorch."""
+"""The group rational of Kolmogorov-Arnold transformers and its fused forms, in Triton and plain PyTorch."""
 
 from . import layers
 from .op_attention import packed_attention

@@ -1,7 +1,4 @@
-"""Layers for `kernels.kernelize`.
-
-Stateless, they work on the parameters of the module that they stand for.
-"""
+"""Layers for `kernels.kernelize`: they have no state, and use the parameters of the module they replace."""
 
 from torch import Tensor, nn
 
@@ -9,7 +6,7 @@ from .op_rational import rational
 
 
 class GroupRational(nn.Module):
-    """For modules with `numerator` `(num_groups or 1, 6)` and `denominator` `(num_groups, 4)`, as flashkat_hf's."""
+    """A layer for modules with `numerator` `(num_groups or 1, 6)` and `denominator` `(num_groups, 4)`."""
 
     can_torch_compile = True
     has_backward = True

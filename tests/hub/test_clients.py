@@ -1,7 +1,4 @@
-"""The clients that others use, for real.
-
-Transformers, its Trainer, `hf`, and the command in a process of its own.
-"""
+"""Clients that others use run for real: Transformers, its Trainer, `hf`, and the command in a process."""
 
 import os
 import subprocess

@@ -1,7 +1,4 @@
-"""Downloads that go wrong, in `flashkat convert` and `flashkat info`.
-
-One line, and nothing is kept of them.
-"""
+"""Failing downloads in `flashkat convert` and `flashkat info` give one line and leave nothing behind."""
 
 import pytest
 from helpers import original_state

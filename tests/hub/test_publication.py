@@ -1,7 +1,4 @@
-"""`flashkat publish`.
-
-Conversion, proof, card and push of published checkpoints, here a micro KAT in their place.
-"""
+"""`flashkat publish`: conversion, proof, card and push; a micro KAT stands in for the published ones."""
 
 import hashlib
 import io

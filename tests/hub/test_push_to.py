@@ -1,7 +1,4 @@
-"""`--push-to`.
-
-The best model goes to the Hub while training and at the end, and the Hub cannot hold training up.
-"""
+"""`--push-to`: the best model goes to the Hub during training and at the end, and training never waits."""
 
 import pytest
 from small_runs import make_images, small_run

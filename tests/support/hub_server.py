@@ -49,7 +49,12 @@ class File:
 
     @property
     def pointer(self) -> bytes:
-        return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n".encode()
+        lines = (
+            "version https://git-lfs.github.com/spec/v1",
+            f"oid sha256:{self.sha256}",
+            f"size {len(self.data)}",
+        )
+        return "".join(f"{line}\n" for line in lines).encode()
 
     @property
     def git_sha1(self) -> str:
@@ -89,7 +94,7 @@ class Repository:
     private: bool
     refs: dict[str, Commit] = field(
         default_factory=dict
-    )  # by whole names: refs/heads/main, refs/pr/1, refs/tags/v1
+    )  # by whole names, such as refs/heads/main, refs/pr/1
 
     def find(self, revision: str) -> Commit | None:
         for name in (revision, f"refs/heads/{revision}", f"refs/tags/{revision}"):
@@ -112,7 +117,7 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What goes wrong with requests that match: a status, or one of the kinds that `HubServer.fail` names."""
+    """A rule for requests that go wrong: by a status, or in one of the ways that `HubServer.fail` names."""
 
     pattern: str
     status: int | None
@@ -124,7 +129,7 @@ class Fault:
 
 
 class Refusal(Exception):
-    """Ends a request with this status."""
+    """An error that ends a request with a status."""
 
     def __init__(self, status: int, message: str, **headers: str):
         super().__init__(message)
@@ -132,10 +137,7 @@ class Refusal(Exception):
 
 
 class QuietServer(ThreadingHTTPServer):
-    """Says nothing where a client has gone.
-
-    The error would stand among what a program under test has said.
-    """
+    """A server that says nothing when a client goes: it would mix with a tested program's words."""
 
     def handle_error(self, request, client_address) -> None:
         if not isinstance(sys.exc_info()[1], ConnectionError):
@@ -143,10 +145,7 @@ class QuietServer(ThreadingHTTPServer):
 
 
 class HubServer:
-    """The Hub's state, and two servers on the loopback address.
-
-    The Hub itself and the storage of its large files.
-    """
+    """The Hub's state, and two servers on the loopback address: the Hub and the storage of files."""
 
     def __init__(self):
         self.users = {
@@ -158,9 +157,7 @@ class HubServer:
         self.blobs: dict[str, bytes] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
         self.xet_folders: list[tempfile.TemporaryDirectory] = []  # one for each token to write as Xet
-        self.part_size: int | None = (
-            None  # bytes of one part of an LFS upload; None: one request for each file
-        )
+        self.part_size: int | None = None  # bytes of one part of an LFS upload; None: a request for each file
         self.page_size = 1000  # entries in one page of a listing
         self.requests: list[str] = []  # "METHOD /path", in the order of arrival
         self.faults: list[Fault] = []
@@ -190,7 +187,7 @@ class HubServer:
     def add(
         self, name: str, files: dict[str, bytes] | None = None, private: bool = False, kind: str = "models"
     ):
-        """A repository with one commit on main."""
+        """Add a repository with one commit on main."""
         content = {".gitattributes": GIT_ATTRIBUTES, **(files or {})}
         repository = Repository(name, kind, private)
         listing = {path: File(data, path.endswith(LFS_SUFFIXES)) for path, data in content.items()}
@@ -199,19 +196,19 @@ class HubServer:
         return repository
 
     def files(self, name: str, revision: str = "main", kind: str = "models") -> dict[str, bytes]:
-        """What a revision holds; nothing if the repository or the revision does not exist."""
+        """Return a revision's files; none if the repository or the revision does not exist."""
         repository = self.repositories.get((kind, name))
         commit = repository.find(revision) if repository else None
         return {path: file.data for path, file in commit.files.items()} if commit else {}
 
     def head(self, name: str, revision: str = "main", kind: str = "models") -> str:
-        """The newest commit of a revision."""
+        """Return the newest commit of a revision."""
         commit = self.repositories[kind, name].find(revision)
         assert commit, f"{name} has no {revision}"
         return commit.oid
 
     def titles(self, name: str, revision: str = "main", kind: str = "models") -> list[str]:
-        """The titles of a revision's commits, newest first."""
+        """Return the titles of a revision's commits, newest first."""
         commit = self.repositories[kind, name].find(revision)
         return [c.title for c in commit.history()] if commit else []
 
@@ -266,7 +263,7 @@ class HubServer:
 
 
 def _xet_files(shard: bytes) -> dict[str, tuple[str, int]]:
-    """Xet's hash and the size of each file in a shard, by the file's SHA-256.
+    """Return Xet's hash and the size of each file in a shard, by the file's SHA-256.
 
     Records of 48 bytes: one for the file, one for each segment, as many to verify them, one with the SHA-256.
     """
@@ -292,7 +289,7 @@ ROUTES: list[tuple[str, re.Pattern[str], str]] = []
 
 
 def route(methods: str, pattern: str):
-    """Registers a method of `_Handler` for requests whose raw path matches."""
+    """Register a method of `_Handler` for requests whose raw path matches."""
 
     def register(function):
         ROUTES.append((methods, re.compile(pattern), function.__name__))
