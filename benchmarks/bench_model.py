@@ -101,7 +101,7 @@ def vit(size: str, image_size: int) -> torch.nn.Module:
 
 
 def vit_matrix_patches(size: str, image_size: int) -> torch.nn.Module:
-    """A ViT engineered as ours: the patch embedding as a matrix product."""
+    """Build a ViT that computes the patch embedding as ours does, as a matrix product."""
     model = vit(size, image_size)
     convolution = model.patch_embed.proj
     model.patch_embed.proj = FlashKATPatchProjection(

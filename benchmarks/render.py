@@ -223,8 +223,8 @@ def update(document: str, rendered: str) -> None:
 def main() -> None:
     measured = [result for name in CARDS if results_path(name).exists() for result in read_results(name)]
     update("model_cards/speed.jsonl", card_speed(measured))
-    for document, *what in TABLES:
-        update(document, render((ROOT / document).read_text(), *what))
+    for document, *table in TABLES:
+        update(document, render((ROOT / document).read_text(), *table))
     plot.update(check="--check" in sys.argv)
     paper_page.update(ROOT, check="--check" in sys.argv)
 

@@ -65,17 +65,17 @@ def model_table(results: list[dict], unit: str = "images_per_s") -> str:
         return f"{value} ({', '.join(notes)})" if notes else value
 
     def ratio(mode: str, provider: str, size: str) -> str:
-        ours, other = cases.get((mode, OURS, size)), cases.get((mode, provider, size))
-        if ours is None or other is None or ours["machine"] != other["machine"]:
+        ours, theirs = cases.get((mode, OURS, size)), cases.get((mode, provider, size))
+        if ours is None or theirs is None or ours["machine"] != theirs["machine"]:
             return ""
-        text = f"{ours[unit] / other[unit]:.2f}"
+        text = f"{ours[unit] / theirs[unit]:.2f}"
         if (
             not throughput
-            or None in (ours["peak_gib"], other["peak_gib"])
-            or ours["batch_size"] != other["batch_size"]
+            or None in (ours["peak_gib"], theirs["peak_gib"])
+            or ours["batch_size"] != theirs["batch_size"]
         ):
             return text
-        return f"{text} (memory {ours['peak_gib'] / other['peak_gib']:.2f})"
+        return f"{text} (memory {ours['peak_gib'] / theirs['peak_gib']:.2f})"
 
     rows = []
     for show, names, label in (
@@ -91,12 +91,9 @@ def model_table(results: list[dict], unit: str = "images_per_s") -> str:
     title = f"{task}, {'images/s' if throughput else 'ms'}"
     pixels = ", ".join(str(size) for size in distinct(result["image_size"] for result in results))
     turns = distinct(result.get("turn", 1) for result in results)
-    how = (
-        "each step timed alone"
-        if turns == [1]
-        else f"the mean of {' or '.join(map(str, turns))} steps in a row"
-    )
-    note = f"Median over turns, {how}; {pixels} pixels. {measured(results, 'benchmarks/bench_model.py')}."
+    mean = f"the mean of {' or '.join(map(str, turns))} steps in a row"
+    timing = "each step timed alone" if turns == [1] else mean
+    note = f"Median over turns, {timing}; {pixels} pixels. {measured(results, 'benchmarks/bench_model.py')}."
     return table([title, *(f"{size}, batch {batches[size]}" for size in sizes)], rows) + "\n\n" + note
 
 
@@ -111,8 +108,8 @@ def scaling_table(results: list[dict]) -> str:
     columns.sort(key=lambda column: column[0])  # stable: the providers keep their order
     rows = []
     for image_size, batch_size in sorted({(image_size, batch_size) for image_size, batch_size, *_ in cases}):
-        found = [cases.get((image_size, batch_size, provider, mode)) for mode, provider in columns]
-        cells = [f"{result['images_per_s']:,.0f}" if result else "" for result in found]
+        line = [cases.get((image_size, batch_size, provider, mode)) for mode, provider in columns]
+        cells = [f"{result['images_per_s']:,.0f}" if result else "" for result in line]
         rows.append([f"{image_size} pixels, batch {batch_size}", *cells])
     size = ", ".join(distinct(result["size"] for result in results))
     header = [f"{size}, training step, images/s", *(f"{provider}, {mode}" for mode, provider in columns)]

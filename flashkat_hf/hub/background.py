@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi
 
 from ..checkpoints.hub_errors import HubError, explained
 from ..messages import one_line, warn
@@ -179,7 +179,7 @@ class BackgroundPusher:
                         Path(workspace),
                         repo_id=self.repo_id,
                         final=job.final,
-                        secrets=[self._token or get_token() or ""],
+                        token=self._token,
                     )
                 send(staged, self.repo_id, job.branch, token=self._token, message=job.message)
         except Exception as error:

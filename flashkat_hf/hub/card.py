@@ -65,15 +65,14 @@ def write_card(
         if license not in _licenses():
             raise ValueError(f"license {license!r} is not one of the Hub's identifiers")
         facts |= {"license": license, "license_text": f"{license}, as its author states."}
-    if repo_id is None:
-        model_id = re.sub(r"[^\w.-]+", "-", folder.resolve().name, flags=re.ASCII).strip("-.") or "model"
-    else:
-        model_id = _check_repo_id(repo_id)
+    if repo_id is not None and (problem := _id_problem(repo_id)):
+        raise ValueError(problem)
+    folder_id = re.sub(r"[^\w.-]+", "-", folder.resolve().name, flags=re.ASCII).strip("-.")
     model, _ = load_checkpoint(str(folder))
     if published and model.config.num_labels != 1000:
         raise ValueError(f"{published} has 1000 labels, but the model has {model.config.num_labels}")
     picture = importlib.util.find_spec("matplotlib") is not None
-    text = render_card(facts, model, model_id, picture)
+    text = render_card(facts, model, repo_id or folder_id or "model", picture)
     if problems := check_card(text):
         raise ValueError(f"the card of {folder} would not be valid: {problems[0]}")
     try:
@@ -152,10 +151,8 @@ def _check_data(data: Mapping[str, Any]) -> Iterator[str]:
     for name in ("base_model", "datasets"):
         values = data.get(name) or []
         for value in values if isinstance(values, list) else [values]:
-            try:
-                _check_repo_id(value)
-            except ValueError as error:
-                yield f"{name}: {error}"
+            if problem := _id_problem(value):
+                yield f"{name}: {problem}"
     if "model-index" in data:
         yield from _check_results(data)
 
@@ -188,11 +185,7 @@ def _check_text(text: str, body: str) -> Iterator[str]:
     for line in body.splitlines():
         if leftover := LEFTOVERS.search(line):
             yield f"{leftover[0]!r} is left of a template: {line.strip()[:80]}"
-    for name in LOADED.findall(body):
-        try:
-            _check_repo_id(name)
-        except ValueError as error:
-            yield str(error)
+    yield from filter(None, map(_id_problem, LOADED.findall(body)))
 
 
 def published_facts(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,9 +203,7 @@ def published_facts(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{name} has {_listed(expected)}, but the model has {_listed(sizes)}")
     return {
         "published": data | {"name": name},
-        "license": data["license"],
-        "license_text": data["license_text"],
-        "base_model": data["base_model"],
+        **{key: data[key] for key in ("license", "license_text", "base_model")},
         "datasets": [IMAGENET],
         "results": [
             {
@@ -321,10 +312,8 @@ def _public_name(value: Any, folder: Path) -> str | None:
     places = (Path.cwd(), *folder.resolve().parents)
     if len(parts) != 2 or parts[0] in LOCAL_FOLDERS or any((place / parts[0]).is_dir() for place in places):
         return parts[-1]
-    try:
-        return _check_repo_id("/".join(parts))
-    except ValueError:
-        return parts[-1]
+    name = "/".join(parts)
+    return parts[-1] if _id_problem(name) else name
 
 
 def _licenses() -> list[str]:
@@ -346,13 +335,13 @@ def _label_names(id2label: Mapping[Any, str] | None) -> str | None:
     return ", ".join(names[:5]).replace("|", "\\|") + (f", ... ({len(names)})" if len(names) > 5 else "")
 
 
-def _check_repo_id(repo_id: Any) -> str:
-    """Return a name if the Hub would take it; `upload.check_repo_id` also demands an owner."""
+def _id_problem(repo_id: Any) -> str | None:
+    """Return why the Hub would not take a name, or None if it would."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"not a name that the Hub takes: {one_line(error)}") from error
-    return repo_id
+        return f"not a name that the Hub takes: {one_line(error)}"
+    return None
 
 
 def _listed(values: Mapping[str, Any]) -> str:

@@ -49,7 +49,7 @@ def publish(
             try:
                 report(str(convert(checkpoint, model, token=token)))
                 push = send(
-                    stage(model, staging, repo_id=repo_id, published=checkpoint),
+                    stage(model, staging, repo_id=repo_id, published=checkpoint, token=token),
                     repo_id,
                     "main",
                     private=private,

@@ -1,15 +1,16 @@
-"""What a push sends of a model folder: checked, completed, nothing of this machine in it."""
+"""The copy of a model folder that a push sends: checked, completed, nothing of this machine in it."""
 
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from huggingface_hub import get_token
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
@@ -57,7 +58,7 @@ def stage(
     published: str | None = None,
     license: str | None = None,
     final: bool = True,
-    secrets: Iterable[str] = (),
+    token: str | None = None,
 ) -> Staged:
     """Fill the empty folder `target` with what a push of `source` sends; `source` stays as it is.
 
@@ -70,7 +71,7 @@ def stage(
         license: the Hub's identifier of one, for the card.
         final: write a card where there is none, and load the model; a checkpoint during training does
             without.
-        secrets: texts that no file may hold, such as the access token.
+        token: what no file may hold; by default HF_TOKEN's or the one you logged in with.
 
     Raises:
         ValueError: in one line: it is no model folder, holds pickles, weights and config do not agree, card
@@ -92,7 +93,7 @@ def stage(
                 staged.notes.append("README.md: written, as there was none")
             elif license:
                 raise ValueError(f"its README.md says what the license is; there is no use for {license}")
-        _check_texts(target, source, secrets)
+        _check_texts(target, source, token or get_token())
     return staged
 
 
@@ -247,15 +248,14 @@ def _local_paths(source: Path) -> re.Pattern[str]:
     return re.compile(rf"(?<![\w.:/])(?:{own})/\S+|{LOCAL_PATH.pattern}")
 
 
-def _check_texts(folder: Path, source: Path, secrets: Iterable[str]) -> None:
+def _check_texts(folder: Path, source: Path, secret: str | None) -> None:
     """Refuse access tokens and paths of this machine in texts, incomplete code and an invalid card."""
-    secrets = [secret for secret in secrets if secret]
     local = _local_paths(source)
     for path in sorted(folder.iterdir()):
         if path.suffix not in TEXT_SUFFIXES:
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
-        if TOKEN.search(text) or any(secret in text for secret in secrets):
+        if TOKEN.search(text) or (secret and secret in text):
             raise ValueError(f"{path.name} holds an access token; take it out, and make a new one")
         for number, line in enumerate(text.splitlines(), 1):
             if match := local.search(line):

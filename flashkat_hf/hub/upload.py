@@ -36,7 +36,7 @@ Report = Callable[[str], None]
 
 @dataclass
 class Push:
-    """What a push sends, or has sent.
+    """The plan of a push, and its outcome.
 
     Attributes:
         repo_id: the repository, with its namespace.
@@ -46,7 +46,7 @@ class Push:
         new_branch: the branch is made by the push, from main.
         head: the commit that `changed` and `deleted` refer to; None in a new repository.
         changed: files that are sent: name and bytes.
-        same: files that the branch has already.
+        same: files that the branch has already, likewise.
         deleted: weights of an earlier model, which transformers might load instead.
         private: a new repository's visibility.
         url: the commit, the pull request, or what was there already; empty before.
@@ -133,7 +133,7 @@ def push(
             repo_id=repo_id,
             include_training_state=include_training_state,
             license=license,
-            secrets=[token or get_token() or ""],
+            token=token,
         )
         check_access(repo_id, private=private, create_pr=create_pr, what_if=what_if, token=token)
         return send(

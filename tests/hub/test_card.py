@@ -67,7 +67,7 @@ def card_of(folder: Path, summary: dict | None = None, **arguments) -> tuple[str
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_cards(name):
-    """Each figure with its source, and none that is not in the table of published ones."""
+    """A card has each published figure with its source, and no other figure."""
     row, size = PUBLISHED[name], name.split("-")[1]
     with torch.device("meta"):
         model = FlashKATForImageClassification(FlashKATConfig.from_size(size, num_labels=1000))
@@ -81,9 +81,9 @@ def test_published_cards(name):
         "image-classification",
     )
     assert data.datasets == ["ILSVRC/imagenet-1k"]
-    top1, *others = data.eval_results
+    top1, *further = data.eval_results
     assert round(top1.metric_value, 1) == row.top1
-    assert [result.metric_value for result in others] == ([92.39] if name == "kat-tiny" else [])
+    assert [result.metric_value for result in further] == ([92.39] if name == "kat-tiny" else [])
     assert all(result.source_url == "https://github.com/Adamdad/kat" for result in data.eval_results)
     assert f"| {top1.metric_value}% | [KAT, " in text
     assert RELEASE_REPOSITORY in text

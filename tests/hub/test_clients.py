@@ -17,9 +17,9 @@ from flashkat_hf import FlashKATForImageClassification
 Auto = AutoModelForImageClassification
 
 
-def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
-    return all(name == its and torch.equal(tensor, others) for (name, tensor), (its, others) in pairs)
+def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    state, expected = first.state_dict(), second.state_dict()
+    return list(state) == list(expected) and all(torch.equal(state[name], expected[name]) for name in state)
 
 
 @pytest.fixture
@@ -28,18 +28,18 @@ def model():
 
 
 def test_push_to_hub_and_from_pretrained(hub, model, tmp_path, monkeypatch):
-    """Private, on branches, tags and commits, in a sub-folder, in shards, in another cache, offline."""
+    """Models load when private, by branch, tag and commit, from shards, another cache, offline."""
     model.push_to_hub("alice/micro", private=True)
     first = hub.head("alice/micro")
     assert hub.repositories["models", "alice/micro"].private
     assert same(Auto.from_pretrained("alice/micro"), model)
 
-    other = FlashKATForImageClassification(micro_config())
-    other.push_to_hub("alice/micro", revision="dev/2", max_shard_size="100KB", create_pr=False)
+    second = FlashKATForImageClassification(micro_config())
+    second.push_to_hub("alice/micro", revision="dev/2", max_shard_size="100KB", create_pr=False)
     HfApi().create_tag("alice/micro", tag="v1", revision="main")
     assert "model.safetensors.index.json" in hub.files("alice/micro", "dev/2")
-    other.push_to_hub("alice/micro", create_pr=True, max_shard_size="100KB")
-    for revision, expected in (("dev/2", other), ("refs/pr/1", other), ("v1", model), (first, model)):
+    second.push_to_hub("alice/micro", create_pr=True, max_shard_size="100KB")
+    for revision, expected in (("dev/2", second), ("refs/pr/1", second), ("v1", model), (first, model)):
         if revision == "dev/2":  # the branch was made from main, whose single file transformers prefers
             hub.repositories["models", "alice/micro"].find(revision).files.pop("model.safetensors")
         if revision == "refs/pr/1":
@@ -73,7 +73,7 @@ class Images(Dataset):
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 def test_trainer(hub, model, tmp_path):
-    """Trainer(push_to_hub=True): every checkpoint and the end, in commits of its own."""
+    """Trainer(push_to_hub=True) pushes every checkpoint and the end in commits of their own."""
     settings = TrainingArguments(
         output_dir=str(tmp_path / "run"),
         push_to_hub=True,
@@ -97,10 +97,7 @@ def test_trainer(hub, model, tmp_path):
 
 
 def test_hf_and_flashkat_in_processes_of_their_own(hub, model_folder, tmp_path):
-    """A stranger pushes with the command, downloads with `hf`, uploads with `hf`.
-
-    The environment says where to.
-    """
+    """A stranger pushes with the command, then downloads and uploads with `hf`, all by the environment."""
     environment = {
         **os.environ,
         "HF_ENDPOINT": hub.url,
@@ -115,14 +112,14 @@ def test_hf_and_flashkat_in_processes_of_their_own(hub, model_folder, tmp_path):
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     flashkat = (sys.executable, "-m", "flashkat_hf.cli")
-    done = run(*flashkat, "push", str(model_folder), "alice/micro", "--private")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == f"{hub.url}/alice/micro/commit/{hub.head('alice/micro')}"
+    result = run(*flashkat, "push", str(model_folder), "alice/micro", "--private")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[-1] == f"{hub.url}/alice/micro/commit/{hub.head('alice/micro')}"
     hf = str(Path(sys.executable).with_name("hf"))
-    done = run(hf, "download", "alice/micro", "--local-dir", str(tmp_path / "copy"))
-    assert done.returncode == 0, done.stderr
+    result = run(hf, "download", "alice/micro", "--local-dir", str(tmp_path / "copy"))
+    assert result.returncode == 0, result.stderr
     for path in model_folder.iterdir():
         assert (tmp_path / "copy" / path.name).read_bytes() == path.read_bytes()
-    done = run(hf, "upload", "alice/by-hf", str(model_folder))
-    assert done.returncode == 0, done.stderr
+    result = run(hf, "upload", "alice/by-hf", str(model_folder))
+    assert result.returncode == 0, result.stderr
     assert same(Auto.from_pretrained("alice/by-hf"), Auto.from_pretrained(model_folder))

@@ -12,7 +12,7 @@ WEIGHTS, STORAGE = "resolve/.*/model.safetensors", "GET /storage/"
 
 @pytest.fixture
 def kat(hub):
-    """A KAT in its original naming."""
+    """Add a KAT in its original naming to the Hub."""
     return hub.add("alice/kat", {"model.safetensors": save(original_state("kat"))})
 
 

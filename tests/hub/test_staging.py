@@ -80,7 +80,7 @@ def test_a_folder_that_cannot_be_pushed(model_folder, tmp_path, sentence):
     SPOILED[sentence](model_folder)
     (tmp_path / "staged").mkdir()
     with pytest.raises(ValueError, match=r"cannot be pushed") as caught:
-        stage(model_folder, tmp_path / "staged", secrets=["secret-of-alice"])
+        stage(model_folder, tmp_path / "staged", token="secret-of-alice")
     assert str(caught.value).startswith(f"{model_folder} cannot be pushed: ")
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -19,7 +19,7 @@ FIRST = ["Upload FlashKAT", "initial commit"]
 
 
 def writes(hub) -> list[str]:
-    """Requests that may change something, less the check of the card and the questions before an upload."""
+    """Return the requests that may change something, less those that only ask or check a card."""
     return [line for line in hub.requests if not line.startswith(("GET", "HEAD"))]
 
 
@@ -31,10 +31,7 @@ def change_weights(folder: Path) -> None:
 
 
 def test_push_and_load(hub, model_folder, capsys, monkeypatch):
-    """One commit that `from_pretrained` loads bit for bit.
-
-    The same again makes none; a change sends one file.
-    """
+    """One commit is made and loads bit for bit; the same push again makes none, a change sends one file."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(["push", str(model_folder), "alice/micro"]) == 0
     output = capsys.readouterr()
@@ -57,8 +54,8 @@ def test_push_and_load(hub, model_folder, capsys, monkeypatch):
     assert hub.titles("alice/micro") == FIRST
 
     change_weights(model_folder)
-    done = push(model_folder, "alice/micro", message="Epoch 2")
-    assert list(done.changed) == ["model.safetensors"]
+    result = push(model_folder, "alice/micro", message="Epoch 2")
+    assert list(result.changed) == ["model.safetensors"]
     assert hub.titles("alice/micro") == ["Epoch 2", *FIRST]
     assert hub.files("alice/micro")["model.safetensors"] == (model_folder / "model.safetensors").read_bytes()
 
@@ -84,7 +81,7 @@ def test_a_written_card_keeps_the_license_of_the_one_on_the_branch(hub, bare_fol
 
 
 def test_interrupted(hub, model_folder, monkeypatch, capsys):
-    """Ctrl-C during the upload: one line, nothing committed, and the same command finishes it."""
+    """Ctrl-C during the upload gives one line and no commit, and the same command finishes it."""
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -143,8 +140,8 @@ def test_a_new_branch_with_the_content_of_main(hub, model_folder):
 
 def test_a_pull_request_to_somebody_elses_repository(hub, model_folder):
     hub.add("bob/micro")
-    done = push(model_folder, "bob/micro", create_pr=True)
-    assert done.url == f"{hub.url}/bob/micro/discussions/1"
+    result = push(model_folder, "bob/micro", create_pr=True)
+    assert result.url == f"{hub.url}/bob/micro/discussions/1"
     assert hub.titles("bob/micro") == ["initial commit"]
     assert "model.safetensors" in hub.files("bob/micro", "refs/pr/1")
 
@@ -160,8 +157,8 @@ def test_shards_replace_a_single_file(hub, model_folder):
     (model_folder / "model.safetensors").unlink()
     model.save_pretrained(model_folder, max_shard_size="100KB")
     hub.part_size = 40_000  # LFS uploads in several parts
-    done = push(model_folder, "alice/micro")
-    assert done.deleted == ["model.safetensors"]
+    result = push(model_folder, "alice/micro")
+    assert result.deleted == ["model.safetensors"]
     assert hub.titles("alice/micro") == ["Upload FlashKAT", *FIRST]
     names = hub.files("alice/micro").keys()
     assert {"demo.gif", "model.safetensors.index.json"} <= names
@@ -169,9 +166,8 @@ def test_shards_replace_a_single_file(hub, model_folder):
     assert sum(name.endswith(".safetensors") for name in names) >= 4
     assert any("/complete/" in line for line in hub.requests)
     loaded = FlashKATForImageClassification.from_pretrained("alice/micro")
-    assert all(
-        torch.equal(one, other) for one, other in zip(loaded.parameters(), model.parameters(), strict=True)
-    )
+    pairs = zip(loaded.parameters(), model.parameters(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
 
 
 def test_a_long_listing_comes_in_pages(hub, model_folder):
@@ -226,10 +222,7 @@ def test_paths_of_this_machine_are_shortened(hub, model_folder):
 
 @pytest.mark.parametrize("several_files", [False, True])
 def test_hf_xet(hub, model_folder, monkeypatch, several_files):
-    """The default way of huggingface_hub 2, for real.
-
-    One commit, where `upload_folder` would make several.
-    """
+    """The default way of huggingface_hub 2 makes one commit, where `upload_folder` would make several."""
     pytest.importorskip("hf_xet")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
     if several_files:

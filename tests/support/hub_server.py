@@ -271,14 +271,14 @@ def _xet_files(shard: bytes) -> dict[str, tuple[str, int]]:
     def text(raw: bytes) -> str:  # four integers of 64 bits
         return b"".join(raw[start : start + 8][::-1] for start in range(0, 32, 8)).hex()
 
-    found, records = {}, [shard[start : start + 48] for start in range(48, len(shard), 48)]
+    files, records = {}, [shard[start : start + 48] for start in range(48, len(shard), 48)]
     while records and records[0][:32] != b"\xff" * 32:
         flags, segments = struct.unpack("<II", records[0][32:40])
         size = sum(struct.unpack("<I", record[36:40])[0] for record in records[1 : 1 + segments])
         length = 1 + segments * (1 + (flags >> 31)) + (flags >> 30 & 1)
-        found[text(records[length - 1][:32])] = text(records[0][:32]), size
+        files[text(records[length - 1][:32])] = text(records[0][:32]), size
         records = records[length:]
-    return found
+    return files
 
 
 def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
@@ -326,9 +326,9 @@ class _Handler(BaseHTTPRequestHandler):
             if self.fault and self.fault.status:
                 raise Refusal(self.fault.status, self.fault.message, **self.fault.headers)
             for methods, pattern, name in ROUTES:
-                if self.command in methods.split() and (found := pattern.fullmatch(split.path)):
+                if self.command in methods.split() and (match := pattern.fullmatch(split.path)):
                     arguments = {
-                        key: unquote(value) for key, value in found.groupdict().items() if value is not None
+                        key: unquote(value) for key, value in match.groupdict().items() if value is not None
                     }
                     return getattr(self, name)(**arguments)
             raise Refusal(404, f"no route for {request}")
@@ -396,7 +396,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(403, f"You don't have write access to {repo}")
         return repository
 
-    def found(self, repository: Repository, revision: str) -> Commit:
+    def commit_at(self, repository: Repository, revision: str) -> Commit:
         commit = repository.find(revision)
         if commit is None:
             raise Refusal(404, f"Invalid rev id: {revision}", X_Error_Code="RevisionNotFound")
@@ -418,12 +418,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/repos/create")
     def create(self):
-        wanted, user = self.json(), self.user()
+        request, user = self.json(), self.user()
         if user is None:
             raise Refusal(401, "Invalid username or password.")
         kind, name = (
-            f"{wanted.get('type') or 'model'}s",
-            f"{wanted.get('organization') or user['name']}/{wanted['name']}",
+            f"{request.get('type') or 'model'}s",
+            f"{request.get('organization') or user['name']}/{request['name']}",
         )
         url = f"{self.hub.url}/{name if kind == 'models' else f'{kind}/{name}'}"
         if user["role"] == "read" or not self.belongs(name.partition("/")[0]):
@@ -433,30 +433,30 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             if (kind, name) in self.hub.repositories:
                 return self.send(409, {"error": "You already created this model repo", "url": url})
-            private = wanted.get("visibility") == "private" or wanted.get("private") is True
+            private = request.get("visibility") == "private" or request.get("private") is True
             self.hub.add(name, private=private, kind=kind)
         return self.send(200, {"url": url, "name": name, "id": name})
 
     @route("DELETE", "/api/repos/delete")
     def delete(self):
-        wanted = self.json()
-        kind, name = f"{wanted.get('type') or 'model'}s", f"{wanted['organization']}/{wanted['name']}"
+        request = self.json()
+        kind, name = f"{request.get('type') or 'model'}s", f"{request['organization']}/{request['name']}"
         self.writable(kind, name)
         del self.hub.repositories[kind, name]
         self.send(200, {})
 
     @route("PUT", f"/api/{KIND}/{REPOSITORY}/settings")
     def settings(self, kind: str, repo: str):
-        wanted = self.json()
+        request = self.json()
         self.writable(kind, repo).private = (
-            wanted.get("visibility") == "private" or wanted.get("private") is True
+            request.get("visibility") == "private" or request.get("private") is True
         )
         self.send(200, {"private": self.hub.repositories[kind, repo].private})
 
     @route("GET", f"/api/{KIND}/{REPOSITORY}(?:/revision/(?P<revision>[^/]+))?")
     def info(self, kind: str, repo: str, revision: str = "main"):
         repository = self.readable(kind, repo)
-        commit = self.found(repository, revision)
+        commit = self.commit_at(repository, revision)
         siblings: list[dict[str, Any]] = [{"rfilename": path} for path in commit.files]
         if "blobs" in self.query:
             for sibling in siblings:
@@ -482,15 +482,15 @@ class _Handler(BaseHTTPRequestHandler):
             )
         self.send(200, listing)
 
-    @route("POST DELETE", f"/api/{KIND}/{REPOSITORY}/(?P<what>branch|tag)/(?P<name>[^/]+)")
-    def change_ref(self, kind: str, repo: str, what: str, name: str):
+    @route("POST DELETE", f"/api/{KIND}/{REPOSITORY}/(?P<ref_kind>branch|tag)/(?P<name>[^/]+)")
+    def change_ref(self, kind: str, repo: str, ref_kind: str, name: str):
         repository = self.writable(kind, repo)
-        wanted = self.json() if self.body else {}
-        if what == "tag" and self.command == "POST":  # the path names what is tagged
-            ref, commit = f"refs/tags/{wanted['tag']}", self.found(repository, name)
+        request = self.json() if self.body else {}
+        if ref_kind == "tag" and self.command == "POST":  # the path names what is tagged
+            ref, commit = f"refs/tags/{request['tag']}", self.commit_at(repository, name)
         else:
-            ref = f"refs/{'heads' if what == 'branch' else 'tags'}/{name}"
-            commit = self.found(repository, wanted.get("startingPoint") or "main")
+            ref = f"refs/{'heads' if ref_kind == 'branch' else 'tags'}/{name}"
+            commit = self.commit_at(repository, request.get("startingPoint") or "main")
         with self.hub.lock:
             if self.command == "DELETE":
                 if ref not in repository.refs:
@@ -504,7 +504,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     @route("GET", f"/api/{KIND}/{REPOSITORY}/commits/(?P<revision>[^/]+)")
     def list_commits(self, kind: str, repo: str, revision: str):
-        history = self.found(self.readable(kind, repo), revision).history()
+        history = self.commit_at(self.readable(kind, repo), revision).history()
         listing = [
             {"id": c.oid, "title": c.title, "message": "", "authors": [{"user": c.author}]} for c in history
         ]
@@ -514,7 +514,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     @route("GET", f"/api/{KIND}/{REPOSITORY}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?")
     def tree(self, kind: str, repo: str, revision: str, folder: str = ""):
-        commit = self.found(self.readable(kind, repo), revision)
+        commit = self.commit_at(self.readable(kind, repo), revision)
         prefix = f"{folder}/" if folder else ""
         files = {path: file for path, file in commit.files.items() if path.startswith(prefix)}
         if folder and not files:
@@ -534,14 +534,14 @@ class _Handler(BaseHTTPRequestHandler):
         start = int(self.query.get("cursor", ["0"])[0])
         page, headers = entries[start : start + self.hub.page_size], {}
         if start + len(page) < len(entries):
-            others = "&".join(f"{key}={values[0]}" for key, values in self.query.items() if key != "cursor")
-            address = f"{self.hub.url}{urlsplit(self.path).path}?{others}&cursor={start + len(page)}"
+            query = "&".join(f"{key}={values[0]}" for key, values in self.query.items() if key != "cursor")
+            address = f"{self.hub.url}{urlsplit(self.path).path}?{query}&cursor={start + len(page)}"
             headers["Link"] = f'<{address}>; rel="next"'
         self.send(200, page, headers)
 
     @route("POST", f"/api/{KIND}/{REPOSITORY}/paths-info/(?P<revision>[^/]+)")
     def paths_info(self, kind: str, repo: str, revision: str):
-        commit = self.found(self.readable(kind, repo), revision)
+        commit = self.commit_at(self.readable(kind, repo), revision)
         paths = parse_qs(self.body.decode()).get("paths", [])
         self.send(200, [commit.files[path].listed(path) for path in paths if path in commit.files])
 
@@ -549,7 +549,7 @@ class _Handler(BaseHTTPRequestHandler):
         "GET HEAD", f"/(?:(?P<kind>datasets|spaces)/)?{REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"
     )
     def resolve(self, repo: str, revision: str, path: str, kind: str = "models"):
-        commit = self.found(self.readable(kind, repo), revision)
+        commit = self.commit_at(self.readable(kind, repo), revision)
         headers = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
         file = commit.files.get(path)
         if file is None:
@@ -569,10 +569,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_range(self.hub.blobs[oid], {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
 
     def send_range(self, data: bytes, headers: dict[str, str]) -> None:
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not wanted:
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not span:
             return self.send(200, data, headers)
-        start, end = int(wanted[1]), int(wanted[2] or len(data) - 1)
+        start, end = int(span[1]), int(span[2] or len(data) - 1)
         if start >= len(data):
             raise Refusal(416, "Range not satisfiable", Content_Range=f"bytes */{len(data)}")
         part = data[start : end + 1]
@@ -588,7 +588,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     @route("POST", f"/api/{KIND}/{REPOSITORY}/preupload/(?P<revision>[^/]+)")
     def preupload(self, kind: str, repo: str, revision: str):
-        commit = self.found(self.writable(kind, repo, "create_pr" in self.query), revision)
+        commit = self.commit_at(self.writable(kind, repo, "create_pr" in self.query), revision)
         answers = []
         for file in self.json()["files"]:
             path, binary = file["path"], b"\0" in base64.b64decode(file["sample"])
@@ -603,24 +603,24 @@ class _Handler(BaseHTTPRequestHandler):
     def lfs_batch(self, repo: str, kind: str = "models"):
         self.writable(kind, repo, pull_request=True)
         objects, transfer = [], "basic"
-        for wanted in self.json()["objects"]:
-            entry = {"oid": wanted["oid"], "size": wanted["size"]}
-            if wanted["oid"] not in self.hub.blobs:
-                href, header = f"{self.hub.storage_url}/upload/{wanted['oid']}", {}
-                if self.hub.part_size and wanted["size"] > self.hub.part_size:
+        for request in self.json()["objects"]:
+            entry = {"oid": request["oid"], "size": request["size"]}
+            if request["oid"] not in self.hub.blobs:
+                href, header = f"{self.hub.storage_url}/upload/{request['oid']}", {}
+                if self.hub.part_size and request["size"] > self.hub.part_size:
                     transfer = "multipart"
-                    parts = -(-wanted["size"] // self.hub.part_size)
+                    parts = -(-request["size"] // self.hub.part_size)
                     header = {str(part): f"{href}/{part}" for part in range(1, parts + 1)}
                     header["chunk_size"] = str(self.hub.part_size)
-                    href = f"{self.hub.storage_url}/complete/{wanted['oid']}"
+                    href = f"{self.hub.storage_url}/complete/{request['oid']}"
                 verify = f"{self.hub.url}/{quote(repo)}.git/info/lfs/objects/verify"
                 entry["actions"] = {"upload": {"href": href, "header": header}, "verify": {"href": verify}}
             objects.append(entry)
         self.send(200, {"transfer": transfer, "objects": objects})
 
     def store(self, oid: str, data: bytes) -> None:
-        if (found := hashlib.sha256(data).hexdigest()) != oid:
-            raise Refusal(400, f"checksum mismatch: {found} instead of {oid}")
+        if (checksum := hashlib.sha256(data).hexdigest()) != oid:
+            raise Refusal(400, f"checksum mismatch: {checksum} instead of {oid}")
         self.hub.blobs[oid] = data
 
     @route("PUT", "/upload/(?P<oid>[0-9a-f]{64})(?:/(?P<part>[0-9]+))?")
@@ -641,10 +641,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     @route("POST", f"/(?:(?P<kind>datasets|spaces)/)?{REPOSITORY}\\.git/info/lfs/objects/verify")
     def verify(self, repo: str, kind: str = "models"):
-        wanted = self.json()
+        request = self.json()
         self.writable(kind, repo, pull_request=True)
-        if len(self.hub.blobs.get(wanted["oid"], b"")) != wanted["size"]:
-            raise Refusal(422, f"{wanted['oid']} is not stored")
+        if len(self.hub.blobs.get(request["oid"], b"")) != request["size"]:
+            raise Refusal(422, f"{request['oid']} is not stored")
         self.send(200, {})
 
     @route("GET", f"/api/{KIND}/{REPOSITORY}/xet-write-token/(?P<revision>[^/]+)")
@@ -669,7 +669,7 @@ class _Handler(BaseHTTPRequestHandler):
             if line["key"] == "lfsFile" and line["value"]["oid"] not in self.hub.blobs:
                 self.hub.from_xet(line["value"]["oid"])
         with self.hub.lock:
-            head = self.found(repository, revision)
+            head = self.commit_at(repository, revision)
             if header.get("parentCommit") not in (None, head.oid):
                 raise Refusal(412, "A commit has happened since. Please refresh and try again.")
             files = self.changed(head.files, lines[1:])
@@ -695,8 +695,8 @@ class _Handler(BaseHTTPRequestHandler):
             answer["pullRequestUrl"] = f"{url}/discussions/{number}"
         self.send(200, answer)
 
-    def changed(self, before: dict[str, File], lines: list[dict[str, Any]]) -> dict[str, File]:
-        files = dict(before)
+    def changed(self, files: dict[str, File], lines: list[dict[str, Any]]) -> dict[str, File]:
+        files = dict(files)
         for line in lines:
             key, value = line["key"], line["value"]
             path = value["path"]
