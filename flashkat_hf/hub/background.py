@@ -10,10 +10,10 @@ from shlex import quote
 
 from huggingface_hub import HfApi
 
-from ..checkpoints.hub_errors import HubError, explained
+from ..checkpoints.hub_errors import HubError
 from ..messages import one_line, warn
 from .staging import stage
-from .upload import check_access, check_branch, check_repo_id, send
+from .upload import Destination, check_access, send
 
 
 @dataclass
@@ -21,7 +21,7 @@ class _Job:
     folder: Path  # as the caller names it
     snapshot: Path  # what the folder held then
     message: str
-    branch: str
+    target: Destination
     final: bool
     failures: int = 0
 
@@ -58,12 +58,11 @@ class BackgroundPusher:
         token: str | None = None,
         delays: tuple[float, ...] = (10, 30, 60, 120, 300),
     ):
-        self.repo_id = check_repo_id(repo_id)
-        self.branch = check_branch(branch)
-        self._token = token
+        self._checkpoint_target = Destination(repo_id, branch, private, token=token)
+        self._main_target = Destination(repo_id, private=private, token=token)
         self._delays = delays
-        check_access(repo_id, private=private, token=token)
-        with explained(f"cannot push to {repo_id}", repo_id, token):
+        check_access(self._main_target)
+        with self._main_target.asking():
             HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
         self._checkpoint: _Job | None = None  # the newest that waits
         self._final: _Job | None = None
@@ -85,7 +84,7 @@ class BackgroundPusher:
                 written to: they are linked, not copied, where the file system can.
             message: the commit's.
         """
-        if job := self._job(Path(folder), message, self.branch, final=False):
+        if job := self._job(Path(folder), message, self._checkpoint_target, final=False):
             with self._changed:
                 if self._checkpoint:
                     self._checkpoint.discard()
@@ -103,7 +102,7 @@ class BackgroundPusher:
         Returns:
             One line for each thing that was not pushed, with the command that pushes it.
         """
-        job = self._job(Path(folder), message, "main", final=True) if folder is not None else None
+        job = self._job(Path(folder), message, self._main_target, final=True) if folder is not None else None
         with self._changed:
             self._final = job
             self._stopping = True
@@ -121,9 +120,9 @@ class BackgroundPusher:
             self._changed.notify_all()
             return list(dict.fromkeys(self._problems))
 
-    def _job(self, folder: Path, message: str, branch: str, final: bool) -> _Job | None:
+    def _job(self, folder: Path, message: str, target: Destination, final: bool) -> _Job | None:
         """Return a job with a snapshot of the folder, or None where that fails."""
-        job = _Job(folder, folder, message, branch, final)
+        job = _Job(folder, folder, message, target, final)
         try:
             if folder not in self._cleared:
                 self._cleared.add(folder)
@@ -177,11 +176,11 @@ class BackgroundPusher:
                     staged = stage(
                         job.snapshot,
                         Path(workspace),
-                        repo_id=self.repo_id,
+                        repo_id=job.target.repo_id,
                         final=job.final,
-                        token=self._token,
+                        token=job.target.token,
                     )
-                send(staged, self.repo_id, job.branch, token=self._token, message=job.message)
+                send(staged, job.target, job.message)
         except Exception as error:
             reason = (
                 str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error)}"
@@ -201,8 +200,8 @@ class BackgroundPusher:
 
     def _problem(self, job: _Job, reason: str) -> str:
         """Return the line that says what was not pushed, why, and the command that pushes it."""
-        revision = "" if job.branch == "main" else f" --revision {job.branch}"
-        command = f"flashkat push {quote(str(job.folder))} {self.repo_id}{revision}"
+        revision = "" if job.target.branch == "main" else f" --revision {job.target.branch}"
+        command = f"flashkat push {quote(str(job.folder))} {job.target.repo_id}{revision}"
         return f"{job.folder} ({job.message}) was not pushed: {reason}; `{command}` pushes it"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..checkpoints.published import PUBLISHED
 from ..conversion.conversion import convert
 from .staging import stage
-from .upload import Push, Report, check_access, check_repo_id, send
+from .upload import Destination, Push, Report, check_access, send
 
 
 def publish(
@@ -37,28 +37,22 @@ def publish(
     if name != "all" and name not in PUBLISHED:
         raise ValueError(f"{name} is not published; known are {', '.join(PUBLISHED)} and all")
     names = list(PUBLISHED) if name == "all" else [name]
-    targets = {name: check_repo_id(f"{namespace}/{name}") for name in names}
-    check_access(*targets.values(), private=private, what_if=what_if, token=token)
+    targets = {
+        name: Destination(f"{namespace}/{name}", private=private, what_if=what_if, token=token)
+        for name in names
+    }
+    check_access(*targets.values())
     report = report or (lambda text: None)
     pushes: list[Push] = []
     failures: list[str] = []
-    for checkpoint, repo_id in targets.items():
+    for checkpoint, target in targets.items():
         with tempfile.TemporaryDirectory(prefix="flashkat-publish-") as workspace:
             model, staging = Path(workspace, checkpoint), Path(workspace, "sent")
             staging.mkdir()
             try:
                 report(str(convert(checkpoint, model, token=token)))
-                push = send(
-                    stage(model, staging, repo_id=repo_id, published=checkpoint, token=token),
-                    repo_id,
-                    "main",
-                    private=private,
-                    what_if=what_if,
-                    token=token,
-                    message=f"Convert {PUBLISHED[checkpoint].file}",
-                    report=report,
-                )
-                pushes.append(push)
+                staged = stage(model, staging, repo_id=target.repo_id, published=checkpoint, token=token)
+                pushes.append(send(staged, target, f"Convert {PUBLISHED[checkpoint].file}", report))
             except ValueError as error:
                 reason = str(error).replace(str(model), checkpoint)
                 if name != "all":

@@ -34,6 +34,37 @@ BRANCH = re.compile(r"(?!.*(\.\.|//|/\.|\.lock(/|$)|@\{))[\w.@+-][\w.@+/-]*(?<![
 Report = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class Destination:
+    """A branch on the Hub and how to push to it; the fields are arguments of `push`.
+
+    Raises:
+        ValueError: in one line: the Hub would not take the name of the repository or of the branch.
+    """
+
+    repo_id: str
+    branch: str = "main"
+    private: bool | None = None
+    create_pr: bool = False
+    what_if: bool = False
+    token: str | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        _check_repo_id(self.repo_id)
+        _check_branch(self.branch)
+
+    @contextmanager
+    def asking(self, action: str = "push to") -> Iterator[None]:
+        """Give up requests after `SILENCE`, and turn what goes wrong into a `HubError` about `action`."""
+        with explained(f"cannot {action} {self.repo_id}", self.repo_id, self.token):
+            client = get_session()
+            timeout, client.timeout = client.timeout, SILENCE
+            try:
+                yield
+            finally:
+                client.timeout = timeout
+
+
 @dataclass
 class Push:
     """The plan of a push, and its outcome.
@@ -122,10 +153,10 @@ def push(
     """
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"a pull request is opened against main, so revision {revision} has no meaning")
-    check_repo_id(repo_id)
-    branch, folder = check_branch(revision or "main"), Path(folder).expanduser()
+    target = Destination(repo_id, revision or "main", private, create_pr, what_if, token)
+    folder = Path(folder).expanduser()
     if license is None and not (folder / "README.md").exists():
-        license = _license_on_branch(repo_id, branch, token)
+        license = _license_on_branch(target)
     with tempfile.TemporaryDirectory(prefix="flashkat-push-") as workspace:
         staged = stage(
             folder,
@@ -135,46 +166,27 @@ def push(
             license=license,
             token=token,
         )
-        check_access(repo_id, private=private, create_pr=create_pr, what_if=what_if, token=token)
-        return send(
-            staged,
-            repo_id,
-            branch,
-            private=private,
-            create_pr=create_pr,
-            what_if=what_if,
-            token=token,
-            message=message or "Upload FlashKAT",
-            report=report,
-        )
+        check_access(target)
+        return send(staged, target, message or "Upload FlashKAT", report)
 
 
-def send(
-    staged: Staged,
-    repo_id: str,
-    branch: str,
-    *,
-    private: bool | None = None,
-    create_pr: bool = False,
-    what_if: bool = False,
-    token: str | None = None,
-    message: str,
-    report: Report | None = None,
-) -> Push:
+def send(staged: Staged, target: Destination, message: str, report: Report | None = None) -> Push:
     """Send a staged folder to a repository that `check_access` let pass: the second half of `push`."""
-    api, answer_lost = HfApi(token=token), False
+    api, answer_lost = HfApi(token=target.token), False
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with _asking(f"cannot push to {repo_id}", repo_id, token):
-                plan = _compare(api, Push(repo_id, branch, staged, private=private), create_pr)
+            with target.asking():
+                plan = _compare(api, staged, target)
                 if report and attempt == 1:
                     report(str(plan))
-                if not what_if:
-                    _commit(api, plan, message, create_pr)
+                if not target.what_if:
+                    _commit(api, plan, message, target.create_pr)
             return plan
         except HubError as error:
             # Comparing again finds a commit whose answer was lost; a pull request would be opened twice.
-            retry = (error.transient and not (create_pr and error.lost)) or (error.moved and answer_lost)
+            retry = (error.transient and not (target.create_pr and error.lost)) or (
+                error.moved and answer_lost
+            )
             wait = error.retry_after if error.retry_after is not None else 2.0**attempt
             if attempt == ATTEMPTS or not retry or wait > LONGEST_WAIT:
                 raise
@@ -183,42 +195,7 @@ def send(
     raise AssertionError("unreachable")
 
 
-def check_repo_id(repo_id: str) -> str:
-    """Return the name of a repository if the Hub would take it.
-
-    Raises:
-        ValueError: in one line.
-    """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"the Hub does not allow the name {repo_id!r}: {one_line(error)}") from error
-    if "/" not in repo_id or repo_id.endswith((".git", ".ipynb")):
-        rule = "owner/name is expected, without .git or .ipynb"
-        raise ValueError(f"the Hub does not allow the name {repo_id!r}: {rule}")
-    return repo_id
-
-
-def check_branch(name: str) -> str:
-    """Return a name if a branch can have it, or if it is `refs/pr/N`.
-
-    Raises:
-        ValueError: in one line.
-    """
-    if not BRANCH.fullmatch(name) or (name.startswith("refs/") and not re.fullmatch(r"refs/pr/\d+", name)):
-        raise ValueError(f"{name!r} cannot be the name of a branch")
-    if re.fullmatch(r"[0-9a-f]{40}", name):
-        raise ValueError(f"{name} is a commit; a branch is needed")
-    return name
-
-
-def check_access(
-    *repo_ids: str,
-    private: bool | None = None,
-    create_pr: bool = False,
-    what_if: bool = False,
-    token: str | None = None,
-) -> None:
+def check_access(*targets: Destination) -> None:
     """Ask the Hub whether the token may write to these repositories of one owner, or make them; send nothing.
 
     An owner that the account does not list may still be an organisation of it. The Hub decides: it is asked
@@ -228,63 +205,70 @@ def check_access(
     Raises:
         HubError: in one line: no token or a bad one, no right to write, another visibility, no network.
     """
-    action = f"cannot push to {repo_ids[0]}"
+    token, action = targets[0].token, f"cannot push to {targets[0].repo_id}"
     if not (token or get_token()):
         raise HubError(f"{action}: {NO_TOKEN}")
     api = HfApi(token=token)
-    with _asking(action, repo_ids[0], token):
+    with targets[0].asking():
         account = api.whoami()
     role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
         problem = f"the access token of {account['name']} may only read; make one that may write"
         raise HubError(f"{action}: {problem}")
     owners = {owner["name"].casefold() for owner in (account, *(account.get("orgs") or []))}
-    for repo_id in repo_ids:
+    for target in targets:
+        repo_id, private = target.repo_id, target.private
         listed = repo_id.partition("/")[0].casefold() in owners
-        action = f"cannot push to {repo_id}"
-        with _asking(action, repo_id, token):
+        with target.asking():
             try:
                 is_private = api.repo_info(repo_id).private
             except RepositoryNotFoundError:
-                if create_pr:
+                if target.create_pr:
                     raise
-                if not (listed or what_if):
+                if not (listed or target.what_if):
                     api.create_repo(repo_id, private=private)
                 continue
             if None not in (private, is_private) and is_private != private:
-                visibility = "private" if is_private else "public"
-                raise HubError(
-                    f"{action}: it exists and is {visibility}; its settings on the Hub change that"
-                )
-            if not (listed or create_pr):
+                state = f"it exists and is {'private' if is_private else 'public'}"
+                raise HubError(f"cannot push to {repo_id}: {state}; its settings on the Hub change that")
+            if not (listed or target.create_pr):
                 api.preupload_lfs_files(repo_id, [CommitOperationAdd("README.md", b"#")])
 
 
-def _license_on_branch(repo_id: str, branch: str, token: str | None) -> str | None:
+def _check_repo_id(name: str) -> None:
+    """Refuse a name of a repository that the Hub would refuse."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"the Hub does not allow the name {name!r}: {one_line(error)}") from error
+    if "/" not in name or name.endswith((".git", ".ipynb")):
+        rule = "owner/name is expected, without .git or .ipynb"
+        raise ValueError(f"the Hub does not allow the name {name!r}: {rule}")
+
+
+def _check_branch(name: str) -> None:
+    """Refuse a name that neither a branch can have nor is `refs/pr/N`."""
+    if not BRANCH.fullmatch(name) or (name.startswith("refs/") and not re.fullmatch(r"refs/pr/\d+", name)):
+        raise ValueError(f"{name!r} cannot be the name of a branch")
+    if re.fullmatch(r"[0-9a-f]{40}", name):
+        raise ValueError(f"{name} is a commit; a branch is needed")
+
+
+def _license_on_branch(target: Destination) -> str | None:
     """Return the license in the card on the branch, or None where the Hub shows no card or no license."""
     try:
-        with _asking(f"cannot read {repo_id}", repo_id, token):
-            path = HfApi(token=token).hf_hub_download(repo_id, "README.md", revision=branch)
+        with target.asking("read"):
+            api = HfApi(token=target.token)
+            path = api.hf_hub_download(target.repo_id, "README.md", revision=target.branch)
         license = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict().get("license")
     except (OSError, ValueError):
         return None  # pushing says what is wrong
     return license if isinstance(license, str) and license != "unknown" else None
 
 
-@contextmanager
-def _asking(action: str, repo_id: str, token: str | None) -> Iterator[None]:
-    """Give up requests after `SILENCE`, and turn what goes wrong into a `HubError` about `action`."""
-    with explained(action, repo_id, token):
-        client = get_session()
-        timeout, client.timeout = client.timeout, SILENCE
-        try:
-            yield
-        finally:
-            client.timeout = timeout
-
-
-def _compare(api: HfApi, plan: Push, create_pr: bool) -> Push:
-    """Complete the plan by comparing the folder with the branch, or with main where it does not exist."""
+def _compare(api: HfApi, staged: Staged, target: Destination) -> Push:
+    """Compare the folder with the branch, or with main where it does not exist, and return the plan."""
+    plan = Push(target.repo_id, target.branch, staged, private=target.private)
     published: dict[str, RepoFile] = {}
     try:
         try:
@@ -298,7 +282,7 @@ def _compare(api: HfApi, plan: Push, create_pr: bool) -> Push:
             listing = api.list_repo_tree(plan.repo_id, revision=plan.head)
             published = {entry.path: entry for entry in listing if isinstance(entry, RepoFile)}
     except RepositoryNotFoundError:
-        if create_pr:
+        if target.create_pr:
             raise
         plan.new = True
         plan.new_branch = plan.branch != "main"
