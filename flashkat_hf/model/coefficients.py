@@ -39,10 +39,7 @@ class StartTable(NamedTuple):
 
 
 START_TABLES: dict[str, StartTable] = {
-    "identity": StartTable(
-        (0.0, 1.0, 0.0, 0.0, 0.0, 0.0),
-        (0.0, 0.0, 0.0, 0.0),
-    ),
+    "identity": StartTable((0.0, 1.0, 0.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0)),
     "swish": StartTable(
         (
             3.054879741161051e-07,

@@ -15,12 +15,7 @@ what it adds to their gradients, and short programs add that up.
 import torch
 from torch import Tensor
 
-try:  # transformers takes what checkpoint code imports elsewhere for a requirement
-    import triton
-    import triton.language as tl
-except ImportError:
-    raise
-
+from .triton_math import tl, triton
 from .triton_rational import traceable
 from .triton_sums import gather_sums
 from .triton_tiles import ATTENTION_BLOCK, attention_blocks

@@ -8,12 +8,7 @@ its weights and sums stay in registers, and a row of up to 384 channels is reduc
 import torch
 from torch import Tensor
 
-try:  # transformers takes what checkpoint code imports elsewhere for a requirement
-    import triton
-    import triton.language as tl
-except ImportError:
-    raise
-
+from .triton_math import tl, triton
 from .triton_rational import num_multiprocessors
 from .triton_sums import gather_sums
 from .triton_tiles import NORM_BACKWARD, NORM_FORWARD, NormTile, norm_tile

@@ -7,12 +7,6 @@ and their sums stay in registers, too.
 import torch
 from torch import Tensor
 
-try:  # transformers takes what checkpoint code imports elsewhere for a requirement
-    import triton
-    import triton.language as tl
-except ImportError:
-    raise
-
 from .triton_math import (
     add_coefficient_terms,
     load_denominator,
@@ -21,6 +15,8 @@ from .triton_math import (
     quotient,
     quotient_and_slope,
     store_sums,
+    tl,
+    triton,
 )
 from .triton_norm import (
     load_parts,

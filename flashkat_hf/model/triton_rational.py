@@ -11,12 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:  # transformers takes what checkpoint code imports elsewhere for a requirement
-    import triton
-    import triton.language as tl
-except ImportError:
-    raise
-
 from .triton_math import (
     add_coefficient_terms,
     load_denominator,
@@ -25,6 +19,8 @@ from .triton_math import (
     quotient,
     quotient_and_slope,
     store_sums,
+    tl,
+    triton,
 )
 from .triton_sums import gather_sums
 from .triton_tiles import Tile, backward_tile, forward_tile
@@ -121,11 +117,7 @@ def rational_forward(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tenso
     if x.numel():
         with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType] - None is a no-op
             traceable(rational_forward_kernel, x)[(tile.num_programs,)](
-                x,
-                numerator,
-                denominator,
-                y,
-                *_layout(x, numerator, denominator, tile),
+                *(x, numerator, denominator, y, *_layout(x, numerator, denominator, tile)),
                 num_warps=tile.num_warps,
             )
     return y

@@ -9,12 +9,6 @@ keep it, and the column sums of that gradient, which are those of the first map'
 import torch
 from torch import Tensor
 
-try:  # transformers takes what checkpoint code imports elsewhere for a requirement
-    import triton
-    import triton.language as tl
-except ImportError:
-    raise
-
 from .triton_math import (
     add_coefficient_terms,
     load_denominator,
@@ -23,6 +17,8 @@ from .triton_math import (
     quotient,
     quotient_and_slope,
     store_sums,
+    tl,
+    triton,
 )
 from .triton_rational import LAYOUT, backward_plan, traceable
 from .triton_sums import gather_sums
@@ -163,25 +159,10 @@ def rational_mlp_forward(
         grid = (triton.cdiv(num_rows, tile.rows) * (out_features // tile.columns),)
         with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType]
             traceable(rational_mlp_forward_kernel, x)[grid](
-                x,
-                weight,
-                bias,
-                numerator,
-                denominator,
-                product,
-                y,
-                num_rows,
-                0 if numerator.shape[0] == 1 else 6,
-                0 if denominator.shape[0] == 1 else 4,
-                in_features,
-                out_features,
-                group_size,
-                tile.rows,
-                tile.columns,
-                tile.step,
-                tile.chunk,
-                tile.stages,
-                keep,
+                *(x, weight, bias, numerator, denominator, product, y, num_rows),
+                *(0 if numerator.shape[0] == 1 else 6, 0 if denominator.shape[0] == 1 else 4),
+                *(in_features, out_features, group_size),
+                *(tile.rows, tile.columns, tile.step, tile.chunk, tile.stages, keep),
                 num_warps=tile.num_warps,
             )
     return y, product
@@ -202,15 +183,7 @@ def rational_mlp_backward(
     if x.numel():
         with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType]
             rational_mlp_backward_kernel[(tile.num_programs,)](
-                grad_y,
-                x,
-                numerator,
-                denominator,
-                grad_x,
-                y,
-                partial,
-                columns,
-                *layout,
+                *(grad_y, x, numerator, denominator, grad_x, y, partial, columns, *layout),
                 num_warps=tile.num_warps,
             )
     *tables, columns = gather_sums((numerator, denominator), partial, columns)

@@ -6,11 +6,7 @@ Partial sums to gradients, in a fixed order, one launch.
 import torch
 from torch import Tensor
 
-try:  # transformers takes what checkpoint code imports elsewhere for a requirement
-    import triton
-    import triton.language as tl
-except ImportError:
-    raise
+from .triton_math import tl, triton
 
 TILE = 2**14  # sums that a program reads at once
 COLUMNS = 32  # columns of a program, whole cache lines
@@ -98,34 +94,19 @@ def gather_sums(
     given = partial if partial is not None else columns
     assert given is not None
     nothing = given.new_empty(0)
-    grads, rows, segments_per_row = (nothing, nothing), (1, 1), 1
+    grads, rows, segments_per_row, coefficients = (nothing, nothing), (1, 1), 1, 0
     if tables is not None:
-        grads, rows = (
-            tuple(torch.empty_like(table) for table in tables),
-            tuple(table.shape[0] for table in tables),
-        )
-        segments_per_row = given.shape[-1]
+        grads = torch.empty_like(tables[0]), torch.empty_like(tables[1])
+        rows, segments_per_row, coefficients = (len(tables[0]), len(tables[1])), given.shape[-1], 10
     sums = given.new_empty(0, 0) if columns is None else columns.new_empty(columns.shape[0], columns.shape[2])
     segments = max(triton.next_power_of_2(segments_per_row), 16)
     blocks = sums.shape[0] * triton.cdiv(sums.shape[1], COLUMNS)
-    coefficients = 0 if tables is None else 10
     with torch.accelerator.device_index(given.device.index):  # pyright: ignore[reportArgumentType] - None is a no-op
         gather_sums_kernel[(coefficients + blocks,)](
-            given if partial is not None else nothing,
-            nothing if columns is None else columns,
-            nothing if tables is None else tables[1],
-            *grads,
-            sums,
-            0 if partial is None else partial.shape[1],
-            segments_per_row,
-            0 if columns is None else columns.shape[1],
-            sums.shape[1],
-            *rows,
-            coefficients,
-            max(TILE // segments, 1),
-            segments,
-            TILE // COLUMNS,
-            COLUMNS,
+            *(nothing if tensor is None else tensor for tensor in (partial, columns, tables and tables[1])),
+            *(*grads, sums, 0 if partial is None else partial.shape[1], segments_per_row),
+            *(0 if columns is None else columns.shape[1], sums.shape[1], *rows, coefficients),
+            *(max(TILE // segments, 1), segments, TILE // COLUMNS, COLUMNS),
             num_warps=16,
         )
     return (*(grads if tables is not None else ()), *(() if columns is None else (sums,)))
