@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,36 +39,36 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: the file cannot be written; the old one stands.
     """
-    new = path.with_name(f".{path.name}.new")
-    try:
-        with new.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-    sync(path.parent)
+    with replacing(path, folder=False) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """Give a new folder beside `target` that takes its place, synced, at the end; after an error the old one stands.
+def replacing(target: Path, folder: bool = True) -> Iterator[Path]:
+    """Give a new folder, or the name of a new file, beside `target`; it takes its place, synced, at the end.
 
-    What an earlier process left when it was killed in here is put right first (`restore`).
+    After an error the old one stands, and parents that were made here are gone. What an earlier process left
+    when it was killed in here is put right first (`restore`).
     """
     restore(target)
     new, old = temporary_names(target)
+    absent_parents = [parent for parent in target.absolute().parents if not parent.exists()]
     try:
-        new.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if folder:
+            new.mkdir()
         yield new
         sync_tree(new)
-        if target.exists():
+        if target.is_dir():
             target.rename(old)
         new.rename(target)
         sync(target.parent)
     finally:
         restore(target)
+        if not target.exists():
+            with suppress(OSError):
+                for parent in absent_parents:
+                    parent.rmdir()
 
 
 def restore(target: Path) -> None:
@@ -76,16 +76,20 @@ def restore(target: Path) -> None:
     new, old = temporary_names(target)
     if old.exists() and not target.exists():
         old.rename(target)
+    if new.is_file():
+        new.unlink()
     for folder in (new, old):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def sync_tree(folder: Path) -> None:
-    """Bring every file and folder below `folder`, and itself, to the disk."""
-    for parent, _, files in os.walk(folder, topdown=False):
+def sync_tree(path: Path) -> None:
+    """Bring a file, or a folder with every file and folder below it, to the disk."""
+    for parent, _, files in os.walk(path, topdown=False):
         for name in files:
             sync(Path(parent, name))
         sync(Path(parent))
+    if path.is_file():
+        sync(path)
 
 
 def temporary_names(target: Path) -> tuple[Path, Path]:
