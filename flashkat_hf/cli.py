@@ -13,7 +13,8 @@ from transformers.utils import logging
 
 from .checkpoints.description import describe
 from .checkpoints.published import PUBLISHED
-from .conversion.conversion import convert, export_original
+from .conversion.conversion import convert
+from .conversion.export import export_original
 from .conversion.source import TRANSFORMS
 from .hub import publish, push
 from .hub.upload import Push

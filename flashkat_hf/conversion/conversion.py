@@ -1,37 +1,37 @@
-"""A KAT or ViT checkpoint as a folder that `from_pretrained` loads, proved before it appears, and the way back."""
+"""A KAT or ViT checkpoint as a folder that `from_pretrained` loads, proved before it appears."""
 
 import os
-import shutil
-import tempfile
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checkpoints.loading import load_checkpoint
+from ..checkpoints.remote_code import read_config
+from ..files import replacing
+from ..messages import one_line
 from ..model.configuration_flashkat import FlashKATConfig
 from ..model.modeling_flashkat import FlashKATEmbeddings, FlashKATForImageClassification
 from .calibration import LayerFit, find_images, image_batches
 from .calibration import calibrate as fit_act2
-from .proof import Proof, verify
-from .source import Source, gelu_form, image_processor, load_state, read_source
-from .tensor_names import NAMINGS, check_settings, source_names, strip_prefix, to_flashkat, to_original
+from .proof import Proof, prove
+from .source import Source, gelu_form, image_processor, read_source
+from .tensor_names import NAMINGS, check_settings, source_names, strip_prefix, to_flashkat
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did.
+    """A report says what a conversion did; its text is what the command prints.
 
     Attributes:
         source: what was converted.
-        title: its kind, a key of `naming.NAMINGS`.
+        title: its kind, a key of `tensor_names.NAMINGS`.
         config: of the result.
         parameters: their number.
         proof: how the result compares with the source; None where it was not verified.
@@ -48,31 +48,32 @@ class ConversionReport:
     calibration: tuple[LayerFit, ...] = ()
 
     def __str__(self) -> str:
-        config = self.config
+        config, proof, fits = self.config, self.proof, self.calibration
         lines = [
-            f"{self.source}: {self.title}, {self.parameters:,} parameters, {config.num_hidden_layers} layers of "
-            f"{config.hidden_size} channels, {config.num_attention_heads} heads, patches of {config.patch_size} in "
-            f"{config.image_size} pixels, {config.pooling} pooling, {config.num_labels} labels",
+            f"{self.source}: {self.title}, {self.parameters:,} parameters, "
+            f"{config.num_hidden_layers} layers of {config.hidden_size} channels, "
+            f"{config.num_attention_heads} heads, patches of {config.patch_size} in {config.image_size} pixels, "
+            f"{config.pooling} pooling, {config.num_labels} labels",
             *(f"note: {note}" for note in self.notes),
         ]
-        if self.calibration:
-            worst = max(self.calibration, key=lambda fit: fit.after)
+        if fits:
+            after, before = max(fit.after for fit in fits), max(fit.before for fit in fits)
             lines.append(
-                f"act2 calibrated; root mean square error to GELU on the images' activations at most {worst.after:.2g} "
-                f"in a layer, {max(fit.before for fit in self.calibration):.2g} before"
+                "act2 calibrated; root mean square error to GELU on the images' activations at most "
+                f"{after:.2g} in a layer, {before:.2g} before"
             )
-        if self.proof is None:
+        if proof is None:
             return "\n".join([*lines, "NOT VERIFIED against the source"])
-        proof = self.proof
         lines.append(
-            f"verified against the source in float64: largest difference of the {proof.outputs} {proof.difference:.2g} "
-            f"(their standard deviation is {proof.spread:.2g}), top-1 agreement {proof.agreement:.0%}"
+            f"verified against the source in float64: largest difference of the {proof.outputs} "
+            f"{proof.difference:.2g} (their standard deviation is {proof.spread:.2g}), top-1 agreement "
+            f"{proof.agreement:.0%}"
         )
         if "KAT" not in self.title:
             tables = f"the start tables {config.act1_init} and {config.act2_init}"
             lines.append(
-                f"that is the cost of {'the calibrated act2' if self.calibration else tables} for GELU; with these "
-                f"in the source the largest relative difference is {proof.rounding:.2g}"
+                f"that is the cost of {'the calibrated act2' if fits else tables} for GELU; "
+                f"with these in the source the largest relative difference is {proof.rounding:.2g}"
             )
         return "\n".join(lines)
 
@@ -122,241 +123,139 @@ def convert(
         if value is not None and value < 1:
             raise ValueError(f"{name} ({value}) must be at least 1")
     images = find_images(calibrate) if isinstance(calibrate, str | Path) else None
-    read = read_source(source, ema=ema, revision=revision, token=token)
+    checkpoint = read_source(source, ema=ema, revision=revision, token=token)
     try:
-        config, state = to_flashkat(read.state, settings, read.hints)
-        if image_size is not None and image_size != config.image_size:
-            config, state, read = _resize(config, state, read, image_size)
-        notes = list(read.notes)
-        if "num_attention_heads" not in {**read.hints, **(settings or {})} and not read.published:
-            notes.append("heads of 64 channels assumed; --set num_attention_heads=N says otherwise")
-        if read.title.startswith("transformers") and "layer_norm_eps" not in {
-            **read.hints,
-            **(settings or {}),
-        }:
-            notes.append(f"eps {config.layer_norm_eps:g} assumed; --set layer_norm_eps=X says otherwise")
-        if not num_labels and not config.num_labels:
-            notes.append("the source has no head; --num-labels N makes a fresh one")
-        if num_labels:
-            config, state = _with_fresh_head(config, state, num_labels)
-            notes.append(f"fresh head of {num_labels} labels: random, to be trained")
-        elif config.num_labels == 1000 and not _readable_labels(config):
-            notes.append(_name_imagenet_labels(config))
-        if "pooler.dense.weight" in {name.removeprefix("vit.").removeprefix("deit.") for name in read.state}:
-            notes.append("pooler left out: no classifier uses it")
-        processor, note = image_processor(read, config.image_size, transform)
-        fits: list[LayerFit] = []
+        conversion = Conversion.of(checkpoint, settings or {})
+        conversion.resize(image_size or conversion.config.image_size)
+        conversion.note_assumptions()
+        conversion.set_head(num_labels)
+        conversion.set_processor(transform)
         if calibrate is not None:
-            batches = calibrate if images is None else image_batches(images, processor)
-            state, fits = _calibrate(read, config, state, batches)  # pyright: ignore[reportArgumentType]
+            batches = image_batches(images, conversion.processor) if images else calibrate
+            conversion.calibrate(batches)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise ValueError(f"cannot convert {source}: {error}") from error
-    notes += [note] if note else []
-    with _whole(output) as folder:
-        _write(config, state, processor, folder)
-        parameters = sum(tensor.numel() for tensor in state.values())
-        del state
-        proof = _verify(read, config, folder, bool(num_labels)) if verify else None
-    return ConversionReport(str(source), read.title, config, parameters, proof, tuple(notes), tuple(fits))
+    with written_whole(output) as folder:
+        parameters = conversion.write(folder)
+        proof = prove(conversion.source, conversion.config, folder, bool(num_labels)) if verify else None
+    notes, fits = tuple(conversion.notes), tuple(conversion.fits)
+    return ConversionReport(str(source), checkpoint.title, conversion.config, parameters, proof, notes, fits)
 
 
-_verify = verify  # the argument of `convert` has its name
+@dataclass
+class Conversion:
+    """A checkpoint that is being converted; each step of `convert` changes it.
 
-
-def export_original(
-    source: str | Path, output: str | Path, *, naming: str | None = None, overwrite: bool = False
-) -> str:
-    """Write a FlashKAT folder's weights in KAT's or FlashKAT's naming, as a `.safetensors` or `.pth` state dict.
-
-    Args:
-        source: folder or Hub id of a FlashKAT.
-        output: the file to make.
-        naming: "kat" or "flashkat"; by default KAT's where one numerator serves all groups.
-        overwrite: replace the file.
-
-    Returns:
-        The arguments of timm's VisionTransformer, and so of the original models, that fit the weights.
-
-    Raises:
-        ValueError: in one line; nothing is written then.
+    Attributes:
+        source: the checkpoint, with resized positions if the result has them.
+        config: of the result so far.
+        state: its state dict so far, in our names.
+        stated: fields of the config that the source's config or the caller stated.
+        notes: what was assumed, chosen or left out so far.
+        processor: the image processor.
+        fits: what the calibration reached.
     """
-    output = Path(output).expanduser()
-    if output.suffix not in (".safetensors", ".pth"):
-        raise ValueError(f"{output} must end in .safetensors or .pth")
-    if output.is_dir() or (output.exists() and not overwrite):
-        raise ValueError(f"{output} exists" + ("" if output.is_dir() else "; --overwrite replaces it"))
-    model, _ = load_checkpoint(str(source))
-    config = model.config
-    naming = naming or ("kat" if config.num_numerator_groups == 1 else "flashkat")
-    state = model.state_dict()
-    original = to_original(state, naming, config.pooling)
-    with _whole(output) as path:
-        if output.suffix == ".pth":
-            try:
-                torch.save(original, path)
-            except RuntimeError as error:  # PyTorch's way to say that the disk is full
-                raise OSError(f"PyTorch cannot write the file, perhaps the disk is full ({error})") from error
-        else:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in original.items()}, path, {"format": "pt"}
+
+    source: Source
+    config: FlashKATConfig
+    state: dict[str, Tensor]
+    stated: set[str]
+    notes: list[str]
+    processor: Any = None
+    fits: list[LayerFit] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, source: Source, settings: Mapping[str, Any]) -> "Conversion":
+        """Start a conversion: the source's tensors in our names, and the config that fits them."""
+        config, state = to_flashkat(source.state, settings, source.hints)
+        return cls(source, config, state, {*source.hints, *settings}, list(source.notes))
+
+    def resize(self, image_size: int) -> None:
+        """Interpolate the positions of result and source for another image size, as the model itself does."""
+        if image_size == self.config.image_size:
+            return
+        if image_size % (patch_size := self.config.patch_size):
+            raise ValueError(f"image_size ({image_size}) must be a multiple of patch_size ({patch_size})")
+        name = "flashkat.embeddings.position_embeddings"
+        old = self.state[name]
+        with torch.device("meta"):
+            embeddings = FlashKATEmbeddings(self.config)
+        embeddings.position_embeddings = nn.Parameter(old.float(), requires_grad=False)
+        grid = image_size // patch_size
+        new = embeddings.interpolate_pos_encoding(grid, grid).to(old.dtype).contiguous()
+        original = strip_prefix(self.source.state)
+        original_name = source_names(name, NAMINGS[self.source.title])[0]
+        has_class_position = original[original_name].shape[1] == old.shape[1]
+        original[original_name] = new if has_class_position else new[:, 1:]
+        self.source = replace(self.source, state=original)
+        self.config = FlashKATConfig(**{**self.config.to_dict(), "image_size": image_size})
+        self.state[name] = new
+
+    def note_assumptions(self) -> None:
+        """Note which fields of the config nobody stated."""
+        if "num_attention_heads" not in self.stated and not self.source.published:
+            self.notes.append("heads of 64 channels assumed; --set num_attention_heads=N says otherwise")
+        if "layer_norm_eps" not in self.stated and self.source.title.startswith("transformers"):
+            eps = self.config.layer_norm_eps
+            self.notes.append(f"eps {eps:g} assumed; --set layer_norm_eps=X says otherwise")
+
+    def set_head(self, num_labels: int | None) -> None:
+        """Make a fresh head, or keep the source's and name its labels where they are ImageNet's."""
+        config = self.config
+        if num_labels:
+            dtype = self.state["flashkat.embeddings.cls_token"].dtype
+            weight = torch.empty(num_labels, config.hidden_size)
+            nn.init.trunc_normal_(weight, std=config.initializer_range)
+            self.state["classifier.weight"] = weight.to(dtype)
+            self.state["classifier.bias"] = torch.zeros(num_labels, dtype=dtype)
+            values = config.to_dict()
+            del values["id2label"], values["label2id"]
+            self.config = FlashKATConfig(**{**values, "num_labels": num_labels})
+            self.notes.append(f"fresh head of {num_labels} labels: random, to be trained")
+        elif not config.num_labels:
+            self.notes.append("the source has no head; --num-labels N makes a fresh one")
+        elif config.num_labels == 1000 and config.id2label == {i: f"LABEL_{i}" for i in range(1000)}:
+            self.notes.append(_name_imagenet_labels(config))
+        if any(re.fullmatch(r"(vit\.|deit\.)?pooler\.dense\.weight", name) for name in self.source.state):
+            self.notes.append("pooler left out: no classifier uses it")
+
+    def set_processor(self, transform: str | None) -> None:
+        """Choose the image processor, with a note where it had to be assumed."""
+        self.processor, note = image_processor(self.source, self.config.image_size, transform)
+        self.notes += [note] if note else []
+
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Fit each act2 to the ViT's GELU on these images, on a GPU where there is one."""
+        if "KAT" in self.source.title:
+            raise ValueError(
+                "calibration fits act2 to a ViT's GELU, and this is a KAT, which has functions of its own"
             )
-        settings = {"num_attention_heads": config.num_attention_heads}
-        _, back = to_flashkat(load_state(path)[0], settings)
-        if back.keys() != state.keys() or not all(
-            torch.equal(back[name], tensor) for name, tensor in state.items()
-        ):
-            raise ValueError(f"{output} read back differs from {source}; nothing is written")
-    arguments = {
-        "img_size": config.image_size,
-        "patch_size": config.patch_size,
-        "in_chans": config.num_channels,
-        "num_classes": config.num_labels,
-        "embed_dim": config.hidden_size,
-        "depth": config.num_hidden_layers,
-        "num_heads": config.num_attention_heads,
-        "mlp_ratio": config.intermediate_size / config.hidden_size,
-        "qkv_bias": config.qkv_bias,
-        "global_pool": "avg" if config.pooling == "mean" else "token",
-    }
-    text = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    if config.layer_norm_eps != 1e-6:
-        text += f"; mind that it normalises with eps {config.layer_norm_eps:g}, the original code with 1e-06"
-    return f"{naming} naming, {text}"
+        act2 = {name: tensor.clone() for name, tensor in self.state.items() if ".act2." in name}
+        model = _model(self.config, self.state | act2)
+        model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
+        self.fits = fit_act2(model, batches, gelu_form(self.source))
+        fitted = model.state_dict()
+        self.state |= {name: fitted[name].cpu() for name in act2}
+
+    def write(self, folder: Path) -> int:
+        """Write model and image processor, let go of the weights, and return their number."""
+        _model(self.config, self.state).save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        parameters = sum(tensor.numel() for tensor in self.state.values())
+        self.state.clear()
+        return parameters
 
 
-def _check_output(output: Path, overwrite: bool, source: Path) -> None:
-    if not os.path.lexists(output):
-        if blocking := next(
-            (parent for parent in output.absolute().parents if os.path.lexists(parent)), None
-        ):
-            if not blocking.is_dir():
-                raise ValueError(f"{output} cannot be made: {blocking} is no folder")
-            if not os.access(blocking, os.W_OK):
-                raise ValueError(f"{output} cannot be made: {blocking} is not writable")
-        return
-    if not overwrite:
-        raise ValueError(f"{output} exists; --overwrite replaces it")
-    if output.is_symlink() or not output.is_dir():
-        raise ValueError(f"{output} is no folder, so --overwrite does not replace it")
-    content = {path.name for path in output.iterdir()}
-    if content and not _is_flashkat(output / "config.json"):
-        raise ValueError(f"{output} holds something else than a FlashKAT, so --overwrite does not replace it")
-    if source.exists() and (
-        source.resolve().is_relative_to(output.resolve()) or output.resolve().is_relative_to(source.resolve())
-    ):
-        raise ValueError(f"{output} cannot replace {source}, from which it is made")
-
-
-def _is_flashkat(path: Path) -> bool:
-    try:
-        return '"flashkat"' in path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return False
-
-
-@contextmanager
-def _whole(output: Path) -> Iterator[Path]:
-    """A path to write to, a folder unless the name has a suffix, which takes the place of `output` at the end or goes.
-
-    Raises:
-        ValueError: the disk is full or another error of the system.
-    """
-    is_file = output.suffix in (".safetensors", ".pth")
-    target = output.absolute()
-    home = next(
-        parent for parent in target.parents if parent.exists()
-    )  # the same file system, so renaming is one step
-    try:
-        workspace = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=home))
-    except OSError as error:
-        raise ValueError(f"cannot write {output}: {error.strerror or error}") from error
-    try:
-        new = workspace / output.name
-        if not is_file:
-            new.mkdir()
-        yield new
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if is_file:
-            new.replace(target)
-        else:
-            if target.exists():
-                target.rename(workspace / "replaced")
-            new.rename(target)
-    except (OSError, SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
-        raise ValueError(f"cannot write {output}: {reason}; nothing is written") from error
-    finally:
-        if (
-            workspace / "replaced"
-        ).exists() and not target.exists():  # an error or interrupt between the two renamings
-            (workspace / "replaced").rename(target)
-        shutil.rmtree(workspace, ignore_errors=True)
-
-
-def _write(config: FlashKATConfig, state: Mapping[str, Tensor], processor, folder: Path) -> None:
+def _model(config: FlashKATConfig, state: Mapping[str, Tensor]) -> FlashKATForImageClassification:
+    """Return a model that has these tensors, not copies of them, as its weights."""
     with torch.device("meta"):
         model = FlashKATForImageClassification(config)
     model.load_state_dict(state, strict=True, assign=True)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-def _calibrate(
-    source: Source, config: FlashKATConfig, state: dict[str, Tensor], batches: Iterable[Tensor]
-) -> tuple[dict[str, Tensor], list[LayerFit]]:
-    if "KAT" in source.title:
-        raise ValueError(
-            "calibration fits act2 to a ViT's GELU, and this is a KAT, which has functions of its own"
-        )
-    with torch.device("meta"):
-        model = FlashKATForImageClassification(config)
-    act2 = [name for name in state if ".act2." in name]
-    model.load_state_dict(state | {name: state[name].clone() for name in act2}, strict=True, assign=True)
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
-    fits = fit_act2(model, batches, gelu_form(source))
-    fitted = model.state_dict()
-    return state | {name: fitted[name].cpu() for name in act2}, fits
-
-
-def _resize(
-    config: FlashKATConfig, state: dict[str, Tensor], source: Source, image_size: int
-) -> tuple[FlashKATConfig, dict[str, Tensor], Source]:
-    """Another image size.
-
-    Positions interpolated by the model's own function, in the result and in the source.
-    """
-    if image_size % config.patch_size:
-        raise ValueError(f"image_size ({image_size}) must be a multiple of patch_size ({config.patch_size})")
-    name = "flashkat.embeddings.position_embeddings"
-    with torch.device("meta"):
-        embeddings = FlashKATEmbeddings(config)
-    embeddings.position_embeddings = nn.Parameter(state[name].float(), requires_grad=False)
-    grid = image_size // config.patch_size
-    positions = embeddings.interpolate_pos_encoding(grid, grid).to(state[name].dtype).contiguous()
-    theirs = source_names(name, NAMINGS[source.title])[0]
-    original = strip_prefix(source.state)
-    with_class = original[theirs].shape[1] == state[name].shape[1]
-    original[theirs] = positions if with_class else positions[:, 1:]
-    config = FlashKATConfig(**{**config.to_dict(), "image_size": image_size})
-    return config, {**state, name: positions}, replace(source, state=original)
-
-
-def _with_fresh_head(
-    config: FlashKATConfig, state: dict[str, Tensor], num_labels: int
-) -> tuple[FlashKATConfig, dict[str, Tensor]]:
-    dtype = state["flashkat.embeddings.cls_token"].dtype
-    weight = nn.init.trunc_normal_(torch.empty(num_labels, config.hidden_size), std=config.initializer_range)
-    head = {"classifier.weight": weight.to(dtype), "classifier.bias": torch.zeros(num_labels, dtype=dtype)}
-    values = {name: value for name, value in config.to_dict().items() if name not in ("id2label", "label2id")}
-    return FlashKATConfig(**{**values, "num_labels": num_labels}), {**state, **head}
-
-
-def _readable_labels(config: FlashKATConfig) -> bool:
-    return any(label != f"LABEL_{index}" for index, label in (config.id2label or {}).items())
+    return model
 
 
 def _name_imagenet_labels(config: FlashKATConfig) -> str:
-    """Give a head of 1,000 outputs ImageNet-1k's names, WordNet's lemmas in timm; returns the note on it."""
+    """Give a head of 1,000 outputs ImageNet-1k's names, WordNet's lemmas in timm; return the note on it."""
     try:
         from timm.data.imagenet_info import ImageNetInfo
     except ImportError:
@@ -371,3 +270,42 @@ def _name_imagenet_labels(config: FlashKATConfig) -> str:
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
     return "labels of ImageNet-1k, as it has 1,000"
+
+
+def _check_output(output: Path, overwrite: bool, source: Path) -> None:
+    """Refuse an output that cannot be made or must not be replaced."""
+    if not os.path.lexists(output):
+        parent = next(parent for parent in output.absolute().parents if os.path.lexists(parent))
+        if not parent.is_dir():
+            raise ValueError(f"{output} cannot be made: {parent} is no folder")
+        if not os.access(parent, os.W_OK):
+            raise ValueError(f"{output} cannot be made: {parent} is not writable")
+        return
+    if not overwrite:
+        raise ValueError(f"{output} exists; --overwrite replaces it")
+    if output.is_symlink() or not output.is_dir():
+        raise ValueError(f"{output} is no folder, so --overwrite does not replace it")
+    if any(output.iterdir()):
+        try:
+            read_config(output)
+        except ValueError as error:
+            raise ValueError(
+                f"{output} holds something else than a FlashKAT, so --overwrite does not replace it"
+            ) from error
+    old, origin = output.resolve(), source.resolve()
+    if source.exists() and (origin.is_relative_to(old) or old.is_relative_to(origin)):
+        raise ValueError(f"{output} cannot replace {source}, from which it is made")
+
+
+@contextmanager
+def written_whole(output: Path, folder: bool = True) -> Iterator[Path]:
+    """Give a new folder, or the name of a new file, that takes the place of `output` at the end or goes.
+
+    Raises:
+        ValueError: the disk is full or another error of the system, in one line.
+    """
+    try:
+        with replacing(output.absolute(), folder) as new:
+            yield new
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot write {output}: {one_line(error)}; nothing is written") from error

@@ -87,7 +87,7 @@ class PlainKATMlp(nn.Module):
 
 
 @torch.no_grad()
-def verify(source: Source, config: FlashKATConfig, folder: Path, fresh_head: bool = False) -> Proof:
+def prove(source: Source, config: FlashKATConfig, folder: Path, fresh_head: bool = False) -> Proof:
     """Compare a written folder with its source, whose positions have been resized if the result's were.
 
     Args:
