@@ -1,15 +1,18 @@
 """Loading a checkpoint to work with: whole, or an error of one line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import AutoConfig, AutoImageProcessor
 
+from ..messages import one_line
 from ..model.modeling_flashkat import FlashKATForImageClassification
-from .published import check_cached_weights
+from .downloads import check_cached_weights
 
 
 def load_checkpoint(name_or_path: str, **overrides):
-    """The classifier and the image processor of a folder or Hub id.
+    """Load the classifier and the image processor of a folder or Hub id.
 
     transformers makes up weights that are missing or misshapen, with a warning. Here only the head may be
     made up, and only where `overrides` (fields of the config, such as `id2label`) ask for another.
@@ -24,31 +27,38 @@ def load_checkpoint(name_or_path: str, **overrides):
     path = Path(name_or_path)
     if path.exists() != path.is_dir() or (len(path.parts) > 1 and path.parent.is_dir() and not path.is_dir()):
         raise ValueError(f"{name_or_path} is not a folder")  # sooner than the Hub says so
-    hint = f"; {convert_hint(name_or_path)}"
-    try:
+    hint = f"a KAT, ViT or DeiT is converted first: flashkat convert {name_or_path} OUTPUT"
+    with _one_line_errors(name_or_path, hint):
         config = AutoConfig.from_pretrained(name_or_path)
         if config.model_type != "flashkat":
             raise ValueError(f"it is a {config.model_type} model, not a FlashKAT")
-        hint = ""
+    with _one_line_errors(name_or_path):
         processor = AutoImageProcessor.from_pretrained(name_or_path)
         if (crop := processor.crop_size["height"]) != config.image_size:
             raise ValueError(
                 f"its processor makes images of {crop} pixels, but the model takes {config.image_size}"
             )
+    with _one_line_errors(name_or_path, hint):
         model, info = FlashKATForImageClassification.from_pretrained(
             name_or_path, **overrides, ignore_mismatched_sizes=True, output_loading_info=True
         )
-        made_up = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-        if lost := sorted(name for name in made_up if not (overrides and name.startswith("classifier."))):
+    with _one_line_errors(name_or_path):
+        absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        if not_head := sorted(name for name in absent if not (overrides and name.startswith("classifier."))):
             raise ValueError(
-                f"the weights do not fit the config: {len(lost)} are missing or differ, such as {lost[0]}"
+                f"the weights do not fit the config: {len(not_head)} are missing or differ, such as {not_head[0]}"
             )
         if not path.is_dir():
             check_cached_weights(name_or_path)
-    except Exception as error:
-        raise ValueError(f"cannot load {name_or_path}: {' '.join(str(error).split())}{hint}") from error
     return model, processor
 
 
-def convert_hint(name_or_path) -> str:
-    return f"a KAT, ViT or DeiT is converted first: flashkat convert {name_or_path} OUTPUT"
+@contextmanager
+def _one_line_errors(name_or_path: str, hint: str = "") -> Iterator[None]:
+    """Turn any error into a ValueError of one line, with a hint unless the error has it already."""
+    try:
+        yield
+    except Exception as error:
+        message = one_line(error, longest=1000)
+        hint = f"; {hint}" if hint and hint not in message else ""
+        raise ValueError(f"cannot load {name_or_path}: {message}{hint}") from error

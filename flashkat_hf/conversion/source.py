@@ -4,7 +4,6 @@ Files, folders, Hub ids and published names, never by running code in them.
 """
 
 import argparse
-import json
 import math
 import pickle
 import re
@@ -25,15 +24,11 @@ from transformers.utils.constants import (
     IMAGENET_STANDARD_STD,
 )
 
+from ..checkpoints.downloads import NotReachableError, check_sha256, download
 from ..checkpoints.image_processor import make_image_processor
-from ..checkpoints.published import (
-    PUBLISHED,
-    RELEASE_REPOSITORY,
-    NotReachableError,
-    Published,
-    check_sha256,
-    download,
-)
+from ..checkpoints.published import PUBLISHED, RELEASE_REPOSITORY, Published
+from ..files import read_json
+from ..messages import one_line
 from .tensor_names import CONFIG_FIELDS, READABLE, detect_naming, strip_prefix
 
 WEIGHTS = (
@@ -179,7 +174,7 @@ def load_state(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[st
         try:
             return load_file(path), {}, []
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path.name} is damaged or no safetensors file ({_one_line(error)})") from error
+            raise ValueError(f"{path.name} is damaged or no safetensors file ({one_line(error)})") from error
     return _pick_state(_load_pickle(path), ema)
 
 
@@ -201,7 +196,7 @@ def _load_pickle(path: Path) -> Any:
     except (
         Exception
     ) as error:  # damaged bytes can ask the unpickler for anything, and it raises as many errors
-        raise ValueError(f"{path.name} is damaged or no PyTorch file ({_one_line(error)})") from error
+        raise ValueError(f"{path.name} is damaged or no PyTorch file ({one_line(error)})") from error
 
 
 def _pick_state(loaded: Any, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
@@ -269,15 +264,12 @@ def _download_weights(repository: str, revision: str | None, token: str | None) 
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+    """Read a JSON object, empty where there is no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path.name} is damaged or no JSON file ({_one_line(error)})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is no JSON object")
-    return content
+        return read_json(path) if path.is_file() else {}
+    except ValueError as error:
+        reason = one_line(error.__cause__ or error)
+        raise ValueError(f"{path.name} is damaged or no JSON file ({reason})") from error
 
 
 def _transformers_hints(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -405,8 +397,3 @@ def _rescaled_processor(settings: Mapping[str, Any], image_size: int):
     processor.size = type(processor.size)(**{side: round(pixels * scale) for side, pixels in size.items()})
     processor.do_center_crop = final is crop
     return processor
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else f"{text[:200]}..."

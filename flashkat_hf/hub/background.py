@@ -10,7 +10,7 @@ from shlex import quote
 
 from huggingface_hub import HfApi
 
-from ..checkpoints.hub_errors import HubError
+from ..hub_errors import HubError
 from ..messages import one_line, warn
 from .staging import stage
 from .upload import Destination, check_access, send

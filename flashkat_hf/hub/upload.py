@@ -21,7 +21,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from ..checkpoints.hub_errors import NO_TOKEN, HubError, explained
+from ..hub_errors import NO_TOKEN, HubError, explained
 from ..messages import one_line
 from .staging import Staged, stage
 

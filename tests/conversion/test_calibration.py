@@ -1,4 +1,4 @@
-"""The fit is the best there is, bounded where nothing was seen, and reaches the model, `convert` and the command."""
+"""The fit is the best possible, bounded where nothing was seen; it reaches model, `convert` and command."""
 
 import math
 from copy import deepcopy
@@ -341,7 +341,7 @@ def act2(folder) -> dict[str, Tensor]:
 
 
 def test_convert_and_the_command(vit_file, photos, tmp_path, capsys):
-    """A folder goes through the result's own image processor, and the command gives what the function gives."""
+    """A folder goes through the result's own image processor; the command gives what the function gives."""
     options = {"settings": HEADS, "transform": "imagenet"}
     report = convert(vit_file, tmp_path / "out", calibrate=photos, **options)
     assert len(report.calibration) == 2

@@ -18,7 +18,7 @@ from transformers import (
     ViTModel,
 )
 
-from flashkat_hf import FlashKATForImageClassification, convert
+from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, convert, make_image_processor
 from flashkat_hf.checkpoints import load_checkpoint
 from flashkat_hf.checkpoints.remote_code import CODE_FILES
 from flashkat_hf.conversion import conversion
@@ -335,19 +335,23 @@ def test_interrupt_leaves_nothing(kat, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["kat.pth"]
 
 
-def test_from_pretrained_of_an_original_names_the_command(kat, tmp_path):
-    """Never silently random: neither with weights that it cannot find, nor with a few names that fit."""
-    command = r"flashkat convert .* OUTPUT"
-    with pytest.raises(OSError, match=command):
+def test_an_original_is_never_a_random_model(kat, tmp_path):
+    """Neither with weights that are not found, nor with a few names that fit; `load_checkpoint` names the command."""
+    config = {**VIT, "num_attention_heads": 2, "intermediate_size": 256}
+    with pytest.raises(OSError, match="no file named"):
         FlashKATForImageClassification.from_pretrained(tmp_path)
     save_file(original_state("kat"), tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text('{"architecture": "kat_tiny_patch16_224", "num_classes": 10}')
-    with pytest.raises(RuntimeError, match=command):  # norm.weight is found, of another shape
+    with pytest.raises(RuntimeError):  # norm.weight is found, of another shape
         FlashKATForImageClassification.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=command):  # norm.weight is found, and fits
-        FlashKATForImageClassification.from_pretrained(tmp_path, **{**VIT, "intermediate_size": 256})
-    with pytest.raises(ValueError, match=command):
-        load_checkpoint(str(tmp_path))
+    with pytest.raises(ValueError, match="holds none of"):  # norm.weight is found, and fits
+        FlashKATForImageClassification.from_pretrained(tmp_path, **config)
+    for kind in ("KAT", "FlashKAT"):
+        with pytest.raises(ValueError, match=f"flashkat convert {tmp_path} OUTPUT") as caught:
+            load_checkpoint(str(tmp_path))
+        assert str(caught.value).count("flashkat convert") == 1, kind
+        FlashKATConfig(**config, num_labels=10).save_pretrained(tmp_path)
+        make_image_processor(32).save_pretrained(tmp_path)
 
 
 def test_memory_of_a_full_size_conversion(tmp_path):

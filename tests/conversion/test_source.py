@@ -4,6 +4,7 @@ What is found in files, folders and Hub repositories, and what is refused before
 """
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -14,8 +15,8 @@ from helpers import original_state, timm_vit
 from safetensors.torch import save_file
 from transformers import DeiTConfig, DeiTForImageClassification, ViTConfig, ViTForImageClassification
 
-from flashkat_hf.checkpoints import published
-from flashkat_hf.checkpoints.published import PUBLISHED
+from flashkat_hf.checkpoints import downloads
+from flashkat_hf.checkpoints.published import PUBLISHED, Published
 from flashkat_hf.conversion import source as source_module
 from flashkat_hf.conversion.source import image_processor, load_state, read_source
 
@@ -210,10 +211,10 @@ def hub(monkeypatch, tmp_path):
         asked.append((repository, file, revision, token))
         path = tmp_path / repository / file
         if not path.is_file():
-            raise published.EntryNotFoundError(file)
+            raise downloads.EntryNotFoundError(file)
         return str(path)
 
-    monkeypatch.setattr(published, "hf_hub_download", fetch)
+    monkeypatch.setattr(downloads, "hf_hub_download", fetch)
     return tmp_path, asked
 
 
@@ -235,8 +236,8 @@ def test_published_name(hub):
 def test_published_file_with_the_right_checksum(hub, monkeypatch):
     folder, _ = hub
     path = kat_file(folder / "kat.pth")
-    right = published.hashlib.sha256(path.read_bytes()).hexdigest()
-    row = published.Published("kat-test", "owner/test", f"kat_{right}.pth", 1.0)
+    right = hashlib.sha256(path.read_bytes()).hexdigest()
+    row = Published("kat-test", "owner/test", f"kat_{right}.pth", 1.0)
     monkeypatch.setitem(PUBLISHED, "kat-test", row)
     target = folder / "adamdad/kat_pretained" / row.file
     target.parent.mkdir(parents=True)

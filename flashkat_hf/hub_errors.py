@@ -1,4 +1,4 @@
-"""What went wrong with the Hub, in one sentence that says what to do."""
+"""Errors of the Hub, each explained in one sentence that says what to do: for downloads and for pushes."""
 
 import re
 from collections.abc import Iterator
@@ -15,8 +15,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .messages import one_line
+
 HTTP_ERROR = HfHubHTTPError.__bases__[0]  # httpx's or httpx2's, whichever huggingface_hub uses
 TRY_AGAIN = (408, 429, 500, 502, 503, 504)
+NO_TOKEN = "there is no access token; log in with `hf auth login`, or set HF_TOKEN"
 
 
 class HubError(ValueError):
@@ -39,7 +42,10 @@ class HubError(ValueError):
         lost: bool = False,
     ):
         super().__init__(message)
-        self.transient, self.retry_after, self.moved, self.lost = transient, retry_after, moved, lost
+        self.transient = transient
+        self.retry_after = retry_after
+        self.moved = moved
+        self.lost = lost
 
 
 @contextmanager
@@ -75,39 +81,33 @@ def explained(action: str, repo_id: str, token: str | None = None) -> Iterator[N
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """The error behind those that huggingface_hub wraps around failed uploads."""
+    """Return the error behind those that huggingface_hub wraps around failed uploads."""
     while type(error) is RuntimeError and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error
 
 
 def explain(error: BaseException, repo_id: str) -> str:
-    """What an error of huggingface_hub, its HTTP client or hf_xet means, and what to do, in one line."""
+    """Say in one line what an error of huggingface_hub, its HTTP client or hf_xet means, and what to do."""
     error = _innermost(error)
     if isinstance(error, LocalTokenNotFoundError):
         return NO_TOKEN
     if isinstance(error, OfflineModeIsEnabled):
         return "huggingface_hub is in offline mode; unset HF_HUB_OFFLINE"
     if isinstance(error, HFValidationError):
-        return _one_line(error)
+        return one_line(error)
     if (status := _status(error)) is not None:
         return _explain_status(error, status, repo_id)
     if isinstance(error, HTTP_ERROR | ConnectionError | TimeoutError):
-        what = (
-            "the Hub does not answer in time"
-            if "Timeout" in type(error).__name__
-            else "no connection to the Hub"
-        )
-        return f"{what} ({type(error).__name__}: {_one_line(error) or 'no details'}); try again later"
-    return f"{type(error).__name__}: {_one_line(error)}"
-
-
-NO_TOKEN = "there is no access token; log in with `hf auth login`, or set HF_TOKEN"
+        kind, details = type(error).__name__, one_line(str(error) or "no details")
+        problem = "the Hub does not answer in time" if "Timeout" in kind else "no connection to the Hub"
+        return f"{problem} ({kind}: {details}); try again later"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _explain_status(error: BaseException, status: int, repo_id: str) -> str:
-    said = error.server_message if isinstance(error, HfHubHTTPError) else ""
-    also = f" ({_one_line(said)})" if said else ""
+    answer = error.server_message if isinstance(error, HfHubHTTPError) else ""
+    also = f" ({one_line(answer)})" if answer else ""
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no such branch, tag or commit{also}"
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
@@ -135,17 +135,10 @@ def _explain_status(error: BaseException, status: int, repo_id: str) -> str:
 def _status(error: BaseException) -> int | None:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code
-    found = re.search(
-        r"HTTP status (?:client|server) error \((\d{3})\b", str(error)
-    )  # hf_xet has only this text
-    return int(found[1]) if found else None
+    text = re.search(r"HTTP status (?:client|server) error \((\d{3})\b", str(error))  # all that hf_xet has
+    return int(text[1]) if text else None
 
 
 def _retry_after(error: BaseException) -> float | None:
     value = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
     return float(value) if value.isdigit() else None
-
-
-def _one_line(text: object) -> str:
-    line = " ".join(str(text).split())
-    return line if len(line) <= 300 else f"{line[:300]}..."
