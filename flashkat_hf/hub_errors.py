@@ -111,7 +111,8 @@ def _explain_status(error: BaseException, status: int, repo_id: str) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no such branch, tag or commit{also}"
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
-        return f"the Hub does not accept the access token{also}; log in again with `hf auth login`, or set HF_TOKEN"
+        login = "log in again with `hf auth login`, or set HF_TOKEN"
+        return f"the Hub does not accept the access token{also}; {login}"
     if isinstance(error, GatedRepoError):
         return f"{repo_id} asks for consent on its page, and you have not given it{also}"
     if isinstance(error, RepositoryNotFoundError):
@@ -126,7 +127,8 @@ def _explain_status(error: BaseException, status: int, repo_id: str) -> str:
         return f"somebody else committed to {repo_id} in the meantime; look at it and try again"
     if status == 429:
         wait = _retry_after(error)
-        return f"the Hub limits requests (429){also}; try again {f'in {wait:.0f} s' if wait is not None else 'later'}"
+        when = "later" if wait is None else f"in {wait:.0f} s"
+        return f"the Hub limits requests (429){also}; try again {when}"
     if status >= 500:
         return f"the Hub has a problem ({status}){also}; try again later"
     return f"the Hub refused it ({status}){also}"

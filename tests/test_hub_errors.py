@@ -227,7 +227,7 @@ def test_an_organisation_that_the_account_does_not_list(hub, model_folder):
 
 
 def test_the_token_shows_nowhere(hub, model_folder, monkeypatch, capsys, caplog, tmp_path):
-    """Neither printed, logged or written, nor in tracebacks, though the server repeats it in every refusal."""
+    """Neither printed, logged, written nor in tracebacks, though the server repeats it in every refusal."""
     token = "hf_" + "Secret" * 6
     hub.users[token] = hub.users.pop("hf_alice")
     monkeypatch.setenv("HF_TOKEN", token)

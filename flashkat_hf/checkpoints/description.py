@@ -1,4 +1,4 @@
-"""What a FlashKAT checkpoint is, in a few lines of text: `flashkat info`."""
+"""A FlashKAT checkpoint in a few lines of text: `flashkat info`."""
 
 import torch
 
@@ -10,7 +10,7 @@ GRID = torch.linspace(-3, 3, 601)  # where nearly all of an activation's input l
 
 
 def describe(name_or_path: str) -> str:
-    """Architecture, parameters, labels, image transform, and how far each activation has moved from its start.
+    """Describe architecture, labels, image transform, and how far each activation is from its start table.
 
     Args:
         name_or_path: folder or Hub id of a FlashKAT.
@@ -22,18 +22,18 @@ def describe(name_or_path: str) -> str:
     config = model.config
     labels = [config.id2label[index] for index in sorted(config.id2label)]
     shown = ", ".join(labels[:5]) + (", ..." if len(labels) > 5 else "")
-    numerators = (
-        "one numerator" if config.num_numerator_groups == 1 else f"{config.num_numerator_groups} numerators"
-    )
+    rows = config.num_numerator_groups
+    numerators = "one numerator" if rows == 1 else f"{rows} numerators"
     lines = [
         f"{name_or_path}: {type(model).__name__}, {model.num_parameters():,} parameters, {model.dtype}",
-        f"layers      {config.num_hidden_layers} of {config.hidden_size} channels, {config.num_attention_heads} heads, "
-        f"MLP {config.intermediate_size}",
-        f"image       {config.image_size} pixels, {config.num_channels} channels, patches of {config.patch_size}; "
-        f"mean {_numbers(processor.image_mean)}, std {_numbers(processor.image_std)}",
+        f"layers      {config.num_hidden_layers} of {config.hidden_size} channels, "
+        f"{config.num_attention_heads} heads, MLP {config.intermediate_size}",
+        f"image       {config.image_size} pixels, {config.num_channels} channels, patches of {config.patch_size}"
+        f"; mean {_numbers(processor.image_mean)}, std {_numbers(processor.image_std)}",
         f"pooling     {config.pooling}",
         f"labels      {config.num_labels}" + (f": {shown}" if labels else ", no head"),
-        f"rationals   {config.num_groups} groups, {numerators}; starts {config.act1_init}, {config.act2_init}",
+        f"rationals   {config.num_groups} groups, {numerators}; "
+        f"starts {config.act1_init}, {config.act2_init}",
     ]
     moves = [(_move(layer.mlp.act1), _move(layer.mlp.act2)) for layer in model.flashkat.layers]
     if all(move == 0 for pair in moves for move in pair):
@@ -45,17 +45,14 @@ def describe(name_or_path: str) -> str:
 
 
 def _move(act: GroupRational) -> float:
-    """Largest |r(x) - start(x)| over the groups and x in [-3, 3].
-
-    0 for the table's own coefficients, also rounded.
-    """
+    """Largest |r(x) - start(x)| over the groups and x in [-3, 3]; 0 for the table's own coefficients, rounded."""
     start = tuple(table.to(act.numerator.dtype) for table in act.start())
     learned = act.numerator.detach(), act.denominator.detach()
-    if all(torch.equal(one, other) for one, other in zip(learned, start, strict=True)):
+    if all(map(torch.equal, learned, start)):
         return 0.0
-    x = GRID.double()[:, None].expand(-1, len(learned[1])).contiguous()  # one channel for each group
-    one, other = (rational_value(x, *(table.double() for table in tables)) for tables in (learned, start))
-    return (one - other).abs().max().item()
+    x = GRID.double()[:, None].expand(-1, len(act.denominator)).contiguous()  # one channel for each group
+    y, y_start = (rational_value(x, *(table.double() for table in tables)) for tables in (learned, start))
+    return (y - y_start).abs().max().item()
 
 
 def _numbers(values) -> str:

@@ -89,6 +89,6 @@ def _sha256(path: Path) -> str:
 
 def _failure(repository: str, file: str, reason: str) -> str:
     return (
-        f"cannot get {file} of {repository} from the Hub ({reason}); download it on another machine and give the "
-        "path of the file or folder instead"
+        f"cannot get {file} of {repository} from the Hub ({reason}); download it on another machine and "
+        "give the path of the file or folder instead"
     )

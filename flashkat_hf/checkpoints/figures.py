@@ -18,14 +18,14 @@ from ..model.reference import rational_value
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-IMAGES = 4
+NUM_IMAGES = 4
 QUANTILES = (0.001, 0.999)  # of a group's inputs, the part where its function is used
 COLUMNS = 6
 START_COLOR = "0.55"
 
 
 def plot_functions(model: nn.Module) -> Figure:
-    """Every activation of a FlashKAT, a panel each: the groups' functions and, dashed, the start table.
+    """Draw every activation of a FlashKAT in a panel: the groups' functions and, dashed, the start table.
 
     A function is drawn where it is used: between the 0.1% and the 99.9% quantile of what reaches its group
     when the model sees images of 1/f noise, which has the spectrum of photographs.
@@ -63,11 +63,11 @@ def plot_functions(model: nn.Module) -> Figure:
             if column == 0:
                 panel.set_ylabel(name, fontsize=10)
     handles = [line for line in axes[0, 0].get_lines() if not line.get_label().startswith("_")]
-    shown = handles if len(handles) <= 9 else [handles[0], handles[1], handles[-1]]
-    ncols = min(len(shown), int(figure.get_figwidth()))
-    figure.legend(
-        shown, [line.get_label() for line in shown], loc="outside lower center", ncols=ncols, fontsize=8
-    )
+    if len(handles) > 9:
+        handles = [handles[0], handles[1], handles[-1]]
+    labels = [line.get_label() for line in handles]
+    ncols = min(len(handles), int(figure.get_figwidth()))
+    figure.legend(handles, labels, loc="outside lower center", ncols=ncols, fontsize=8)
     return figure
 
 
@@ -114,11 +114,9 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
 @torch.no_grad()
 def used_ranges(backbone: FlashKATModel) -> dict[tuple[int, str], Tensor]:
-    """For each layer's "act1" and "act2" `(2, num_groups)`.
+    """Return the lowest and highest input `(2, num_groups)` of each layer's "act1" and "act2" on `noise_images`.
 
-    The lowest and highest input of each group, less outliers.
-
-    Outliers are inputs beyond the 0.1% and 99.9% quantiles; the images are `noise_images`.
+    Inputs below the 0.1% or above the 99.9% quantile of their group are left out.
     """
     ranges: dict[tuple[int, str], Tensor] = {}
 
@@ -138,11 +136,9 @@ def used_ranges(backbone: FlashKATModel) -> dict[tuple[int, str], Tensor]:
     first = next(backbone.parameters())
     try:
         backbone.eval()
-        config = backbone.config
-        images = noise_images(IMAGES, config.num_channels, config.image_size)
-        type(backbone).forward(
-            backbone, images.to(first.device, first.dtype)
-        )  # the object's own may be accelerate's
+        images = noise_images(NUM_IMAGES, backbone.config.num_channels, backbone.config.image_size)
+        images = images.to(first.device, first.dtype)
+        type(backbone).forward(backbone, images)  # the object's own may be accelerate's
     finally:
         for hook in hooks:
             hook.remove()
@@ -152,7 +148,7 @@ def used_ranges(backbone: FlashKATModel) -> dict[tuple[int, str], Tensor]:
 
 
 def noise_images(count: int, num_channels: int, size: int) -> Tensor:
-    """Noise `(count, num_channels, size, size)`, amplitude 1/f, mean 0, variance 1, the same at every call."""
+    """Make noise `(count, num_channels, size, size)` of amplitude 1/f, mean 0, variance 1, always the same."""
     noise = torch.randn(count, num_channels, size, size, generator=torch.Generator().manual_seed(0))
     rows, columns = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]
     frequency = torch.hypot(rows, columns).clamp_min(1 / size)
@@ -161,15 +157,15 @@ def noise_images(count: int, num_channels: int, size: int) -> Tensor:
 
 
 def _draw(panel, act: GroupRational, ranges: Tensor, colors) -> None:
+    """Draw the functions of an activation's groups, each over its range, and the start table."""
     low, high = ranges
     steps = torch.linspace(0, 1, 200, dtype=torch.float64)[:, None]
     x = low + steps * (high - low)  # a channel for each group
     y = rational_value(x, *(table.detach().double().cpu() for table in (act.numerator, act.denominator)))
     span = torch.linspace(low.min().item(), high.max().item(), 200, dtype=torch.float64)[:, None]
     start = rational_value(span, *(table[:1].double() for table in act.start()))
-    panel.plot(
-        span[:, 0], start[:, 0], color=START_COLOR, linestyle="--", linewidth=1.4, label="start", zorder=3
-    )
+    style = {"color": START_COLOR, "linestyle": "--", "linewidth": 1.4}
+    panel.plot(span[:, 0], start[:, 0], label="start", zorder=3, **style)
     for group, color in enumerate(colors):
         panel.plot(x[:, group], y[:, group], color=color, linewidth=1.1, label=f"group {group}")
     margin = 0.1 * (y.max() - y.min()).item() or 1.0

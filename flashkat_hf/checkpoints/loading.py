@@ -43,11 +43,12 @@ def load_checkpoint(name_or_path: str, **overrides):
             name_or_path, **overrides, ignore_mismatched_sizes=True, output_loading_info=True
         )
     with _one_line_errors(name_or_path):
-        absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-        if not_head := sorted(name for name in absent if not (overrides and name.startswith("classifier."))):
-            raise ValueError(
-                f"the weights do not fit the config: {len(not_head)} are missing or differ, such as {not_head[0]}"
-            )
+        names = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        if overrides:
+            names = {name for name in names if not name.startswith("classifier.")}
+        if names:
+            example = f"{len(names)} are missing or differ, such as {min(names)}"
+            raise ValueError(f"the weights do not fit the config: {example}")
         if not path.is_dir():
             check_cached_weights(name_or_path)
     return model, processor

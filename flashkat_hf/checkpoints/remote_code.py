@@ -40,7 +40,7 @@ def write_code(folder: str | Path) -> None:
 
 
 def check_code(folder: str | Path) -> list[str]:
-    """Return what keeps a model's folder from being loaded without the package, in words; empty if nothing does.
+    """List in words what keeps a model's folder from being loaded without the package; empty if nothing does.
 
     Raises:
         ValueError: `folder` holds no FlashKAT's config.json.

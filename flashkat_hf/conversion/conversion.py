@@ -52,8 +52,8 @@ class ConversionReport:
         lines = [
             f"{self.source}: {self.title}, {self.parameters:,} parameters, "
             f"{config.num_hidden_layers} layers of {config.hidden_size} channels, "
-            f"{config.num_attention_heads} heads, patches of {config.patch_size} in {config.image_size} pixels, "
-            f"{config.pooling} pooling, {config.num_labels} labels",
+            f"{config.num_attention_heads} heads, patches of {config.patch_size} in {config.image_size} "
+            f"pixels, {config.pooling} pooling, {config.num_labels} labels",
             *(f"note: {note}" for note in self.notes),
         ]
         if fits:
@@ -226,7 +226,7 @@ class Conversion:
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Fit each act2 to the ViT's GELU on these images, on a GPU where there is one."""
-        if "KAT" in self.source.title:
+        if self.source.is_kat:
             raise ValueError(
                 "calibration fits act2 to a ViT's GELU, and this is a KAT, which has functions of its own"
             )

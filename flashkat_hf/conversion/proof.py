@@ -111,7 +111,7 @@ def prove(source: Source, config: FlashKATConfig, folder: Path, fresh_head: bool
     pooled = fresh_head or not config.num_labels
     model = _source_model(source, config, pooled)
     same = expected = _outputs(model, images)
-    if "KAT" not in source.title:
+    if not source.is_kat:
         _install_tables(model, folder)
         same = _outputs(model, images)
     del model  # one model in float64 at a time
@@ -160,7 +160,7 @@ def _source_model(source: Source, config: FlashKATConfig, pooled: bool) -> nn.Mo
         model = timm_model(source.architecture, source.config, **arguments)
     else:
         mlp = {}
-        if "KAT" in source.title:
+        if source.is_kat:
             table = NAMINGS[source.title]
             names = [
                 source_names(f"flashkat.layers.0.mlp.act1.{part}", table)[0].rpartition(".")[2]

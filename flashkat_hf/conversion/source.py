@@ -1,7 +1,4 @@
-"""Reading checkpoints to convert.
-
-Files, folders, Hub ids and published names, never by running code in them.
-"""
+"""Reading a checkpoint to convert: a file, folder, Hub id or published name, never by running code in it."""
 
 import argparse
 import math
@@ -31,13 +28,13 @@ from ..files import read_json
 from ..messages import one_line
 from .tensor_names import CONFIG_FIELDS, READABLE, detect_naming, strip_prefix
 
-WEIGHTS = (
+WEIGHT_FILES = (  # in the order of preference
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
-)  # in the order of preference
-SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".tar", ".ckpt")
+)
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".tar", ".ckpt")
 EMA_KEYS, STATE_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict"), ("state_dict", "model")
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate")  # within 5e-4 of the others
 GELUS = ("gelu", "gelu_python", *TANH_GELUS)
@@ -49,11 +46,11 @@ TRANSFORMS = {  # crop, mean, standard deviation
 
 @dataclass
 class Source:
-    """A checkpoint as it was found.
+    """A checkpoint as it was read.
 
     Attributes:
         name: what was asked for.
-        title: the naming, a key of `naming.NAMINGS`.
+        title: the naming, a key of `tensor_names.NAMINGS`.
         state: its state dict, in its own names.
         config: its config.json, transformers' or timm's, or empty.
         processor: its preprocessor_config.json, or empty.
@@ -73,11 +70,15 @@ class Source:
     published: Published | None = None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def is_kat(self) -> bool:
+        return self.title in ("KAT", "FlashKAT")
+
 
 def read_source(
     source: str | Path, *, ema: bool = True, revision: str | None = None, token: str | None = None
 ) -> Source:
-    """Read a checkpoint in one of the namings of `naming.NAMINGS`.
+    """Read a checkpoint in one of the namings of `tensor_names.NAMINGS`.
 
     Args:
         source: a file or folder, a name in `published.PUBLISHED`, or a Hub id.
@@ -89,109 +90,104 @@ def read_source(
         ValueError: in one line: there is no such thing, it is damaged, would run code, or is of another
             architecture.
     """
-    source_name, path = str(source), Path(source).expanduser()
-    published = None
+    name, path = str(source), Path(source).expanduser()
+    folder = published = None
     if path.is_dir():
         weights, folder = _weights_of_folder(path), path
     elif path.is_file():
-        weights, folder = path, None
+        weights = path
         published = next((row for row in PUBLISHED.values() if row.file == path.name), None)
-    elif source_name in PUBLISHED:
-        published, folder = PUBLISHED[source_name], None
+    elif published := PUBLISHED.get(name):
         weights = download(RELEASE_REPOSITORY, published.file, revision, token)
         if weights is None:
             raise ValueError(
                 f"{RELEASE_REPOSITORY} no longer has {published.file}; try {published.repository}"
             )
-    else:
-        if (
-            not re.fullmatch(r"[\w.-]+/[\w.-]+", source_name)
-            or path.suffix in SUFFIXES
-            or path.parent.is_dir()
-        ):
-            raise ValueError(
-                f"{source_name} is no file, no folder, no Hub id (owner/name) and no published name "
-                f"({', '.join(PUBLISHED)})"
-            )
-        weights = _download_weights(source_name, revision, token)
+    elif _is_hub_id(name):
+        weights = _download_weights(name, revision, token)
         folder = weights.parent
-        published = next((row for row in PUBLISHED.values() if row.repository == source_name), None)
+        published = next((row for row in PUBLISHED.values() if row.repository == name), None)
+    else:
+        raise ValueError(
+            f"{name} is no file, no folder, no Hub id (owner/name) and no published name "
+            f"({', '.join(PUBLISHED)})"
+        )
     check_sha256(weights)
     try:
-        return _assemble(source_name, weights, folder, published, ema)
+        return _read_weights(name, weights, folder, published, ema)
     except ValueError as error:
-        raise ValueError(f"cannot convert {source_name}: {error}") from error
+        raise ValueError(f"cannot convert {name}: {error}") from error
 
 
-def _assemble(
-    source_name: str, weights: Path, folder: Path | None, published: Published | None, ema: bool
+def _is_hub_id(name: str) -> bool:
+    path = Path(name).expanduser()
+    is_path = path.suffix in WEIGHT_SUFFIXES or path.parent.is_dir()
+    return not is_path and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def _read_weights(
+    name: str, weights: Path, folder: Path | None, published: Published | None, ema: bool
 ) -> Source:
+    """Read the weights, and the configs beside them if they stand in a folder of their own."""
     config = _read_json(folder / "config.json") if folder else {}
+    processor = _read_json(folder / "preprocessor_config.json") if folder else {}
     if "auto_map" in config and config.get("model_type") != "flashkat":
         raise ValueError("it brings its own code (auto_map), which is never run")
-    state, extra, notes = load_state(weights, ema)
-    state = {name: tensor for name, tensor in state.items() if tensor is not None}
-    hints: dict[str, Any] = {}
-    architecture = config.get("architecture") or extra.get("arch")
-    title = detect_naming(strip_prefix(state))
+    state, architecture, notes = load_state(weights, ema)
+    plain_state = strip_prefix(state)
+    title = detect_naming(plain_state)
     if title.startswith("transformers"):
-        hints = _transformers_hints(config)
-        architecture = None
+        architecture, hints = None, _transformers_hints(config)
     else:
-        hints = {
-            ours: config[theirs] for ours, theirs in (("num_labels", "num_classes"),) if theirs in config
-        }
-        architecture, more = _timm_hints(architecture, config)
-        hints |= more
+        architecture, hints = _timm_hints(config.get("architecture") or architecture, config)
         pooling = config.get("global_pool")
-        if pooling == "avg" and "norm.weight" in strip_prefix(state):
+        if pooling == "avg" and "norm.weight" in plain_state:
             raise ValueError("it averages after the norm (global_pool avg); a FlashKAT averages before it")
         if pooling not in (None, "token", "avg"):
             raise ValueError(f"its pooling is {pooling}; a FlashKAT has token or avg")
-    processor = _read_json(folder / "preprocessor_config.json") if folder else {}
-    return Source(source_name, title, state, config, processor, hints, architecture, published, notes)
+    return Source(name, title, state, config, processor, hints, architecture, published, notes)
 
 
-def load_state(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """A state dict from a safetensors or PyTorch file or index, what else the file says, and notes on the choice.
+def load_state(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], str | None, list[str]]:
+    """Load a state dict from a safetensors or PyTorch file or index.
+
+    Returns:
+        `(state dict, name of the architecture or None, notes on what was chosen)`.
 
     Raises:
         ValueError: the file is damaged, would run code when unpickled, or holds no state dict.
     """
     if path.name.endswith(".index.json"):
-        names = _read_json(path).get("weight_map")
-        if not isinstance(names, dict):
-            raise ValueError(f"{path.name} has no weight_map")
         state: dict[str, Tensor] = {}
+        names = _weight_map(path)
         for shard in sorted(set(names.values())):
             if Path(shard).name != shard or not (path.parent / shard).is_file():
                 raise ValueError(f"{path.name} names {shard}, which is not there")
             state |= load_state(path.parent / shard, ema)[0]
         if absent := sorted(names.keys() - state.keys()):
             raise ValueError(f"{path.name} names {absent[0]}, which is in no shard")
-        return state, {}, []
+        return state, None, []
     if path.suffix == ".safetensors":
         try:
-            return load_file(path), {}, []
+            return load_file(path), None, []
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path.name} is damaged or no safetensors file ({one_line(error)})") from error
     return _pick_state(_load_pickle(path), ema)
 
 
 def _load_pickle(path: Path) -> Any:
-    """By PyTorch's restricted unpickler; of other classes, only the plain Namespace of training arguments."""
+    """Load a PyTorch file without running code; of classes, only the Namespace of arguments is let through."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if found := re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error)):
+        if code := re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error)):
             raise ValueError(
-                f"{path.name} would run {found[1]} when unpickled, so it is refused; save its state dict alone "
-                "where you trust it"
+                f"{path.name} would run {code[1]} when unpickled, so it is refused; "
+                "save its state dict alone where you trust it"
             ) from error
-        reason = (
-            str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-        )  # less PyTorch's advice
+        # less PyTorch's advice
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
         raise ValueError(f"{path.name} is damaged, no PyTorch file, or would run code ({reason})") from error
     except (
         Exception
@@ -199,45 +195,54 @@ def _load_pickle(path: Path) -> Any:
         raise ValueError(f"{path.name} is damaged or no PyTorch file ({one_line(error)})") from error
 
 
-def _pick_state(loaded: Any, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    notes = []
-    extra: dict[str, Any] = {}
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"it holds a {type(loaded).__name__} and no state dict")
-    wrapped = [key for key in (*EMA_KEYS, *STATE_KEYS) if isinstance(loaded.get(key), Mapping)]
-    if wrapped:
-        chosen = [key for key in wrapped if (key in EMA_KEYS) == ema] or [key for key in wrapped if ema]
-        if not chosen:
-            raise ValueError(f"it has only averaged weights ({wrapped[0]})")
-        notes.append(
-            f"weights from {chosen[0]}" + (f", not {wrapped[-1]}" if wrapped[-1] != chosen[0] else "")
-        )
-        extra = {key: loaded[key] for key in ("arch",) if isinstance(loaded.get(key), str)}
-        loaded = loaded[chosen[0]]
-    if not loaded or not all(isinstance(name, str) for name in loaded):
+def _pick_state(content: Any, ema: bool) -> tuple[dict[str, Tensor], str | None, list[str]]:
+    """Pick the state dict out of what a PyTorch file holds, as `load_state` returns it."""
+    architecture, notes = None, []
+    if not isinstance(content, Mapping):
+        raise ValueError(f"it holds a {type(content).__name__} and no state dict")
+    keys = [key for key in (*EMA_KEYS, *STATE_KEYS) if isinstance(content.get(key), Mapping)]
+    if keys:
+        chosen = next((key for key in keys if ema or key not in EMA_KEYS), None)
+        if chosen is None:
+            raise ValueError(f"it has only averaged weights ({keys[0]})")
+        notes.append(f"weights from {chosen}" + (f", not {keys[-1]}" if keys[-1] != chosen else ""))
+        if isinstance(content.get("arch"), str):
+            architecture = content["arch"]
+        content = content[chosen]
+    if not content or not all(isinstance(name, str) for name in content):
         raise ValueError("it holds no state dict")
-    for name, tensor in loaded.items():
+    for name, tensor in content.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"it holds no state dict: {name} is a {type(tensor).__name__}")
-    return dict(loaded), extra, notes
+    return dict(content), architecture, notes
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return which shard has which tensor, by an index of shards."""
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise ValueError(f"{index.name} has no weight_map")
+    return names
 
 
 def _weights_of_folder(folder: Path) -> Path:
-    for name in WEIGHTS:
+    """Return the file of weights in a folder: one of the usual names, else the only one there is."""
+    for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
-    found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
-    if len(found) != 1:
-        what = ", ".join(path.name for path in found) if found else f"neither {' nor '.join(WEIGHTS)}"
-        raise ValueError(f"{folder} has {what}; give the path of one file of weights")
-    return found[0]
+    paths = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.is_file())
+    if len(paths) != 1:
+        content = ", ".join(path.name for path in paths) or f"neither {' nor '.join(WEIGHT_FILES)}"
+        raise ValueError(f"{folder} has {content}; give the path of one file of weights")
+    return paths[0]
 
 
 def _download_weights(repository: str, revision: str | None, token: str | None) -> Path:
+    """Download the weights of a Hub repository, with their shards and the configs beside them."""
     unreachable: NotReachableError | None = None
 
     def get(name: str) -> Path | None:
-        """Or None, and then only from the cache from now on: it may have what it takes."""
+        """Return a file, or None; without network, from the cache alone, which may have all it takes."""
         nonlocal unreachable
         try:
             return download(repository, name, revision, token, offline=unreachable is not None)
@@ -245,21 +250,18 @@ def _download_weights(repository: str, revision: str | None, token: str | None) 
             unreachable = unreachable or error
             return None
 
-    for name in WEIGHTS:
+    for name in WEIGHT_FILES:
         if weights := get(name):
-            if name.endswith(".index.json"):
-                for shard in sorted(set(_read_json(weights).get("weight_map", {}).values())):
-                    if Path(shard).name != shard:
-                        raise ValueError(f"{repository}: {name} names {shard}, which is no file beside it")
-                    if get(shard) is None:
-                        raise unreachable or ValueError(
-                            f"{repository}: {name} names {shard}, which is not there"
-                        )
+            for shard in sorted(set(_weight_map(weights).values())) if weights.suffix == ".json" else ():
+                if Path(shard).name != shard:
+                    raise ValueError(f"{repository}: {name} names {shard}, which is no file beside it")
+                if get(shard) is None:
+                    raise unreachable or ValueError(f"{repository}: {name} names {shard}, which is not there")
             for optional in ("config.json", "preprocessor_config.json"):
                 get(optional)
             return weights
     raise unreachable or ValueError(
-        f"{repository} has neither {' nor '.join(WEIGHTS)}; download its weights and give the file's path"
+        f"{repository} has neither {' nor '.join(WEIGHT_FILES)}; download its weights and give the file's path"
     )
 
 
@@ -273,45 +275,38 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _transformers_hints(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of our config that a transformers ViT's tells."""
+    """Return the fields of our config that a transformers ViT's tells."""
     if (kind := config.get("model_type", "vit")) not in ("vit", "deit"):
         raise ValueError(f"it is a {kind} model; vit and deit are known")
     if (act := config.get("hidden_act", "gelu")) not in GELUS:
         raise ValueError(f"its activation is {act}; only gelu has a start table that keeps the function")
-    same = READABLE | {
-        "num_attention_heads",
-        "layer_norm_eps",
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-    }
-    hints = {name: config[name] for name in sorted(same & CONFIG_FIELDS & config.keys())}
+    shared = {*READABLE, "num_attention_heads", "layer_norm_eps"}
+    shared |= {"hidden_dropout_prob", "attention_probs_dropout_prob"}
+    hints = {name: config[name] for name in sorted(shared & CONFIG_FIELDS & config.keys())}
     if labels := config.get("id2label"):
-        hints |= {
-            "id2label": {int(index): label for index, label in labels.items()},
-            "num_labels": len(labels),
-        }
+        hints["id2label"] = {int(index): label for index, label in labels.items()}
+        hints["num_labels"] = len(labels)
     return hints
 
 
 def _timm_hints(architecture: str | None, config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """The architecture as timm names it, if timm is there and knows it, and what its model tells."""
+    """Return the architecture's name, if timm knows it, and the fields of our config that timm tells."""
+    hints = {"num_labels": config["num_classes"]} if "num_classes" in config else {}
     try:
         import timm
     except ImportError:
-        return None, {}
+        return None, hints
     if not architecture or not timm.is_model(architecture.partition(".")[0]):
-        return None, {}
-    model = timm_model(architecture, config)
-    block: Any = model.blocks[0]
-    if type(block.mlp.act).__name__ not in ("GELU", "GELUTanh"):
-        raise ValueError(
-            f"its activation is {type(block.mlp.act).__name__}; only gelu has a start table that keeps it"
-        )
-    return architecture, {"num_attention_heads": block.attn.num_heads, "layer_norm_eps": block.norm1.eps}
+        return None, hints
+    block: Any = timm_model(architecture, config).blocks[0]
+    if (act := type(block.mlp.act).__name__) not in ("GELU", "GELUTanh"):
+        raise ValueError(f"its activation is {act}; only gelu has a start table that keeps it")
+    hints |= {"num_attention_heads": block.attn.num_heads, "layer_norm_eps": block.norm1.eps}
+    return architecture, hints
 
 
 def timm_model(architecture: str, config: Mapping[str, Any], **arguments):
-    """The model that timm makes of that name, on the meta device.
+    """Make timm's model of that name, on the meta device.
 
     Raises:
         ValueError: it is no plain ViT.
@@ -319,17 +314,16 @@ def timm_model(architecture: str, config: Mapping[str, Any], **arguments):
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
+    arguments = {**(config.get("model_args") or {}), **arguments}
     with torch.device("meta"):
-        model = timm.create_model(
-            architecture, pretrained=False, **{**(config.get("model_args") or {}), **arguments}
-        )
+        model = timm.create_model(architecture, pretrained=False, **arguments)
     if type(model) is not VisionTransformer:
         raise ValueError(f"{architecture} is a {type(model).__name__}, not timm's plain VisionTransformer")
     return model
 
 
 def gelu_form(source: Source) -> str:
-    """The GELU of a ViT as PyTorch's `approximate`, "tanh" or "none": exact where its config does not say."""
+    """Return a ViT's GELU as PyTorch's `approximate`, "tanh" or "none"; exact where no config says it."""
     if source.architecture:
         block: Any = timm_model(source.architecture, source.config).blocks[0]
         return "tanh" if type(block.mlp.act).__name__ == "GELUTanh" else "none"
@@ -337,9 +331,7 @@ def gelu_form(source: Source) -> str:
 
 
 def image_processor(source: Source, image_size: int, transform: str | None = None):
-    """The image processor of the source for that image size.
-
-    From its own config, else as its kind usually has.
+    """Make the image processor of a source: from its own config, else as its kind usually has it.
 
     Args:
         source: of `read_source`.
@@ -354,17 +346,17 @@ def image_processor(source: Source, image_size: int, transform: str | None = Non
     """
     if transform is not None and transform not in TRANSFORMS:
         raise ValueError(f"unknown transform {transform!r}; known are {', '.join(TRANSFORMS)}")
+    note = None
+    timm_config = source.config.get("pretrained_cfg", source.config)
     if transform is None and source.processor:
         return _rescaled_processor(source.processor, image_size), None
-    timm_config = source.config.get("pretrained_cfg", source.config)
-    note = None
     if transform is None and {"mean", "std"} <= timm_config.keys():
         crop, mean, std = timm_config.get("crop_pct") or 0.875, timm_config["mean"], timm_config["std"]
     else:
         if transform is None:
-            of_deit = "deit" in (source.architecture or Path(source.name).name).lower()
-            transform = "imagenet" if "KAT" in source.title or of_deit else "augreg"
-            if "KAT" not in source.title:
+            is_deit = "deit" in (source.architecture or Path(source.name).name).lower()
+            transform = "imagenet" if source.is_kat or is_deit else "augreg"
+            if not source.is_kat:
                 others = " or ".join(name for name in TRANSFORMS if name != transform)
                 note = f"image transform {transform} assumed; --transform {others} says otherwise"
         crop, mean, std = TRANSFORMS[transform]
@@ -373,7 +365,7 @@ def image_processor(source: Source, image_size: int, transform: str | None = Non
 
 
 def _rescaled_processor(settings: Mapping[str, Any], image_size: int):
-    """A ViT's processor with the settings of transformers, for another image size in proportion."""
+    """Make a ViT's processor with the settings of transformers, for another image size in proportion."""
     processor = make_image_processor(image_size)
     kept = (
         "do_resize",

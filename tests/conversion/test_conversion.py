@@ -336,7 +336,7 @@ def test_interrupt_leaves_nothing(kat, tmp_path, monkeypatch):
 
 
 def test_an_original_is_never_a_random_model(kat, tmp_path):
-    """Neither with weights that are not found, nor with a few names that fit; `load_checkpoint` names the command."""
+    """Neither without weights, nor with a few names that fit; and `load_checkpoint` names the command."""
     config = {**VIT, "num_attention_heads": 2, "intermediate_size": 256}
     with pytest.raises(OSError, match="no file named"):
         FlashKATForImageClassification.from_pretrained(tmp_path)
