@@ -18,10 +18,11 @@ from .conversion.export import export_original
 from .conversion.source import TRANSFORMS
 from .hub import publish, push
 from .hub.upload import Push
+from .messages import warn
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0, or 1 after one line about what is wrong on the standard error."""
+    """Run the command; return 0, or 1 after one line on the standard error about what is wrong."""
     parser = argparse.ArgumentParser(
         prog="flashkat", description="FlashKAT models: conversion, inspection and the Hub."
     )
@@ -31,88 +32,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_push(commands)
     _add_publish(commands)
     options = parser.parse_args(arguments)
-    wanted = options.command in ("push", "publish") and not constants.HF_HUB_DISABLE_PROGRESS_BARS
-    bars = wanted and sys.stderr.isatty()
+    sends = options.command in ("push", "publish")
+    show_bars = sends and not constants.HF_HUB_DISABLE_PROGRESS_BARS and sys.stderr.isatty()
     logging.disable_progress_bar()
-    if bars:
+    if show_bars:
         enable_progress_bars()  # huggingface_hub's own, of uploads and downloads
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()  # less its lines about each attempt to reach the network
     try:
         print(options.run(options))
     except ValueError as error:
-        print(
-            f"{chr(10) * bars}flashkat {options.command}: {error}", file=sys.stderr
-        )  # a bar may have been cut short
+        new_line = "\n" * show_bars  # a bar may have been cut short
+        warn(f"{new_line}flashkat {options.command}: {error}")
         return 1
     except KeyboardInterrupt:
-        print(f"flashkat {options.command}: interrupted; the same command again finishes it", file=sys.stderr)
+        warn(f"flashkat {options.command}: interrupted; the same command again finishes it")
         return 130
     return 0
 
 
 def _add_convert(commands) -> None:
-    text = "turn a KAT, or a plain ViT or DeiT, into a FlashKAT folder and prove that it computes the same function"
+    text = "turn a KAT, ViT or DeiT into a FlashKAT folder and prove that it computes the same function"
     parser = commands.add_parser("convert", help=text, description=text)
     parser.add_argument("source", help=f"file, folder, Hub id, or one of {', '.join(PUBLISHED)}")
     parser.add_argument("output", help="folder to make; with --to-original a .safetensors or .pth file")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
-    parser.add_argument(
-        "--image-size", type=int, metavar="N", help="resize the positions for other images, bicubic"
-    )
+    text = "resize the positions for other images, bicubic"
+    parser.add_argument("--image-size", type=int, metavar="N", help=text)
     parser.add_argument("--num-labels", type=int, metavar="N", help="a fresh head")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="a field of the config that the weights cannot tell, such as num_attention_heads=3; may be repeated",
+    text = (
+        "a field of the config that the weights cannot tell, such as num_attention_heads=3; may be repeated"
     )
-    parser.add_argument(
-        "--transform", choices=TRANSFORMS, help="image transform, where the source's is not known"
-    )
-    parser.add_argument(
-        "--no-ema", action="store_true", help="of a training checkpoint, not the averaged weights"
-    )
-    parser.add_argument(
-        "--calibrate",
-        metavar="IMAGES",
-        help="fit act2 to a ViT's GELU on the activations of a folder of images, or of scikit-learn's digits (digits)",
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help=text)
+    text = "image transform, where the source's is not known"
+    parser.add_argument("--transform", choices=TRANSFORMS, help=text)
+    text = "of a training checkpoint, not the averaged weights"
+    parser.add_argument("--no-ema", action="store_true", help=text)
+    text = "fit act2 to a ViT's GELU on the activations of a folder of images, or of scikit-learn's digits (digits)"
+    parser.add_argument("--calibrate", metavar="IMAGES", help=text)
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--no-verify", action="store_true", help="skip the proof; the report says so")
-    parser.add_argument(
-        "--to-original", action="store_true", help="write a FlashKAT folder's weights for the original"
-    )
+    text = "write a FlashKAT folder's weights for the original"
+    parser.add_argument("--to-original", action="store_true", help=text)
     parser.add_argument("--naming", choices=("kat", "flashkat"), help="with --to-original: whose names")
     parser.set_defaults(run=_convert)
 
 
 def _convert(options: argparse.Namespace) -> str:
     settings = parse_settings(options.set)
+    source, output, overwrite = options.source, options.output, options.overwrite
     if options.to_original:
-        given = {
-            "--image-size": options.image_size,
-            "--num-labels": options.num_labels,
-            "--set": options.set,
-            "--transform": options.transform,
-            "--no-ema": options.no_ema,
-            "--calibrate": options.calibrate,
-            "--revision": options.revision,
-            "--no-verify": options.no_verify,
-        }
-        if extra := [name for name, value in given.items() if value]:
-            raise ValueError(f"{extra[0]} has no meaning with --to-original")
-        text = export_original(
-            options.source, options.output, naming=options.naming, overwrite=options.overwrite
-        )
-        return f"{options.output}: {text}"
+        others = "image_size num_labels set transform no_ema calibrate revision no_verify"
+        for name in others.split():
+            if getattr(options, name):
+                raise ValueError(f"--{name.replace('_', '-')} has no meaning with --to-original")
+        return f"{output}: {export_original(source, output, naming=options.naming, overwrite=overwrite)}"
     if options.naming:
         raise ValueError("--naming has no meaning without --to-original")
     report = convert(
-        options.source,
-        options.output,
-        overwrite=options.overwrite,
+        source,
+        output,
+        overwrite=overwrite,
         image_size=options.image_size,
         num_labels=options.num_labels,
         settings=settings,
@@ -122,11 +102,11 @@ def _convert(options: argparse.Namespace) -> str:
         verify=not options.no_verify,
         calibrate=options.calibrate,
     )
-    return f"{report}\n{options.output} written"
+    return f"{report}\n{output} written"
 
 
 def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
-    """FIELD=VALUE strings as a dictionary; values are JSON (3, 0.1, true), and text otherwise.
+    """Turn FIELD=VALUE strings into a dictionary; values are JSON (3, 0.1, true), and text otherwise.
 
     Raises:
         ValueError: there is no "=", or a field twice.
@@ -154,23 +134,22 @@ def _add_info(commands) -> None:
 
 def _add_push(commands) -> None:
     text = "check a model folder and send it to the Hub in one commit"
-    notes = "The access token is the one of `hf auth login`, or HF_TOKEN's."
-    parser = commands.add_parser("push", help=text, description=text, epilog=notes)
+    epilog = "The access token is the one of `hf auth login`, or HF_TOKEN's."
+    parser = commands.add_parser("push", help=text, description=text, epilog=epilog)
     parser.add_argument("folder", help="what `convert` or a training run has left")
     parser.add_argument("repo", help="owner/name; made if it does not exist")
     parser.add_argument("--revision", metavar="BRANCH", help="branch, made from main if it does not exist")
     parser.add_argument("--pr", action="store_true", help="open a pull request")
     parser.add_argument("--message", help="of the commit")
-    parser.add_argument(
-        "--include-training-state", action="store_true", help="also optimizer states and training_args.bin"
-    )
+    text = "also optimizer states and training_args.bin"
+    parser.add_argument("--include-training-state", action="store_true", help=text)
     parser.add_argument("--license", metavar="ID", help="such as mit, for the card, where there is none yet")
     _add_sending(parser)
     parser.set_defaults(run=_push)
 
 
 def _push(options: argparse.Namespace) -> str:
-    done = push(
+    result = push(
         options.folder,
         options.repo,
         private=options.private or None,
@@ -182,42 +161,39 @@ def _push(options: argparse.Namespace) -> str:
         license=options.license,
         report=_say,
     )
-    return _outcome(done, options.what_if)
+    return _outcome(result, options.what_if)
 
 
 def _add_publish(commands) -> None:
     text = "convert a published KAT, prove it, write its card and push it"
     parser = commands.add_parser("publish", help=text, description=text)
-    parser.add_argument(
-        "name", choices=(*PUBLISHED, "all"), metavar="NAME", help=f"{', '.join(PUBLISHED)} or all"
-    )
+    text = f"{', '.join(PUBLISHED)} or all"
+    parser.add_argument("name", choices=(*PUBLISHED, "all"), metavar="NAME", help=text)
     parser.add_argument("--namespace", required=True, help="your name, or an organisation of yours")
     _add_sending(parser)
     parser.set_defaults(run=_publish)
 
 
 def _publish(options: argparse.Namespace) -> str:
-    done = publish(
-        options.name, options.namespace, private=options.private or None, what_if=options.what_if, report=_say
-    )
-    return "\n".join(_outcome(each, options.what_if) for each in done)
+    private, what_if = options.private or None, options.what_if
+    results = publish(options.name, options.namespace, private=private, what_if=what_if, report=_say)
+    return "\n".join(_outcome(result, what_if) for result in results)
 
 
 def _add_sending(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="of a new repository")
-    parser.add_argument(
-        "--what-if", action="store_true", help="check everything and show what would be sent; send nothing"
-    )
+    text = "check everything and show what would be sent; send nothing"
+    parser.add_argument("--what-if", action="store_true", help=text)
 
 
 def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _outcome(done: Push, what_if: bool) -> str:
+def _outcome(result: Push, what_if: bool) -> str:
     if what_if:
-        return f"{done.repo_id}: nothing was sent (--what-if)"
-    return f"{done.repo_id} has all of it already: {done.url}" if done.empty else done.url
+        return f"{result.repo_id}: nothing was sent (--what-if)"
+    return f"{result.repo_id} has all of it already: {result.url}" if result.empty else result.url
 
 
 if __name__ == "__main__":

@@ -22,14 +22,15 @@ def describe(name_or_path: str) -> str:
     config = model.config
     labels = [config.id2label[index] for index in sorted(config.id2label)]
     shown = ", ".join(labels[:5]) + (", ..." if len(labels) > 5 else "")
+    mean, std = _numbers(processor.image_mean), _numbers(processor.image_std)
     rows = config.num_numerator_groups
     numerators = "one numerator" if rows == 1 else f"{rows} numerators"
     lines = [
         f"{name_or_path}: {type(model).__name__}, {model.num_parameters():,} parameters, {model.dtype}",
         f"layers      {config.num_hidden_layers} of {config.hidden_size} channels, "
         f"{config.num_attention_heads} heads, MLP {config.intermediate_size}",
-        f"image       {config.image_size} pixels, {config.num_channels} channels, patches of {config.patch_size}"
-        f"; mean {_numbers(processor.image_mean)}, std {_numbers(processor.image_std)}",
+        f"image       {config.image_size} pixels, {config.num_channels} channels, "
+        f"patches of {config.patch_size}; mean {mean}, std {std}",
         f"pooling     {config.pooling}",
         f"labels      {config.num_labels}" + (f": {shown}" if labels else ", no head"),
         f"rationals   {config.num_groups} groups, {numerators}; "
@@ -45,7 +46,7 @@ def describe(name_or_path: str) -> str:
 
 
 def _move(act: GroupRational) -> float:
-    """Largest |r(x) - start(x)| over the groups and x in [-3, 3]; 0 for the table's own coefficients, rounded."""
+    """Largest |r(x) - start(x)| over the groups and x in [-3, 3]; 0 for the table itself, rounded."""
     start = tuple(table.to(act.numerator.dtype) for table in act.start())
     learned = act.numerator.detach(), act.denominator.detach()
     if all(map(torch.equal, learned, start)):

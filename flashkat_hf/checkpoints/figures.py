@@ -114,7 +114,7 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
 @torch.no_grad()
 def used_ranges(backbone: FlashKATModel) -> dict[tuple[int, str], Tensor]:
-    """Return the lowest and highest input `(2, num_groups)` of each layer's "act1" and "act2" on `noise_images`.
+    """Return the lowest and highest input `(2, num_groups)` of each layer's act1 and act2 on `noise_images`.
 
     Inputs below the 0.1% or above the 99.9% quantile of their group are left out.
     """
@@ -148,7 +148,7 @@ def used_ranges(backbone: FlashKATModel) -> dict[tuple[int, str], Tensor]:
 
 
 def noise_images(count: int, num_channels: int, size: int) -> Tensor:
-    """Make noise `(count, num_channels, size, size)` of amplitude 1/f, mean 0, variance 1, always the same."""
+    """Make the same noise `(count, num_channels, size, size)` at each call: amplitude 1/f, variance 1."""
     noise = torch.randn(count, num_channels, size, size, generator=torch.Generator().manual_seed(0))
     rows, columns = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]
     frequency = torch.hypot(rows, columns).clamp_min(1 / size)

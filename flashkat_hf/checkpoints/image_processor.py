@@ -18,7 +18,7 @@ def make_image_processor(
     image_mean: tuple[float, ...] = tuple(IMAGENET_DEFAULT_MEAN),
     image_std: tuple[float, ...] = tuple(IMAGENET_DEFAULT_STD),
 ):
-    """Make ViT's image processor: RGB, shorter side to `image_size / crop` pixels, bicubic, centre crop, normalise.
+    """Make ViT's image processor: shorter side to `image_size / crop` pixels, bicubic, centre crop, RGB.
 
     The defaults are KAT's evaluation: shorter side 256, crop 224, ImageNet statistics. With torchvision the
     processor works on tensors, without it on PIL images.

@@ -6,11 +6,11 @@ not grow with the images. Then each layer's coefficients solve
 
     minimise  sum over groups g and bins x of w_g(x) (r_g(x) - GELU(x))^2    with all b_j >= 0
 
-by Levenberg-Marquardt in float64 from the gelu table. Only |b_j| enters r, so the bounds cost nothing. w_g is the
-part of the group's activations in the bin plus `GUARD` times the uniform density on [-REACH, REACH]. The guard bounds
-what r does where no activation was seen: a fit is never worse in w than its start, so on [-REACH, REACH]
+by Levenberg-Marquardt in float64 from the gelu table. Only |b_j| enters r, so the bounds cost nothing. w_g is
+the part of the group's activations in the bin plus `GUARD` times the uniform density on [-REACH, REACH]. The
+guard bounds what r does where no activation was seen. A fit is never worse in w than its start, so there
 
-    mean of (r - GELU)^2  <=  mean of (start - GELU)^2 + (start's mean square error on the activations) / GUARD.
+    mean of (r - GELU)^2  <=  mean of (start - GELU)^2 + (start's mean square error on activations) / GUARD.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,7 +39,7 @@ BATCH_SIZE = 16
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How far one layer's act2 is from GELU on the activations.
+    """A fit's error: the distance of one layer's act2 from GELU on the activations.
 
     Attributes:
         name: of the module.
@@ -103,7 +103,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], approximate: str = "n
 
 
 def _activations(model: nn.Module) -> dict[str, Any]:
-    """Each act2 by its name, all of them near GELU."""
+    """Return each act2 by its name; all of them are near GELU."""
     activations = {
         name: module
         for name, module in model.named_modules()
@@ -117,8 +117,8 @@ def _activations(model: nn.Module) -> dict[str, Any]:
         far = _error(x, functional.gelu(x), *tables).abs().max().item()
         if not far <= FAR:
             raise ValueError(
-                f"{name} is up to {far:.2g} away from GELU on [-3, 3]: calibration is for a plain ViT just converted, "
-                "whose act2 stand for GELU"
+                f"{name} is up to {far:.2g} away from GELU on [-3, 3]: calibration is for a plain ViT just "
+                "converted, whose act2 stand for GELU"
             )
     return activations
 
@@ -126,7 +126,7 @@ def _activations(model: nn.Module) -> dict[str, Any]:
 def _count(
     model: nn.Module, activations: dict, batches: Iterable[Tensor], approximate: str
 ) -> dict[str, Tensor]:
-    """Histogram `(num_groups, NUM_BINS)`, float64 on the CPU, of each act2's input, with GELU in place of every one."""
+    """Count each act2's inputs in bins `(num_groups, NUM_BINS)`, with GELU in place of every act2."""
     counts: dict[str, Tensor] = {}
 
     def hook(name: str):
@@ -160,25 +160,18 @@ def _count(
     if not num_images:
         raise ValueError("no images to calibrate with")
     if unseen := [name for name, count in counts.items() if not count.any()]:
-        raise ValueError(
-            f"{unseen[0]} was not called as a module: calibrate before compiling or replacing parts"
-        )
+        message = "was not called as a module: calibrate before compiling or replacing parts"
+        raise ValueError(f"{unseen[0]} {message}")
     return {name: count.double().cpu() for name, count in counts.items()}
 
 
 def _histogram(x: Tensor, num_groups: int, name: str) -> Tensor:
-    """Counts `(num_groups, NUM_BINS)` of `x` `(..., channels)`.
-
-    Int64, so that their order does not matter.
-    """
+    """Count `x` `(..., channels)` in bins `(num_groups, NUM_BINS)`, int64, so that order does not matter."""
     if not x.isfinite().all():
         raise ValueError(f"{name} has activations that are not finite")
     end = torch.tensor(LARGEST).asinh().item()
-    bins = (
-        ((x.float().clamp(-LARGEST, LARGEST).asinh() + end) * (NUM_BINS / (2 * end)))
-        .int()
-        .clamp_(0, NUM_BINS - 1)
-    )
+    position = x.float().clamp(-LARGEST, LARGEST).asinh() + end
+    bins = (position * (NUM_BINS / (2 * end))).int().clamp_(0, NUM_BINS - 1)
     bins = bins.reshape(-1, num_groups, x.shape[-1] // num_groups)
     bins += torch.arange(num_groups, device=x.device, dtype=torch.int32)[:, None] * NUM_BINS
     return bins.flatten().bincount(minlength=num_groups * NUM_BINS).view(num_groups, NUM_BINS)
@@ -190,7 +183,7 @@ def _bin_centers() -> Tensor:
 
 
 def _uniform(x: Tensor) -> Tensor:
-    """Weights of the bins, with sum 1, that are the uniform density on [-REACH, REACH]."""
+    """Return weights of the bins, with sum 1, that are the uniform density on [-REACH, REACH]."""
     weights = (1 + x * x).sqrt() * (x.abs() <= REACH)  # the width of a bin is proportional to cosh(asinh(x))
     return weights / weights.sum()
 
@@ -198,10 +191,7 @@ def _uniform(x: Tensor) -> Tensor:
 def _fit_layer(
     x: Tensor, target: Tensor, weights: Tensor, old: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Numerator and denominator of one layer, with rows as `old` has them.
-
-    One joint fit for each numerator.
-    """
+    """Fit one layer's tables, with rows as `old` has them; a shared numerator makes one joint fit."""
     rows, num_groups = len(old[0]), len(old[1])
     parts = [_fit(x, target, part) for part in weights.split(num_groups if rows == 1 else 1)]
     numerators, denominators = zip(*parts, strict=True)
@@ -209,7 +199,7 @@ def _fit_layer(
 
 
 def _fit(x: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """One numerator `(1, 6)` and the denominators `(groups, 4)` of least weighted squares, nearest to the gelu table.
+    """Fit one numerator `(1, 6)` and denominators `(groups, 4)` by least squares from the gelu table.
 
     Levenberg-Marquardt with b_j >= 0: a b_j at 0 that would turn negative is left out of a step. Each step
     taken makes the sum smaller, so the result is never worse than the table.
@@ -232,10 +222,7 @@ def _fit(x: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         return (root * _error(x, target, *tables(theta))).flatten()
 
     def derivatives(theta: Tensor) -> Tensor:
-        """Of the residual.
-
-        X^k / Q by the shared a_k, and -r |x|^j / Q by the b_j of the point's own group.
-        """
+        """Derivatives of the residual: x^k / Q by a shared a_k, -r |x|^j / Q by a b_j of the point's group."""
         numerator, denominator = tables(theta)
         by_b = torch.zeros(len(x), num_groups, num_groups, 4, dtype=torch.float64)
         weighted = root * _rational(x, torch.eye(6, dtype=torch.float64)[:1], denominator)  # over Q
@@ -287,7 +274,7 @@ def _cost(x: Tensor, target: Tensor, weights: Tensor, numerator: Tensor, denomin
 
 
 def find_images(source: str | Path) -> Sequence[Encoded]:
-    """Images to calibrate with, at most `NUM_IMAGES`: of a folder and its sub-folders, or "digits".
+    """Find at most `NUM_IMAGES` images to calibrate with, in a folder and its sub-folders, or "digits".
 
     Args:
         source: a folder; names that start with a dot are passed over. "digits" is the training split of
@@ -298,27 +285,27 @@ def find_images(source: str | Path) -> Sequence[Encoded]:
     """
     if source == "digits":
         try:
-            found: Sequence[Encoded] = list(load_digits().train.images)
+            images: Sequence[Encoded] = list(load_digits().train.images)
         except ImportError as error:
             raise ValueError(str(error)) from error
     else:
         root = Path(source).expanduser()
         if not root.is_dir():
             raise ValueError(f"{source} is not a folder of images")
-        found = sorted(
+        images = sorted(
             path
             for path in root.rglob("*")
             if path.suffix.lower() in IMAGE_SUFFIXES
             and not any(part.startswith(".") for part in path.relative_to(root).parts)
         )
-        if not found:
+        if not images:
             raise ValueError(f"{source} has no images ({', '.join(IMAGE_SUFFIXES)})")
-    count = min(len(found), NUM_IMAGES)
-    return [found[index * len(found) // count] for index in range(count)]
+    count = min(len(images), NUM_IMAGES)
+    return [images[index * len(images) // count] for index in range(count)]
 
 
 def image_batches(images: Sequence[Encoded], processor) -> Iterator[Tensor]:
-    """Batches of what the model's image processor makes of these images.
+    """Yield batches of what the model's image processor makes of these images.
 
     Raises:
         ValueError: a file is no image; the message names it.

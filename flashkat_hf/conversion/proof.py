@@ -22,17 +22,14 @@ from ..model.modeling_flashkat import FlashKATForImageClassification
 from .source import Source, timm_model
 from .tensor_names import NAMINGS, has_layer_scale, source_names, strip_prefix
 
-IMAGES = 4
+NUM_IMAGES = 4
 ROUNDING = 1e-9  # of float64 through a deep network with fifth powers, relative to the largest output
 FOLDED_ROUNDING = 1e-5  # of float32 weights that layer scale was multiplied into
-NEEDS_TIMM = (
-    "timm, which evaluates the source, is missing: pip install 'flashkat_hf[train]', or give --no-verify"
-)
 
 
 @dataclass(frozen=True)
 class Proof:
-    """How the result compares with the source on a fixed batch.
+    """A comparison of the result with its source on a fixed batch.
 
     Attributes:
         outputs: what was compared, "logits" or, without the source's head, "pooled features".
@@ -51,7 +48,7 @@ class Proof:
 
 
 class PlainRational(nn.Module):
-    """The formula as it is read, term by term; its coefficients under the names of the source."""
+    """The formula term by term, with its coefficients under the names of the source."""
 
     def __init__(
         self, numerator: Tensor, denominator: Tensor, names: tuple[str, str] = ("numerator", "denominator")
@@ -100,31 +97,25 @@ def prove(source: Source, config: FlashKATConfig, folder: Path, fresh_head: bool
         ValueError: the result does not compute the source's function, or gives numbers that are not finite;
             or the library that evaluates the source is missing.
     """
-    images = torch.randn(
-        IMAGES,
-        config.num_channels,
-        config.image_size,
-        config.image_size,
-        generator=torch.Generator().manual_seed(0),
-        dtype=torch.float64,
-    )
+    shape = (NUM_IMAGES, config.num_channels, config.image_size, config.image_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pooled = fresh_head or not config.num_labels
     model = _source_model(source, config, pooled)
-    same = expected = _outputs(model, images)
+    expected = expected_with_tables = _outputs(model, images)
     if not source.is_kat:
         _install_tables(model, folder)
-        same = _outputs(model, images)
+        expected_with_tables = _outputs(model, images)
     del model  # one model in float64 at a time
     result: Any = FlashKATForImageClassification.from_pretrained(
         folder, dtype=torch.float64, attn_implementation="sdpa"
     )
     output = result.flashkat(images).pooler_output if pooled else result(images).logits
-    rounding = ((output - same).abs().max() / same.abs().max()).item()
-    folded = has_layer_scale(source.state)
-    if not rounding <= (FOLDED_ROUNDING if folded else ROUNDING):  # NaN too
+    largest = expected_with_tables.abs().max()
+    rounding = ((output - expected_with_tables).abs().max() / largest).item()
+    if not rounding <= (FOLDED_ROUNDING if has_layer_scale(source.state) else ROUNDING):  # NaN too
         raise ValueError(
-            f"{source.name} converted does not compute the same function: largest relative difference {rounding:.2g} "
-            "on a fixed batch; nothing is written"
+            f"{source.name} converted does not compute the same function: largest relative difference "
+            f"{rounding:.2g} on a fixed batch; nothing is written"
         )
     return Proof(
         outputs="pooled features" if pooled else "logits",
@@ -141,37 +132,41 @@ def _outputs(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _source_model(source: Source, config: FlashKATConfig, pooled: bool) -> nn.Module:
-    state = {name: tensor.double() for name, tensor in strip_prefix(source.state).items()}
+    """Make the source's own model in float64, without its head if the pooled features are wanted."""
+    head = ("head.", "classifier.") if pooled else ()
+    state = {
+        name: tensor.double()
+        for name, tensor in strip_prefix(source.state).items()
+        if not name.startswith(head)
+    }
+    num_labels = 0 if pooled else config.num_labels
     if source.title.startswith("transformers"):
-        return _transformers_vit(source, config, state, pooled)
+        return _transformers_vit(source, config, state, num_labels)
     try:
         from timm.models.vision_transformer import VisionTransformer
     except ImportError as error:
-        raise ValueError(NEEDS_TIMM) from error
-    if pooled:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    grid = config.image_size // config.patch_size
-    arguments = {
+        raise ValueError(
+            "timm, which evaluates the source, is missing: pip install 'flashkat_hf[train]', "
+            "or give --no-verify"
+        ) from error
+    arguments: dict[str, Any] = {
         "img_size": config.image_size,
-        "num_classes": 0 if pooled else config.num_labels,
+        "num_classes": num_labels,
         "global_pool": "avg" if config.pooling == "mean" else "token",
     }
     if source.architecture:
         model = timm_model(source.architecture, source.config, **arguments)
     else:
-        mlp = {}
         if source.is_kat:
-            table = NAMINGS[source.title]
             names = [
-                source_names(f"flashkat.layers.0.mlp.act1.{part}", table)[0].rpartition(".")[2]
+                source_names(f"flashkat.layers.0.mlp.act1.{part}", NAMINGS[source.title])[0].split(".")[-1]
                 for part in ("numerator", "denominator")
             ]
             rows, groups = config.num_numerator_groups, config.num_groups
-            mlp["mlp_layer"] = partial(PlainKATMlp, rows=rows, groups=groups, names=tuple(names))
+            arguments["mlp_layer"] = partial(PlainKATMlp, rows=rows, groups=groups, names=tuple(names))
         with torch.device("meta"):
             model = VisionTransformer(
-                **arguments,  # pyright: ignore[reportArgumentType]
-                **mlp,
+                **arguments,
                 patch_size=config.patch_size,
                 in_chans=config.num_channels,
                 embed_dim=config.hidden_size,
@@ -180,7 +175,7 @@ def _source_model(source: Source, config: FlashKATConfig, pooled: bool) -> nn.Mo
                 mlp_ratio=config.intermediate_size / config.hidden_size,
                 qkv_bias=config.qkv_bias,
                 init_values=1.0 if has_layer_scale(state) else None,
-                no_embed_class=state["pos_embed"].shape[1] == grid**2,
+                no_embed_class=state["pos_embed"].shape[1] == (config.image_size // config.patch_size) ** 2,
                 norm_layer=partial(nn.LayerNorm, eps=config.layer_norm_eps),  # pyright: ignore[reportArgumentType]
                 weight_init="skip",
             )
@@ -189,51 +184,40 @@ def _source_model(source: Source, config: FlashKATConfig, pooled: bool) -> nn.Mo
 
 
 def _transformers_vit(
-    source: Source, config: FlashKATConfig, state: Mapping[str, Tensor], pooled: bool
+    source: Source, config: FlashKATConfig, state: Mapping[str, Tensor], num_labels: int | None
 ) -> nn.Module:
+    """Make transformers' own ViT with these weights."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    same = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "image_size",
-        "patch_size",
-    )
-    values: dict[str, Any] = {
-        name: getattr(config, name) for name in (*same, "num_channels", "layer_norm_eps", "qkv_bias")
-    }
-    values |= {
-        "hidden_act": source.config.get("hidden_act", "gelu"),
-        "num_labels": 0 if pooled else config.num_labels,
-    }
+    shared = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size"]
+    shared += ["patch_size", "num_channels", "layer_norm_eps", "qkv_bias"]
+    values: dict[str, Any] = {name: getattr(config, name) for name in shared}
+    values["hidden_act"] = source.config.get("hidden_act", "gelu")
+    values["num_labels"] = num_labels
     vit_config = ViTConfig(**values, attn_implementation="sdpa")  # pyright: ignore[reportCallIssue]
-    if pooled:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}
     prefixed = {
-        name if name.startswith("classifier.") else f"vit.{name}": value for name, value in state.items()
+        name if name.startswith("classifier.") else f"vit.{name}": tensor for name, tensor in state.items()
     }
     model, info = ViTForImageClassification.from_pretrained(
         None, config=vit_config, state_dict=prefixed, dtype=torch.float64, output_loading_info=True
     )  # pyright: ignore[reportGeneralTypeIssues]
-    if lost := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):
-        raise ValueError(f"transformers' own ViT does not take the source's weights: {', '.join(lost[:5])}")
+    if names := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):
+        raise ValueError(f"transformers' own ViT does not take the source's weights: {', '.join(names[:5])}")
     return model.eval()
 
 
 def _install_tables(model: nn.Module, folder: Path) -> None:
     """Give each MLP of a ViT the activations of the written layer with the same index."""
-    mlps: list[Any] = [
-        module for module in model.modules() if hasattr(module, "fc1") and hasattr(module, "fc2")
-    ]
+    modules: list[Any] = list(model.modules())
+    mlps = [module for module in modules if hasattr(module, "fc1") and hasattr(module, "fc2")]
     with safe_open(folder / "model.safetensors", "pt") as file:
+
+        def rational(name: str) -> PlainRational:
+            parts = (f"{name}.numerator", f"{name}.denominator")
+            return PlainRational(*(file.get_tensor(part).double() for part in parts))
+
         for index, mlp in enumerate(mlps):
-            act1, act2 = (
-                PlainRational(
-                    *(file.get_tensor(f"{name}.{part}").double() for part in ("numerator", "denominator"))
-                )
-                for name in (f"flashkat.layers.{index}.mlp.act1", f"flashkat.layers.{index}.mlp.act2")
-            )
-            mlp.fc1 = nn.Sequential(act1, mlp.fc1)
-            setattr(mlp, "activation_fn" if hasattr(mlp, "activation_fn") else "act", act2)
+            name = f"flashkat.layers.{index}.mlp"
+            mlp.fc1 = nn.Sequential(rational(f"{name}.act1"), mlp.fc1)
+            act2 = "activation_fn" if hasattr(mlp, "activation_fn") else "act"
+            setattr(mlp, act2, rational(f"{name}.act2"))

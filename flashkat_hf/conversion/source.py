@@ -176,7 +176,7 @@ def load_state(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], str | N
 
 
 def _load_pickle(path: Path) -> Any:
-    """Load a PyTorch file without running code; of classes, only the Namespace of arguments is let through."""
+    """Load a PyTorch file without running code; of classes, only the Namespace of arguments passes."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -189,9 +189,7 @@ def _load_pickle(path: Path) -> Any:
         # less PyTorch's advice
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
         raise ValueError(f"{path.name} is damaged, no PyTorch file, or would run code ({reason})") from error
-    except (
-        Exception
-    ) as error:  # damaged bytes can ask the unpickler for anything, and it raises as many errors
+    except Exception as error:  # damaged bytes make the unpickler raise errors of any kind
         raise ValueError(f"{path.name} is damaged or no PyTorch file ({one_line(error)})") from error
 
 
@@ -261,7 +259,8 @@ def _download_weights(repository: str, revision: str | None, token: str | None) 
                 get(optional)
             return weights
     raise unreachable or ValueError(
-        f"{repository} has neither {' nor '.join(WEIGHT_FILES)}; download its weights and give the file's path"
+        f"{repository} has neither {' nor '.join(WEIGHT_FILES)}; "
+        "download its weights and give the file's path"
     )
 
 

@@ -1,6 +1,4 @@
-"""State dicts of KAT, FlashKAT, timm's ViT and transformers' ViT in our names, and back.
-
-Pure: no files, no network.
+"""State dicts of KAT, FlashKAT, timm's and transformers' ViT in our names, and back; no files, no network.
 
 A table for each naming says which tensors make up one of ours; sizes are read off the weights, and the model
 with those sizes then says which tensors there must be, and of which shape: no more and no less.
@@ -16,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..messages import one_line
 from ..model.coefficients import start_table
 from ..model.configuration_flashkat import FlashKATConfig
 from ..model.modeling_flashkat import FlashKATForImageClassification
 
 State = dict[str, Tensor]
 
-# ours, less "flashkat." and ".weight" or ".bias", with * for the layer's index -> theirs; {} stands for
-# several, joined
+# ours, less "flashkat." and ".weight" or ".bias", * the layer's index -> theirs; {} stands for several, joined
 TIMM = {
     "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
@@ -37,16 +35,11 @@ TIMM = {
     "norm": "norm",  # fc_norm with mean pooling
     "classifier": "head",
 }
+COEFFICIENTS = [f"{act}.{part}" for act in ("act1", "act2") for part in ("numerator", "denominator")]
 KAT = TIMM | {
-    f"layers.*.mlp.{act}.{part}": f"blocks.*.mlp.{act}.weight_{part}"
-    for act in ("act1", "act2")
-    for part in ("numerator", "denominator")
+    f"layers.*.mlp.{name}": f"blocks.*.mlp.{name.replace('.', '.weight_')}" for name in COEFFICIENTS
 }
-FLASHKAT = TIMM | {
-    f"layers.*.mlp.{act}.{part}": f"blocks.*.mlp.{act}.{part}_v"
-    for act in ("act1", "act2")
-    for part in ("numerator", "denominator")
-}
+FLASHKAT = TIMM | {f"layers.*.mlp.{name}": f"blocks.*.mlp.{name}_v" for name in COEFFICIENTS}
 VIT = {
     "embeddings.cls_token": "embeddings.cls_token",
     "embeddings.position_embeddings": "embeddings.position_embeddings",
@@ -60,17 +53,15 @@ VIT = {
     "norm": "layernorm",
     "classifier": "classifier",
 }
-VIT_IN_MEMORY = (
-    VIT
-    | {  # transformers 5 renames while it loads: a state dict of such a model, saved with torch.save
-        "layers.*.norm1": "layers.*.layernorm_before",
-        "layers.*.attention.qkv": "layers.*.attention.{q_proj,k_proj,v_proj}",
-        "layers.*.attention.proj": "layers.*.attention.o_proj",
-        "layers.*.norm2": "layers.*.layernorm_after",
-        "layers.*.mlp.fc1": "layers.*.mlp.fc1",
-        "layers.*.mlp.fc2": "layers.*.mlp.fc2",
-    }
-)
+# transformers 5 renames while it loads: a state dict of such a model, saved with torch.save
+VIT_IN_MEMORY = VIT | {
+    "layers.*.norm1": "layers.*.layernorm_before",
+    "layers.*.attention.qkv": "layers.*.attention.{q_proj,k_proj,v_proj}",
+    "layers.*.attention.proj": "layers.*.attention.o_proj",
+    "layers.*.norm2": "layers.*.layernorm_after",
+    "layers.*.mlp.fc1": "layers.*.mlp.fc1",
+    "layers.*.mlp.fc2": "layers.*.mlp.fc2",
+}
 NAMINGS = {  # by title; the first whose first layer is there is the source's
     "KAT": KAT,
     "FlashKAT": FLASHKAT,
@@ -105,7 +96,7 @@ LAYER_SCALE = r"(blocks\.\d+)\.ls([12])\.gamma"
 
 
 def detect_naming(state: Mapping[str, Tensor]) -> str:
-    """The title in `NAMINGS` of a state dict, less `vit.` or `deit.` in front.
+    """Return the title in `NAMINGS` of a state dict, less `vit.` or `deit.` in front.
 
     Raises:
         ValueError: it is none of them.
@@ -113,11 +104,9 @@ def detect_naming(state: Mapping[str, Tensor]) -> str:
     if any(name.startswith("flashkat.") for name in state):
         raise ValueError("it is a FlashKAT of this package already; load it with from_pretrained")
     for title, table in NAMINGS.items():
-        first = [
-            source_names(f"flashkat.layers.0.mlp.{part}", table)
-            for part in ("act1.denominator", "fc1.weight")
-        ]
-        if all(name in state for names in first for name in names):
+        first_layer = source_names("flashkat.layers.0.mlp.fc1.weight", table)
+        first_layer += source_names("flashkat.layers.0.mlp.act1.denominator", table)
+        if state.keys() >= set(first_layer):
             return title
     raise ValueError(
         f"it is neither a KAT nor a ViT of timm's or transformers' naming: it has {len(state)} tensors, "
@@ -126,10 +115,7 @@ def detect_naming(state: Mapping[str, Tensor]) -> str:
 
 
 def source_names(ours: str, table: Mapping[str, str], pooling: str = "cls") -> list[str]:
-    """The tensors of another naming that, joined along the first axis, make up one of ours.
-
-    None for new ones.
-    """
+    """Name the tensors of another naming that, joined along the first axis, are one of ours; maybe none."""
     name = ours.removeprefix("flashkat.")
     layer = re.search(r"\d+", name)
     key, ending = re.sub(r"\d+", "*", name, count=1) if layer and name.startswith("layers.") else name, ""
@@ -144,7 +130,7 @@ def source_names(ours: str, table: Mapping[str, str], pooling: str = "cls") -> l
     if key == "norm" and pooling == "mean":
         theirs = f"fc_{theirs}"
     if several := re.search(r"\{(.*)\}", theirs):
-        return [theirs.replace(several[0], one) for one in several[1].split(",")]
+        return [theirs.replace(several[0], part) for part in several[1].split(",")]
     return [theirs]
 
 
@@ -153,7 +139,7 @@ def to_flashkat(
     settings: Mapping[str, Any] | None = None,
     hints: Mapping[str, Any] | None = None,
 ) -> tuple[FlashKATConfig, State]:
-    """The config and our state dict of a KAT or ViT; tensors are shared with the source where they can be.
+    """Make the config and our state dict of a KAT or ViT; tensors are shared with the source if they can be.
 
     A ViT's activation becomes the start tables of the config: act1 identity and act2 gelu unless `settings`
     say otherwise. Layer scale is multiplied into the maps before it, and a class token without a position
@@ -171,7 +157,6 @@ def to_flashkat(
         ValueError: a tensor is missing, not expected, or of another shape or kind; the architecture is
             another; a setting or hint contradicts the weights.
     """
-    state = dict(state)
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -180,16 +165,15 @@ def to_flashkat(
     title = detect_naming(state)
     table = NAMINGS[title]
     for pattern, feature in UNSUPPORTED.items():
-        if found := [name for name in state if re.search(pattern, name)]:
-            raise ValueError(f"it has {feature}, which a FlashKAT has not: {_listing(found)}")
+        if names := [name for name in state if re.search(pattern, name)]:
+            raise ValueError(f"it has {feature}, which a FlashKAT has not: {_listing(names)}")
     if title == "timm ViT":
         _fold_layer_scale(state)
     elif has_layer_scale(state):
         raise ValueError(
             "it has layer scale (ls1.gamma, ls2.gamma), which is taken over from a plain ViT only"
         )
-    read = _read_sizes(state, title)
-    config = _make_config(read, title, settings or {}, hints or {})
+    config = _make_config(_read_sizes(state, title), title, settings or {}, hints or {})
     positions = source_names("flashkat.embeddings.position_embeddings", table)[0]
     if state[positions].shape[1] == (config.image_size // config.patch_size) ** 2:
         state[positions] = torch.cat((torch.zeros_like(state[positions][:, :1]), state[positions]), dim=1)
@@ -197,7 +181,7 @@ def to_flashkat(
 
 
 def to_original(state: Mapping[str, Tensor], naming: str = "kat", pooling: str = "cls") -> State:
-    """Our state dict in the naming of the original code, for which it loads strictly; the tensors are shared.
+    """Rename our state dict for the original code, which loads it strictly; the tensors are shared.
 
     Args:
         state: of `FlashKATForImageClassification`.
@@ -223,19 +207,17 @@ def to_original(state: Mapping[str, Tensor], naming: str = "kat", pooling: str =
 
 
 def strip_prefix(state: Mapping[str, Tensor]) -> State:
-    """Less what wrappers and transformers put in front of names, and less the pooler that no classifier uses."""
+    """Take away what wrappers and transformers put before names, and the pooler that no classifier uses."""
     for prefix in ("module.", "_orig_mod.", "vit.", "deit."):
         if any(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    if (
-        "classifier.weight" not in state and "embeddings.cls_token" in state
-    ):  # a ViTModel; its tanh pooler is for heads
+    if "classifier.weight" not in state and "embeddings.cls_token" in state:  # a ViTModel
         state = {name: tensor for name, tensor in state.items() if not name.startswith("pooler.")}
     return dict(state)
 
 
 def has_layer_scale(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict of timm's naming, with or without a wrapper's prefix, scales the residual branches."""
+    """Tell whether a state dict of timm's naming, with a prefix or without, scales the residual branches."""
     return any(re.search(LAYER_SCALE, name) for name in state)
 
 
@@ -267,7 +249,7 @@ def _fold_layer_scale(state: State) -> None:
 
 
 def _read_sizes(state: Mapping[str, Tensor], title: str) -> dict[str, Any]:
-    """The fields of the config that the weights tell."""
+    """Read the fields of the config that the weights tell."""
     table = NAMINGS[title]
 
     def shape(ours: str, ndim: int) -> tuple[int, ...]:
@@ -279,9 +261,8 @@ def _read_sizes(state: Mapping[str, Tensor], title: str) -> dict[str, Any]:
         return tuple(state[name].shape)
 
     shape("flashkat.embeddings.cls_token", 3)
-    hidden_size, num_channels, patch_size, patch_width = shape(
-        "flashkat.embeddings.patch_embeddings.weight", 4
-    )
+    patches = shape("flashkat.embeddings.patch_embeddings.weight", 4)
+    hidden_size, num_channels, patch_size, patch_width = patches
     _, tokens, _ = shape("flashkat.embeddings.position_embeddings", 3)
     if patch_size != patch_width:
         raise ValueError(f"patches are {patch_size}x{patch_width} pixels; a FlashKAT's are square")
@@ -293,7 +274,7 @@ def _read_sizes(state: Mapping[str, Tensor], title: str) -> dict[str, Any]:
     stem = re.escape(source_names("flashkat.layers.0.mlp.fc1.weight", table)[0]).replace("0", r"(\d+)", 1)
     layers = [int(match[1]) for name in state if (match := re.fullmatch(stem, name))]
     head = source_names("classifier.weight", table)[0]
-    read = {
+    sizes = {
         "hidden_size": hidden_size,
         "num_hidden_layers": max(layers) + 1,
         "intermediate_size": shape("flashkat.layers.0.mlp.fc1.weight", 2)[0],
@@ -302,50 +283,48 @@ def _read_sizes(state: Mapping[str, Tensor], title: str) -> dict[str, Any]:
         "num_channels": num_channels,
         "qkv_bias": source_names("flashkat.layers.0.attention.qkv.bias", table)[0] in state,
         "num_labels": len(state[head]) if head in state else 0,
+        "pooling": "mean" if "fc_norm.weight" in state and "norm.weight" not in state else "cls",
     }
-    if table is not VIT and table is not VIT_IN_MEMORY:
-        read["pooling"] = "mean" if "fc_norm.weight" in state and "norm.weight" not in state else "cls"
-    else:
-        read["pooling"] = "cls"
     if title in ("KAT", "FlashKAT"):
         rows, _ = shape("flashkat.layers.0.mlp.act1.numerator", 2)
         groups, _ = shape("flashkat.layers.0.mlp.act1.denominator", 2)
         if rows not in (1, groups):
             raise ValueError(f"{rows} numerators for {groups} denominators; a FlashKAT has 1 or {groups}")
-        read |= {"num_groups": groups, "num_numerator_groups": rows}
-    return read
+        sizes |= {"num_groups": groups, "num_numerator_groups": rows}
+    return sizes
 
 
-def _make_config(read: dict[str, Any], title: str, settings: Mapping, hints: Mapping) -> FlashKATConfig:
+def _make_config(sizes: dict[str, Any], title: str, settings: Mapping, hints: Mapping) -> FlashKATConfig:
+    """Make the config from the weights' sizes, what was stated, and a default for each kind of source."""
     check_settings(settings)
-    if not read["num_labels"]:  # a config of transformers or timm counts labels with or without a head
+    if not sizes["num_labels"]:  # a config of transformers or timm counts labels with or without a head
         hints = {name: value for name, value in hints.items() if name not in ("num_labels", "id2label")}
     for origin, stated in (("the settings say", settings), ("the source's config says", hints)):
-        for name in sorted(read.keys() & stated.keys()):
-            if stated[name] != read[name]:
-                raise ValueError(f"{origin} {name}={stated[name]}, but the weights {name}={read[name]}")
-    values: dict[str, Any] = {"act2_init": "swish" if title in ("KAT", "FlashKAT") else "gelu"}
-    values |= {
+        for name in sorted(sizes.keys() & stated.keys()):
+            if stated[name] != sizes[name]:
+                raise ValueError(f"{origin} {name}={stated[name]}, but the weights {name}={sizes[name]}")
+    values: dict[str, Any] = {
+        "act2_init": "swish" if title in ("KAT", "FlashKAT") else "gelu",
         "layer_norm_eps": 1e-12 if title.startswith("transformers") else 1e-6,
         **hints,
         **settings,
-        **read,
+        **sizes,
     }
     if "num_attention_heads" not in values:
-        if read["hidden_size"] % 64:
+        values["num_attention_heads"], remainder = divmod(sizes["hidden_size"], 64)
+        if remainder:
             raise ValueError(
-                f"the weights do not tell the number of heads, and {read['hidden_size']} channels are no multiple of "
-                "64: set num_attention_heads"
+                f"the weights do not tell the number of heads, and {sizes['hidden_size']} channels are no "
+                "multiple of 64: set num_attention_heads"
             )
-        values["num_attention_heads"] = read["hidden_size"] // 64
     try:
         return FlashKATConfig(**values)
     except Exception as error:  # huggingface_hub's, over several lines
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(one_line(error, longest=1000)) from error
 
 
 def _rename(state: State, config: FlashKATConfig, table: Mapping[str, str]) -> State:
-    """Our tensors, each from its source or its start table; strict."""
+    """Make our tensors, each from the source's or its start table; none may be missing or unused."""
     with torch.device("meta"):
         expected = FlashKATForImageClassification(config).state_dict()
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
@@ -363,19 +342,20 @@ def _rename(state: State, config: FlashKATConfig, table: Mapping[str, str]) -> S
             missing += absent
             continue
         unused -= set(names)
+        tensors = [state[theirs] for theirs in names]
         shape = (meta.shape[0] // len(names), *meta.shape[1:])
         misshapen += [
-            f"{one} {tuple(state[one].shape)} instead of {shape}"
-            for one in names
-            if state[one].shape != shape
+            f"{theirs} {tuple(tensor.shape)} instead of {shape}"
+            for theirs, tensor in zip(names, tensors, strict=True)
+            if tensor.shape != shape
         ]
         if not misshapen:
-            tensor = state[names[0]] if len(names) == 1 else torch.cat([state[theirs] for theirs in names])
+            tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             tensor = tensor.detach().to(dtype).contiguous()
-            place = tensor.untyped_storage().data_ptr()
+            storage = tensor.untyped_storage()
             if (
-                place in storages or tensor.untyped_storage().nbytes() != tensor.nbytes
-            ):  # views: files hold each alone
+                storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes
+            ):  # a view: files hold no views
                 tensor = tensor.clone()
             storages.add(tensor.untyped_storage().data_ptr())
             ours[name] = tensor

@@ -4,6 +4,7 @@ Each planted fault ends the conversion, with nothing written.
 """
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,12 +108,13 @@ def test_planted_faults(monkeypatch, tmp_path, kind, fault):
 
 def test_another_epsilon_is_found(monkeypatch, tmp_path):
     save_file(original_state("kat"), tmp_path / "x.safetensors")
-    write = conversion._write
+    write = conversion.Conversion.write
 
-    def with_other_epsilon(config, *args):
-        write(FlashKATConfig(**{**config.to_dict(), "layer_norm_eps": 1e-5}), *args)
+    def with_other_epsilon(self, folder):
+        config = FlashKATConfig(**{**self.config.to_dict(), "layer_norm_eps": 1e-5})
+        return write(replace(self, config=config), folder)
 
-    monkeypatch.setattr(conversion, "_write", with_other_epsilon)
+    monkeypatch.setattr(conversion.Conversion, "write", with_other_epsilon)
     with pytest.raises(ValueError, match="does not compute the same function"):
         convert(tmp_path / "x.safetensors", tmp_path / "out", settings=HEADS)
 
