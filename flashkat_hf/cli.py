@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_convert(commands) -> None:
-    text = "turn a KAT, ViT or DeiT into a FlashKAT folder and prove that it computes the same function"
+    text = "turn a KAT, or a plain ViT or DeiT, into a FlashKAT folder, and prove that both compute the same"
     parser = commands.add_parser("convert", help=text, description=text)
     parser.add_argument("source", help=f"file, folder, Hub id, or one of {', '.join(PUBLISHED)}")
     parser.add_argument("output", help="folder to make; with --to-original a .safetensors or .pth file")
@@ -68,7 +68,9 @@ def _add_convert(commands) -> None:
     parser.add_argument("--transform", choices=TRANSFORMS, help=text)
     text = "of a training checkpoint, not the averaged weights"
     parser.add_argument("--no-ema", action="store_true", help=text)
-    text = "fit act2 to a ViT's GELU on the activations of a folder of images, or of scikit-learn's digits (digits)"
+    text = (
+        "fit act2 to a ViT's GELU on the activations of a folder of images, or scikit-learn's digits (digits)"
+    )
     parser.add_argument("--calibrate", metavar="IMAGES", help=text)
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--no-verify", action="store_true", help="skip the proof; the report says so")

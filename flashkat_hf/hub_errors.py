@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from huggingface_hub import get_token
 from huggingface_hub.errors import (
@@ -22,30 +23,18 @@ TRY_AGAIN = (408, 429, 500, 502, 503, 504)
 NO_TOKEN = "there is no access token; log in with `hf auth login`, or set HF_TOKEN"
 
 
+@dataclass(eq=False)
 class HubError(ValueError):
-    """The Hub refused, or cannot be reached.
+    """The Hub refused, or cannot be reached."""
 
-    Attributes:
-        transient: trying again later may help.
-        retry_after: seconds that the Hub wants to be left alone, or None.
-        moved: the branch got another commit meanwhile.
-        lost: no answer came, so the request may have been carried out.
-    """
+    message: str
+    transient: bool = False  # trying again later may help
+    retry_after: float | None = None  # seconds that the Hub wants to be left alone
+    moved: bool = False  # the branch got another commit meanwhile
+    lost: bool = False  # no answer came, so the request may have been carried out
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        transient: bool = False,
-        retry_after: float | None = None,
-        moved: bool = False,
-        lost: bool = False,
-    ):
-        super().__init__(message)
-        self.transient = transient
-        self.retry_after = retry_after
-        self.moved = moved
-        self.lost = lost
+    def __str__(self) -> str:
+        return self.message
 
 
 @contextmanager
@@ -70,13 +59,13 @@ def explained(action: str, repo_id: str, token: str | None = None) -> Iterator[N
             message = message.replace(str(secret), "[token]")
         cause = _innermost(error)
         status = _status(cause)
-        lost = status is None and isinstance(cause, HTTP_ERROR | ConnectionError | TimeoutError)
+        unanswered = status is None and isinstance(cause, HTTP_ERROR | ConnectionError | TimeoutError)
         raise HubError(
             message,
-            transient=status in TRY_AGAIN or lost,
+            transient=status in TRY_AGAIN or unanswered,
             retry_after=_retry_after(cause),
             moved=status == 412,
-            lost=lost,
+            lost=unanswered,
         ) from None  # the cause may carry headers of the request
 
 

@@ -32,13 +32,6 @@ def load_checkpoint(name_or_path: str, **overrides):
         config = AutoConfig.from_pretrained(name_or_path)
         if config.model_type != "flashkat":
             raise ValueError(f"it is a {config.model_type} model, not a FlashKAT")
-    with _one_line_errors(name_or_path):
-        processor = AutoImageProcessor.from_pretrained(name_or_path)
-        if (crop := processor.crop_size["height"]) != config.image_size:
-            raise ValueError(
-                f"its processor makes images of {crop} pixels, but the model takes {config.image_size}"
-            )
-    with _one_line_errors(name_or_path, hint):
         model, info = FlashKATForImageClassification.from_pretrained(
             name_or_path, **overrides, ignore_mismatched_sizes=True, output_loading_info=True
         )
@@ -51,6 +44,10 @@ def load_checkpoint(name_or_path: str, **overrides):
             raise ValueError(f"the weights do not fit the config: {example}")
         if not path.is_dir():
             check_cached_weights(name_or_path)
+        processor = AutoImageProcessor.from_pretrained(name_or_path)
+        if (crop := processor.crop_size["height"]) != config.image_size:
+            size = config.image_size
+            raise ValueError(f"its processor makes images of {crop} pixels, but the model takes {size}")
     return model, processor
 
 

@@ -7,19 +7,12 @@ RELEASE_REPOSITORY = "adamdad/kat_pretained"  # spelled so
 
 @dataclass(frozen=True)
 class Published:
-    """A published checkpoint: one row of the table.
+    """A published checkpoint: one row of the table."""
 
-    Attributes:
-        name: what the command takes as source.
-        repository: the Hub repository of the timm model.
-        file: the release file in `RELEASE_REPOSITORY`; the tail of its name is its SHA-256.
-        top1: ImageNet-1k top-1 in percent, as published.
-    """
-
-    name: str
-    repository: str
-    file: str
-    top1: float
+    name: str  # what the command takes as source
+    repository: str  # the Hub repository of the timm model
+    file: str  # in `RELEASE_REPOSITORY`; the tail of its name is its SHA-256
+    top1: float  # on ImageNet-1k in percent, as published
 
 
 PUBLISHED = {

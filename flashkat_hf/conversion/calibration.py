@@ -39,21 +39,13 @@ BATCH_SIZE = 16
 
 @dataclass(frozen=True)
 class LayerFit:
-    """A fit's error: the distance of one layer's act2 from GELU on the activations.
+    """The distance of one layer's act2 from GELU on the activations, before and after the fit."""
 
-    Attributes:
-        name: of the module.
-        before: root mean square error before calibration.
-        after: the same, after it.
-        least: smallest activation seen, to the width of a bin.
-        largest: largest activation seen.
-    """
-
-    name: str
-    before: float
-    after: float
-    least: float
-    largest: float
+    name: str  # of the module
+    before: float  # root mean square error before calibration
+    after: float  # the same, after it
+    least: float  # smallest activation seen, to the width of a bin
+    largest: float  # largest activation seen
 
 
 @torch.no_grad()
@@ -222,7 +214,7 @@ def _fit(x: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         return (root * _error(x, target, *tables(theta))).flatten()
 
     def derivatives(theta: Tensor) -> Tensor:
-        """Derivatives of the residual: x^k / Q by a shared a_k, -r |x|^j / Q by a b_j of the point's group."""
+        """Derive the residual: x^k / Q by a_k, which is shared, and -r |x|^j / Q by the group's own b_j."""
         numerator, denominator = tables(theta)
         by_b = torch.zeros(len(x), num_groups, num_groups, 4, dtype=torch.float64)
         weighted = root * _rational(x, torch.eye(6, dtype=torch.float64)[:1], denominator)  # over Q

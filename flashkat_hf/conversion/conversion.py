@@ -27,25 +27,15 @@ from .tensor_names import NAMINGS, check_settings, source_names, strip_prefix, t
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """A report says what a conversion did; its text is what the command prints.
+    """A report says what a conversion did; its text is what the command prints."""
 
-    Attributes:
-        source: what was converted.
-        title: its kind, a key of `tensor_names.NAMINGS`.
-        config: of the result.
-        parameters: their number.
-        proof: how the result compares with the source; None where it was not verified.
-        notes: what was assumed, chosen or left out.
-        calibration: what each layer's fit reached; empty where there was none.
-    """
-
-    source: str
-    title: str
-    config: FlashKATConfig
-    parameters: int
-    proof: Proof | None
-    notes: tuple[str, ...]
-    calibration: tuple[LayerFit, ...] = ()
+    source: str  # what was converted
+    title: str  # its kind, a key of `tensor_names.NAMINGS`
+    config: FlashKATConfig  # of the result
+    parameters: int  # their number
+    proof: Proof | None  # how the result compares with the source; None where it was not verified
+    notes: tuple[str, ...]  # what was assumed, chosen or left out
+    calibration: tuple[LayerFit, ...] = ()  # what each layer's fit reached; empty where there was none
 
     def __str__(self) -> str:
         config, proof, fits = self.config, self.proof, self.calibration
@@ -144,25 +134,15 @@ def convert(
 
 @dataclass
 class Conversion:
-    """A checkpoint that is being converted; each step of `convert` changes it.
+    """A checkpoint that is being converted; each step of `convert` changes it."""
 
-    Attributes:
-        source: the checkpoint, with resized positions if the result has them.
-        config: of the result so far.
-        state: its state dict so far, in our names.
-        stated: fields of the config that the source's config or the caller stated.
-        notes: what was assumed, chosen or left out so far.
-        processor: the image processor.
-        fits: what the calibration reached.
-    """
-
-    source: Source
-    config: FlashKATConfig
-    state: dict[str, Tensor]
-    stated: set[str]
-    notes: list[str]
-    processor: Any = None
-    fits: list[LayerFit] = field(default_factory=list)
+    source: Source  # the checkpoint, with resized positions if the result has them
+    config: FlashKATConfig  # of the result
+    state: dict[str, Tensor]  # of the result, in our names
+    stated: set[str]  # fields of the config that the source's config or the caller stated
+    notes: list[str]  # what was assumed, chosen or left out
+    processor: Any = None  # the image processor
+    fits: list[LayerFit] = field(default_factory=list)  # what the calibration reached
 
     @classmethod
     def of(cls, source: Source, settings: Mapping[str, Any]) -> "Conversion":

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checkpoints.loading import load_checkpoint
-from ..model.configuration_flashkat import FlashKATConfig
 from .conversion import written_whole
+from .source import timm_arguments
 from .tensor_names import to_flashkat, to_original
 
 
@@ -46,7 +46,11 @@ def export_original(
             torch.equal(converted[name], tensor) for name, tensor in state.items()
         ):
             raise ValueError(f"{output} read back differs from {source}; nothing is written")
-    return f"{naming} naming, {_timm_arguments(config)}"
+    arguments = ", ".join(f"{name}={value!r}" for name, value in timm_arguments(config).items())
+    text = f"{naming} naming, {arguments}"
+    if (eps := config.layer_norm_eps) != 1e-6:
+        text += f"; mind that it normalises with eps {eps:g}, the original code with 1e-06"
+    return text
 
 
 def _write_and_read(state: Mapping[str, Tensor], path: Path, suffix: str) -> dict[str, Tensor]:
@@ -59,23 +63,3 @@ def _write_and_read(state: Mapping[str, Tensor], path: Path, suffix: str) -> dic
     except RuntimeError as error:  # PyTorch's way to say that the disk is full
         raise OSError(f"PyTorch cannot write the file, perhaps the disk is full ({error})") from error
     return torch.load(path, weights_only=True)
-
-
-def _timm_arguments(config: FlashKATConfig) -> str:
-    """Return the arguments of timm's VisionTransformer for a config, as text."""
-    arguments = {
-        "img_size": config.image_size,
-        "patch_size": config.patch_size,
-        "in_chans": config.num_channels,
-        "num_classes": config.num_labels,
-        "embed_dim": config.hidden_size,
-        "depth": config.num_hidden_layers,
-        "num_heads": config.num_attention_heads,
-        "mlp_ratio": config.intermediate_size / config.hidden_size,
-        "qkv_bias": config.qkv_bias,
-        "global_pool": "avg" if config.pooling == "mean" else "token",
-    }
-    text = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    if config.layer_norm_eps != 1e-6:
-        text += f"; mind that it normalises with eps {config.layer_norm_eps:g}, the original code with 1e-06"
-    return text

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..model.configuration_flashkat import FlashKATConfig
 from ..model.modeling_flashkat import FlashKATForImageClassification
-from .source import Source, timm_model
+from .source import Source, timm_arguments, timm_model
 from .tensor_names import NAMINGS, has_layer_scale, source_names, strip_prefix
 
 NUM_IMAGES = 4
@@ -29,22 +29,13 @@ FOLDED_ROUNDING = 1e-5  # of float32 weights that layer scale was multiplied int
 
 @dataclass(frozen=True)
 class Proof:
-    """A comparison of the result with its source on a fixed batch.
+    """A comparison of the result with its source on a fixed batch."""
 
-    Attributes:
-        outputs: what was compared, "logits" or, without the source's head, "pooled features".
-        difference: largest absolute difference to the source.
-        spread: standard deviation of the source's outputs.
-        agreement: part of the images with the same largest output.
-        rounding: largest difference relative to the largest output, where the result must agree to rounding:
-            to a KAT, or to a ViT with the result's start tables as activations.
-    """
-
-    outputs: str
-    difference: float
-    spread: float
-    agreement: float
-    rounding: float
+    outputs: str  # what was compared: "logits" or, without the source's head, "pooled features"
+    difference: float  # largest absolute difference to the source
+    spread: float  # standard deviation of the source's outputs
+    agreement: float  # part of the images with the same largest output
+    rounding: float  # largest difference relative to the largest output, to a KAT or to a ViT with our tables
 
 
 class PlainRational(nn.Module):
@@ -149,13 +140,10 @@ def _source_model(source: Source, config: FlashKATConfig, pooled: bool) -> nn.Mo
             "timm, which evaluates the source, is missing: pip install 'flashkat_hf[train]', "
             "or give --no-verify"
         ) from error
-    arguments: dict[str, Any] = {
-        "img_size": config.image_size,
-        "num_classes": num_labels,
-        "global_pool": "avg" if config.pooling == "mean" else "token",
-    }
+    arguments: dict[str, Any] = timm_arguments(config) | {"num_classes": num_labels}
     if source.architecture:
-        model = timm_model(source.architecture, source.config, **arguments)
+        sizes = {name: arguments[name] for name in ("img_size", "num_classes", "global_pool")}
+        model = timm_model(source.architecture, source.config, **sizes)
     else:
         if source.is_kat:
             names = [
@@ -167,13 +155,6 @@ def _source_model(source: Source, config: FlashKATConfig, pooled: bool) -> nn.Mo
         with torch.device("meta"):
             model = VisionTransformer(
                 **arguments,
-                patch_size=config.patch_size,
-                in_chans=config.num_channels,
-                embed_dim=config.hidden_size,
-                depth=config.num_hidden_layers,
-                num_heads=config.num_attention_heads,
-                mlp_ratio=config.intermediate_size / config.hidden_size,
-                qkv_bias=config.qkv_bias,
                 init_values=1.0 if has_layer_scale(state) else None,
                 no_embed_class=state["pos_embed"].shape[1] == (config.image_size // config.patch_size) ** 2,
                 norm_layer=partial(nn.LayerNorm, eps=config.layer_norm_eps),  # pyright: ignore[reportArgumentType]

@@ -26,6 +26,7 @@ from ..checkpoints.image_processor import make_image_processor
 from ..checkpoints.published import PUBLISHED, RELEASE_REPOSITORY, Published
 from ..files import read_json
 from ..messages import one_line
+from ..model.configuration_flashkat import FlashKATConfig
 from .tensor_names import CONFIG_FIELDS, READABLE, detect_naming, strip_prefix
 
 WEIGHT_FILES = (  # in the order of preference
@@ -46,29 +47,17 @@ TRANSFORMS = {  # crop, mean, standard deviation
 
 @dataclass
 class Source:
-    """A checkpoint as it was read.
+    """A checkpoint as it was read."""
 
-    Attributes:
-        name: what was asked for.
-        title: the naming, a key of `tensor_names.NAMINGS`.
-        state: its state dict, in its own names.
-        config: its config.json, transformers' or timm's, or empty.
-        processor: its preprocessor_config.json, or empty.
-        hints: fields of `FlashKATConfig` that its config tells.
-        architecture: timm's name of it, where timm knows it.
-        published: the row of the published table.
-        notes: what was chosen in reading it, for the report.
-    """
-
-    name: str
-    title: str
-    state: dict[str, Tensor]
-    config: dict[str, Any] = field(default_factory=dict)
-    processor: dict[str, Any] = field(default_factory=dict)
-    hints: dict[str, Any] = field(default_factory=dict)
-    architecture: str | None = None
-    published: Published | None = None
-    notes: list[str] = field(default_factory=list)
+    name: str  # what was asked for
+    title: str  # the naming, a key of `tensor_names.NAMINGS`
+    state: dict[str, Tensor]  # in its own names
+    config: dict[str, Any] = field(default_factory=dict)  # its config.json, transformers' or timm's, or empty
+    processor: dict[str, Any] = field(default_factory=dict)  # its preprocessor_config.json, or empty
+    hints: dict[str, Any] = field(default_factory=dict)  # fields of `FlashKATConfig` that its config tells
+    architecture: str | None = None  # timm's name of it, where timm knows it
+    published: Published | None = None  # its row in the table of published ones
+    notes: list[str] = field(default_factory=list)  # what was chosen in reading it, for the report
 
     @property
     def is_kat(self) -> bool:
@@ -319,6 +308,22 @@ def timm_model(architecture: str, config: Mapping[str, Any], **arguments):
     if type(model) is not VisionTransformer:
         raise ValueError(f"{architecture} is a {type(model).__name__}, not timm's plain VisionTransformer")
     return model
+
+
+def timm_arguments(config: FlashKATConfig) -> dict[str, Any]:
+    """Return the arguments of timm's VisionTransformer, and so of the original models, for a config."""
+    return {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "in_chans": config.num_channels,
+        "num_classes": config.num_labels,
+        "embed_dim": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "mlp_ratio": config.intermediate_size / config.hidden_size,
+        "qkv_bias": config.qkv_bias,
+        "global_pool": "avg" if config.pooling == "mean" else "token",
+    }
 
 
 def gelu_form(source: Source) -> str:

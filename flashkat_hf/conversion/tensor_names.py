@@ -21,7 +21,7 @@ from ..model.modeling_flashkat import FlashKATForImageClassification
 
 State = dict[str, Tensor]
 
-# ours, less "flashkat." and ".weight" or ".bias", * the layer's index -> theirs; {} stands for several, joined
+# ours, less "flashkat." and ".weight" or ".bias" -> theirs; * is the layer's index, {} are several, joined
 TIMM = {
     "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
