@@ -1,6 +1,4 @@
-"""What a ViT loses when it becomes a FlashKAT.
-
-By the original's swish start, by ours, and by ours calibrated.
+"""Measure what a ViT loses as a FlashKAT: by the original's swish start, by ours, and by ours calibrated.
 
 timm ViTs are trained on scikit-learn's digits (kept in --weights, which later runs read), converted with
 `flashkat_hf.convert`, and compared with themselves. The images: the 360 held-out digits; each of them ten
@@ -9,7 +7,7 @@ of the pixels' range: 7,560 in all, none from the training split. Calibration se
 result is one JSON line; errors are relative to the standard deviation of the source's logits over the 7,560
 images.
 
-    python benchmarks/bench_conversion.py --output benchmarks/results/conversion.jsonl  # about half an hour on one core
+    python benchmarks/bench_conversion.py --output benchmarks/results/conversion.jsonl  # half an hour
 """
 
 import json
@@ -72,7 +70,7 @@ class Settings:
 
 
 def train(name: str, seed: int, epochs: int, data: ImageData, processor) -> VisionTransformer:
-    """A ViT trained as `examples/finetune.py` trains a FlashKAT on the digits."""
+    """Train a ViT as `examples/finetune.py` trains a FlashKAT on the digits."""
     torch.manual_seed(seed)
     vit = VisionTransformer(img_size=16, patch_size=4, num_classes=10, **MODELS[name])
     batches = TrainBatches(data.train, training_transform(processor, SIGNS), batch_size=64, seed=seed)
@@ -93,7 +91,7 @@ def train(name: str, seed: int, epochs: int, data: ImageData, processor) -> Visi
 
 
 def evaluation_images(data: ImageData, processor) -> dict[str, Tensor]:
-    """The three sets of the module's docstring, made from the held-out digits with a fixed seed."""
+    """Make the three sets of the module's docstring from the held-out digits with a fixed seed."""
     torch.manual_seed(0)
     clean = torch.stack([evaluation_transform(processor)(image) for image in data.test.images])
     moved = training_transform(processor, SIGNS)
@@ -108,11 +106,11 @@ def evaluation_images(data: ImageData, processor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def logits_of(model, images: dict[str, Tensor]) -> dict[str, Tensor]:
-    def one(batch: Tensor) -> Tensor:
+    def logits(batch: Tensor) -> Tensor:
         output = model(batch)
         return getattr(output, "logits", output)
 
-    return {name: torch.cat([one(batch) for batch in part.split(512)]) for name, part in images.items()}
+    return {name: torch.cat([logits(batch) for batch in part.split(512)]) for name, part in images.items()}
 
 
 def compare(logits: dict[str, Tensor], source: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
@@ -132,7 +130,7 @@ def compare(logits: dict[str, Tensor], source: dict[str, Tensor], labels: Tensor
 
 
 def measure(name: str, vit_file: Path, variant: str, batches: list[Tensor]) -> tuple[Any, dict[str, float]]:
-    """The converted model, and the largest act2 error of its layers before and after calibration."""
+    """Convert a ViT; return the model and the largest act2 error of a layer before and after calibration."""
     settings, calibrated = VARIANTS[variant]
     with tempfile.TemporaryDirectory() as folder:
         report = convert(
@@ -151,7 +149,7 @@ def measure(name: str, vit_file: Path, variant: str, batches: list[Tensor]) -> t
 
 
 def plot(model, batches: list[Tensor], path: Path) -> None:
-    """For each layer, the histogram of act2's inputs and the error of each group against GELU."""
+    """Draw for each layer the histogram of act2's inputs and the error of each group against GELU."""
     from matplotlib.figure import Figure
 
     inputs: list[Tensor] = []
@@ -174,9 +172,7 @@ def plot(model, batches: list[Tensor], path: Path) -> None:
 
 
 def main(settings: Settings) -> None:
-    torch.set_num_threads(
-        1
-    )  # two cores gain little on such small products, and lose much when others use them
+    torch.set_num_threads(1)  # two cores gain little on such small products, and lose much if others use them
     transformers.logging.disable_progress_bar()
     data, processor = load_digits(), make_image_processor(16, crop=1.0)
     images, labels = evaluation_images(data, processor), torch.tensor(data.test.labels)
@@ -220,7 +216,8 @@ def main(settings: Settings) -> None:
                     }
                 )
                 print(
-                    f"{name:10}{seed:<5} {variant:38}{result['logit_rms_error']:10.2e}{result['logit_max_error']:10.2e}"
+                    f"{name:10}{seed:<5} {variant:38}"
+                    f"{result['logit_rms_error']:10.2e}{result['logit_max_error']:10.2e}"
                     f"{result['differ']:8}{result['agreement']:11.3%}",
                     flush=True,
                 )

@@ -91,18 +91,15 @@ def _convert(options: argparse.Namespace) -> str:
         return f"{output}: {export_original(source, output, naming=options.naming, overwrite=overwrite)}"
     if options.naming:
         raise ValueError("--naming has no meaning without --to-original")
+    same = ("image_size", "num_labels", "transform", "revision", "calibrate")
     report = convert(
         source,
         output,
         overwrite=overwrite,
-        image_size=options.image_size,
-        num_labels=options.num_labels,
         settings=settings,
-        transform=options.transform,
         ema=not options.no_ema,
-        revision=options.revision,
         verify=not options.no_verify,
-        calibrate=options.calibrate,
+        **{name: getattr(options, name) for name in same},
     )
     return f"{report}\n{output} written"
 

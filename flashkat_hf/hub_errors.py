@@ -95,6 +95,7 @@ def explain(error: BaseException, repo_id: str) -> str:
 
 
 def _explain_status(error: BaseException, status: int, repo_id: str) -> str:
+    """Say what a status of HTTP means here; the classes of huggingface_hub tell more than some of them."""
     answer = error.server_message if isinstance(error, HfHubHTTPError) else ""
     also = f" ({one_line(answer)})" if answer else ""
     if isinstance(error, RevisionNotFoundError):
@@ -106,18 +107,17 @@ def _explain_status(error: BaseException, status: int, repo_id: str) -> str:
         return f"{repo_id} asks for consent on its page, and you have not given it{also}"
     if isinstance(error, RepositoryNotFoundError):
         return f"{repo_id} does not exist, or is private and not yours{also}"
-    if status == 403:
-        return f"the access token gives no right to do this with {repo_id}{also}"
-    if status == 404:
-        return f"the Hub does not know what was asked for{also}"
-    if status == 409:
-        return f"the Hub reports a conflict (409){also}; try again"
-    if status == 412:
-        return f"somebody else committed to {repo_id} in the meantime; look at it and try again"
-    if status == 429:
-        wait = _retry_after(error)
-        when = "later" if wait is None else f"in {wait:.0f} s"
-        return f"the Hub limits requests (429){also}; try again {when}"
+    wait = _retry_after(error)
+    when = "later" if wait is None else f"in {wait:.0f} s"
+    reasons = {
+        403: f"the access token gives no right to do this with {repo_id}{also}",
+        404: f"the Hub does not know what was asked for{also}",
+        409: f"the Hub reports a conflict (409){also}; try again",
+        412: f"somebody else committed to {repo_id} in the meantime; look at it and try again",
+        429: f"the Hub limits requests (429){also}; try again {when}",
+    }
+    if status in reasons:
+        return reasons[status]
     if status >= 500:
         return f"the Hub has a problem ({status}){also}; try again later"
     return f"the Hub refused it ({status}){also}"

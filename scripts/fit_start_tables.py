@@ -1,4 +1,4 @@
-"""Fit gelu, relu and leaky_relu of ``coefficients.py``; print them and the errors of all tables.
+"""Fit gelu, relu and leaky_relu of ``flashkat_hf/model/coefficients.py``; print them and all tables' errors.
 
     python scripts/fit_start_tables.py           # a few seconds
     python scripts/fit_start_tables.py --check   # exit status 1 where a committed table differs from its fit
@@ -45,14 +45,14 @@ TOLERANCE = 1e-6  # of max(1, |r|); rounding to ten digits moves r by about 1e-9
 
 
 def grid() -> Array:
-    """Return points on [-20, 20]; denser towards 0, where the kinks are. Shape ``(num_points,)``."""
+    """Points on [-20, 20]; denser towards 0, where the kinks are. Shape ``(num_points,)``."""
     core = CORE * np.linspace(0.0, 1.0, 801) ** 2
     half = np.concatenate([core, np.geomspace(CORE, REACH, 200)[1:]])
     return np.concatenate([-half[:0:-1], half])
 
 
 def fit(target: Array, x: Array, weight: Array, zero_at_zero: bool) -> StartTable:
-    """Return the table with the smallest max of |r(x) - target| / weight; all arguments ``(num_points,)``."""
+    """Fit the table with the smallest max of |r(x) - target| / weight; all arguments ``(num_points,)``."""
     z = x / CORE  # powers of x itself would span twelve decades
     powers, absolute_powers = z[:, None] ** np.arange(6), np.abs(z)[:, None] ** np.arange(5)
     a, b = np.zeros(6), np.eye(5)[0]
@@ -88,7 +88,7 @@ def fit(target: Array, x: Array, weight: Array, zero_at_zero: bool) -> StartTabl
 
 
 def _rounded(values: Array) -> tuple:
-    """Round to ten significant digits, which moves r by less than 1e-9."""
+    """Ten significant digits: less than 1e-9 in r."""
     return tuple(float(f"{value:.9e}") + 0.0 for value in values)  # + 0.0 makes -0.0 plain
 
 
@@ -101,7 +101,7 @@ def fit_all() -> dict[str, StartTable]:
 
 
 def least_gelu_error() -> float:
-    """Return the smallest max error on [-5, 5] that this form allows, with tails and r(0) free."""
+    """Max error on [-5, 5] of the table that is best there, tails and r(0) free: what this form allows."""
     x = grid()
     x = x[np.abs(x) <= CORE]
     target = TARGETS["gelu"](torch.from_numpy(x))
@@ -110,13 +110,13 @@ def least_gelu_error() -> float:
 
 
 def evaluate(table: StartTable, x: torch.Tensor) -> torch.Tensor:
-    """Compute r(x) in float64; ``x`` is ``(num_points,)``."""
+    """r(x) in float64; ``x`` is ``(num_points,)``."""
     numerator, denominator = (torch.tensor([row], dtype=torch.float64) for row in table)
     return rational_reference(x[:, None], numerator, denominator)[:, 0]
 
 
 def differences(committed: Mapping[str, StartTable], fitted: Mapping[str, StartTable]) -> list[str]:
-    """Return a message for each committed table that is over ``TOLERANCE`` off its fit on [-20, 20]."""
+    """List the fitted tables that the committed ones miss by over ``TOLERANCE`` on [-20, 20], in words."""
     x = torch.linspace(-REACH, REACH, 8001, dtype=torch.float64)
     messages = []
     for name, table in fitted.items():
@@ -128,7 +128,7 @@ def differences(committed: Mapping[str, StartTable], fitted: Mapping[str, StartT
 
 
 def report(tables: Mapping[str, StartTable]) -> str:
-    """Return max errors, slope a5 / |b4| and tail values of each table, the target's in brackets."""
+    """List each table's max errors, slope a5 / |b4| far out, and tail values, the target's in brackets."""
     lines = []
     for name, target in TARGETS.items():
         errors = []

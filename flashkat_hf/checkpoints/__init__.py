@@ -1,7 +1,4 @@
-"""One folder on disk: load a checkpoint, describe it, draw its functions, complete its code.
-
-Published checkpoints.
-"""
+"""One folder on disk: load a checkpoint, describe it, draw its functions, complete its code; published ones."""
 
 from .loading import load_checkpoint
 

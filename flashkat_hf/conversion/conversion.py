@@ -56,8 +56,8 @@ class ConversionReport:
             return "\n".join([*lines, "NOT VERIFIED against the source"])
         lines.append(
             f"verified against the source in float64: largest difference of the {proof.outputs} "
-            f"{proof.difference:.2g} (their standard deviation is {proof.spread:.2g}), top-1 agreement "
-            f"{proof.agreement:.0%}"
+            f"{proof.difference:.2g} (their standard deviation is {proof.spread:.2g}), "
+            f"top-1 agreement {proof.agreement:.0%}"
         )
         if "KAT" not in self.title:
             tables = f"the start tables {config.act1_init} and {config.act2_init}"

@@ -234,18 +234,17 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 def _fold_layer_scale(state: State) -> None:
     """Multiply each gamma into the linear map whose output it scales; half precision becomes float32."""
-    for name in [name for name in state if re.fullmatch(LAYER_SCALE, name)]:
-        block, index = re.fullmatch(LAYER_SCALE, name).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    for match in [match for name in state if (match := re.fullmatch(LAYER_SCALE, name))]:
+        name, block, index = match.group(0, 1, 2)
         gamma = state.pop(name)
+        gamma = gamma.to(torch.promote_types(gamma.dtype, torch.float32))
         for part in ("weight", "bias"):
             target = f"{block}.{'attn.proj' if index == '1' else 'mlp.fc2'}.{part}"
-            if target in state and state[target].shape[:1] == gamma.shape:
-                scale = gamma.to(torch.promote_types(gamma.dtype, torch.float32))
-                state[target] = state[target] * (scale[:, None] if part == "weight" else scale)
-            elif target in state:
-                raise ValueError(
-                    f"{name} {tuple(gamma.shape)} does not fit {target} {tuple(state[target].shape)}"
-                )
+            if target not in state:
+                continue
+            if (shape := state[target].shape)[:1] != gamma.shape:
+                raise ValueError(f"{name} {tuple(gamma.shape)} does not fit {target} {tuple(shape)}")
+            state[target] = state[target] * (gamma[:, None] if part == "weight" else gamma)
 
 
 def _read_sizes(state: Mapping[str, Tensor], title: str) -> dict[str, Any]:
@@ -268,9 +267,8 @@ def _read_sizes(state: Mapping[str, Tensor], title: str) -> dict[str, Any]:
         raise ValueError(f"patches are {patch_size}x{patch_width} pixels; a FlashKAT's are square")
     grid = math.isqrt(tokens)
     if tokens not in (grid**2, grid**2 + 1):
-        raise ValueError(
-            f"{tokens} positions are no square of patches, with or without one for the class token"
-        )
+        expected = "square of patches, with or without one for the class token"
+        raise ValueError(f"{tokens} positions are no {expected}")
     stem = re.escape(source_names("flashkat.layers.0.mlp.fc1.weight", table)[0]).replace("0", r"(\d+)", 1)
     layers = [int(match[1]) for name in state if (match := re.fullmatch(stem, name))]
     head = source_names("classifier.weight", table)[0]
@@ -353,9 +351,7 @@ def _rename(state: State, config: FlashKATConfig, table: Mapping[str, str]) -> S
             tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             tensor = tensor.detach().to(dtype).contiguous()
             storage = tensor.untyped_storage()
-            if (
-                storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes
-            ):  # a view: files hold no views
+            if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:  # files hold no views
                 tensor = tensor.clone()
             storages.add(tensor.untyped_storage().data_ptr())
             ours[name] = tensor

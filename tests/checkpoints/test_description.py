@@ -1,4 +1,4 @@
-"""What `flashkat info` says of a model at its start, of a learned one, and of what is no model."""
+"""`flashkat info` of a model at its start, of a learned one, and of what is no model."""
 
 import pytest
 import torch

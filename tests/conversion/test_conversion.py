@@ -89,10 +89,7 @@ def test_stored_logits_through_the_auto_class(kind, tmp_path):
     ids=str,
 )
 def test_timm_vits(arguments, tmp_path):
-    """With the result's tables timm's model gives the same numbers to rounding.
-
-    The rest is the table's error.
-    """
+    """With the result's tables timm's model gives the same numbers to rounding; more is the table's error."""
     model = timm_vit(**arguments)
     torch.save(model.state_dict(), tmp_path / "x.pth")
     report = convert(tmp_path / "x.pth", tmp_path / "out", settings=HEADS)
@@ -148,7 +145,7 @@ def test_transformers_folder(tmp_path, qkv_bias, act):
 
 
 def test_transformers_state_dict_in_memorys_names(tmp_path):
-    """What torch.save writes of a loaded model: transformers 5 has other names in memory than in files."""
+    """torch.save writes the names in memory, which differ from those in files since transformers 5."""
     model = vit_folder(tmp_path / "vit")
     torch.save(model.state_dict(), tmp_path / "x.pth")
     settings = {"num_attention_heads": 4}
@@ -355,10 +352,7 @@ def test_an_original_is_never_a_random_model(kat, tmp_path):
 
 
 def test_memory_of_a_full_size_conversion(tmp_path):
-    """Base, proved.
-
-    Under 1.5 GB beyond two copies of the weights, and by far under a minute on busy cores.
-    """
+    """The base size, proved, takes under 1.5 GB beyond two copies of the weights, and under a minute."""
     script = f"""
 import json, resource, time, torch
 from flashkat_hf import convert

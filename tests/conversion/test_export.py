@@ -49,10 +49,7 @@ def test_export_there_and_back(kind, suffix, tmp_path):
 
 
 def test_export_of_a_fine_tuned_model(tmp_path):
-    """Own numerators, mean pooling, another eps.
-
-    FlashKAT's naming by itself, and the text warns of the eps.
-    """
+    """Own numerators, mean pooling, another eps: FlashKAT's naming by itself, and a warning of the eps."""
     config = {
         "num_numerator_groups": 8,
         "pooling": "mean",

@@ -1,7 +1,4 @@
-"""The proof accepts what is right and nothing else.
-
-Each planted fault ends the conversion, with nothing written.
-"""
+"""The proof accepts a right result alone: each planted fault ends the conversion, with nothing written."""
 
 import sys
 from dataclasses import replace
@@ -48,7 +45,7 @@ def shift_positions(config, state):
 
 
 def nudge_one_weight(config, state):
-    """By a millionth of its size: float64 sees it."""
+    """Change one weight by a millionth of its size: float64 sees it."""
     name = f"{LAYER}attention.proj.weight"
     return config, state | {name: state[name] * (1 + 1e-6)}
 

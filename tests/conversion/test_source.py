@@ -1,7 +1,4 @@
-"""Reading.
-
-What is found in files, folders and Hub repositories, and what is refused before any of it runs.
-"""
+"""Reading files, folders and Hub repositories, and refusing them before any code in them runs."""
 
 import argparse
 import hashlib
@@ -265,10 +262,7 @@ def test_hub_id(hub):
 
 
 def test_cached_hub_id_without_network(monkeypatch, tmp_path):
-    """huggingface_hub's own cache, offline.
-
-    The .bin is used though no one can say that there is no .safetensors.
-    """
+    """The cached .bin is used offline, though no one can say that there is no .safetensors."""
     snapshot = tmp_path / "models--owner--name/snapshots/1234"
     snapshot.mkdir(parents=True)
     (snapshot.parent.parent / "refs").mkdir()
@@ -300,7 +294,7 @@ def test_sharded_hub_id(hub):
 
 
 def test_transformers_folder(tmp_path):
-    """What its config tells is taken; an activation or model that ours is not is refused."""
+    """The hints of its config are taken; an activation or model that ours is not is refused."""
     config = ViTConfig(**VIT, num_labels=3, id2label={0: "a", 1: "b", 2: "c"}, hidden_dropout_prob=0.1)
     ViTForImageClassification(config).save_pretrained(tmp_path)
     source = read_source(tmp_path)
@@ -329,7 +323,7 @@ def test_distilled_deit(tmp_path):
 
 
 def test_timm_architecture_tells_heads(tmp_path):
-    """Where timm knows the name, its model says what the weights cannot."""
+    """A model of timm says what the weights cannot, if timm knows the name."""
     save_file(timm_vit().state_dict(), tmp_path / "model.safetensors")
 
     def hints(**config):
