@@ -1,4 +1,4 @@
-"""One folder on disk: load a checkpoint, describe it, draw its functions, complete its code; published ones."""
+"""One folder on disk, or a published one: load a checkpoint, describe it, draw it, complete its code."""
 
 from .loading import load_checkpoint
 
