@@ -1,4 +1,4 @@
-"""A single file that appears whole, and parents that are made for it, or for a folder, and go after an error."""
+"""A file appears whole like a folder, and parents made for either go after an error."""
 
 import pytest
 
