@@ -32,7 +32,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from flashkat_hf import FlashKATConfig, make_image_processor
 from flashkat_hf.model.modeling_flashkat import image_classification_loss
 from flashkat_hf.training import train
-from flashkat_hf.training.initial_model import MICRO
+from flashkat_hf.training.initial_model import MICRO_CONFIG
 from flashkat_hf.training.recipe import Settings, parse
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
@@ -91,7 +91,7 @@ class ViT(VisionTransformer):
 def build_vit(settings: Settings, class_names: list[str]):
     fields = {"num_labels": len(class_names), "drop_path_rate": settings.drop_path}
     if settings.size == "micro":
-        config = FlashKATConfig(**MICRO, **fields)
+        config = FlashKATConfig(**MICRO_CONFIG, **fields)
     else:
         config = FlashKATConfig.from_size(str(settings.size), **fields)
     return ViT(config), make_image_processor(config.image_size, 1.0)

@@ -27,7 +27,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, HfArgumentParser
 
 import flashkat_hf  # noqa: F401 - registers the model
-from flashkat_hf.training import train, trainer
+from flashkat_hf.training import feed, train
 from flashkat_hf.training.recipe import parse
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
@@ -108,7 +108,7 @@ def work(arguments: Arguments) -> None:
     if "jpeg" in arguments.case:
         flags += ["--on_device", arguments.on_device, "--skip_corrupt"]  # files just made need no check
     else:
-        Synthetic.steps, trainer.TrainBatches = arguments.steps, Synthetic
+        Synthetic.steps, feed.TrainBatches = arguments.steps, Synthetic
         flags += ["--workers", "0", "--on_device", "nothing"]
     train(parse(flags, "pretrain-small", RECIPES, ""))
 

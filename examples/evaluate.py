@@ -1,6 +1,4 @@
-"""Top-1 and top-5 accuracy of a checkpoint on the test split of any data.
-
-A FlashKAT, or a plain ViT beside it.
+"""Top-1 and top-5 accuracy of a checkpoint, a FlashKAT or a ViT, on the test split of any data.
 
     python examples/evaluate.py runs/digits/best                                # on scikit-learn's digits
     accelerate launch examples/evaluate.py runs/tiny/best --data imagenet --batch-size 256
@@ -12,9 +10,9 @@ Every image counts once, on any number of processes. The data: docs/data.md.
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +25,18 @@ from flashkat_hf.checkpoints import load_checkpoint
 from flashkat_hf.data import open_data
 from flashkat_hf.data.augmentation import evaluation_transform
 from flashkat_hf.data.batches import EvalBatches
+from flashkat_hf.messages import one_line, warn
 from flashkat_hf.training.evaluation import evaluate, match_classes
+from flashkat_hf.training.recipe import DATA, Settings
 
 TIMM = ("hf-hub:", "local-dir:")
+DATA_SETTINGS = {  # the settings of a run that say how data are read
+    item.name: item for item in fields(Settings) if item.metadata.get("marks") == (DATA,)
+}
 
 
 def load_classifier(name: str) -> tuple[nn.Module, Callable, list[str]]:
-    """The model, its evaluation transform, and the names of its outputs.
+    """Return a model, its evaluation transform, and the names of its outputs.
 
     Args:
         name: folder or Hub id of a FlashKAT or of another image classifier of transformers or timm.
@@ -56,30 +59,31 @@ def load_classifier(name: str) -> tuple[nn.Module, Callable, list[str]]:
             model = AutoModelForImageClassification.from_pretrained(name)
             processor = AutoImageProcessor.from_pretrained(name)
     except Exception as error:  # the Hub's, safetensors' and transformers' errors have no common class
-        raise ValueError(f"cannot load {name}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"cannot load {name}: {one_line(error)}") from error
     outputs = [str(model.config.id2label.get(i, f"LABEL_{i}")) for i in range(model.config.num_labels)]
     return model, evaluation_transform(processor), outputs
 
 
 def load_timm(name: str) -> tuple[nn.Module, Callable, list[str]]:
-    """The same of a timm checkpoint: `hf-hub:` or `local-dir:` and its id or folder."""
+    """Return the same of a timm checkpoint: `hf-hub:` or `local-dir:` and its id or folder."""
     import timm
 
     try:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:
-        raise ValueError(f"cannot load {name}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"cannot load {name}: {one_line(error)}") from error
     config = timm.data.resolve_model_data_config(model)
     names = model.pretrained_cfg.get("label_names") or [f"LABEL_{i}" for i in range(model.num_classes)]
     return model, timm.data.create_transform(**config, is_training=False), [str(name) for name in names]
 
 
 def run(options: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
+    """Evaluate as the options say; return all that there is to say about it."""
     processes = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    given = {name: getattr(options, name) for name in DATA if getattr(options, name)}
-    data = open_data(options.data, **processes, **given)
+    values = {name: getattr(options, name) for name in DATA_SETTINGS if getattr(options, name)}
+    data = open_data(options.data, **processes, **values)
     model, transform, outputs = load_classifier(options.model)
-    matched, how = match_classes(data.class_names, outputs)
+    indices, rule = match_classes(data.class_names, outputs)
     batches = EvalBatches(
         data.train if options.split == "train" else data.test,
         transform,
@@ -94,7 +98,7 @@ def run(options: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]
         model,
         batches,
         accelerator,
-        outputs=matched,
+        outputs=indices,
         mixed_precision=options.mixed_precision,
         progress=None if options.no_progress else "evaluating",
     )
@@ -104,16 +108,10 @@ def run(options: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]
         "data": options.data or "digits",
         "split": options.split,
         **result,
-        "classes_matched": how,
+        "classes_matched": rule,
         "images_per_second": round(result["count"] / seconds, 1),
         "skipped": sorted(batches.corrupt),  # by the main process
     }
-
-
-DATA = (
-    "streaming", "skip_corrupt", "subset", "revision", "image_column", "label_column", "class_names", "train_split",
-    "test_split",
-)  # fmt: skip
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -128,19 +126,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    parser.add_argument(
-        "--streaming", action="store_true", help="read a data set of the Hub without downloading it"
-    )
-    parser.add_argument("--skip-corrupt", action="store_true", help="leave images out that cannot be read")
-    parser.add_argument("--subset", help="configuration of a data set of the Hub")
-    parser.add_argument("--revision", help="of a data set of the Hub")
-    parser.add_argument("--image-column", help="default: found by its type")
-    parser.add_argument("--label-column", help="default: found by its type")
-    parser.add_argument(
-        "--class-names", nargs="+", metavar="NAME", help="by index, where the data does not say"
-    )
-    parser.add_argument("--train-split", help="name of the training split (default: train)")
-    parser.add_argument("--test-split", help="name of the test split (default: validation, val or test)")
+    for name, item in DATA_SETTINGS.items():
+        kind = {"action": "store_true"} if item.default is False else {}
+        kind |= {"nargs": "+", "metavar": "NAME"} if name == "class_names" else {}
+        parser.add_argument(f"--{name.replace('_', '-')}", help=item.metadata["help"], **kind)
     options = parser.parse_args(arguments)
     for name, least in (("batch_size", 1), ("workers", 0)):
         if getattr(options, name) < least:
@@ -159,7 +148,7 @@ def main(options: argparse.Namespace) -> None:
     except (ValueError, ImportError, OSError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        warn("interrupted")
         raise SystemExit(130) from None
     if accelerator.is_main_process:
         print(json.dumps(result) if options.json else describe(result))

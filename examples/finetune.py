@@ -1,11 +1,9 @@
-"""Fine-tune a FlashKAT on images.
-
-Without arguments, train a micro model from scratch on scikit-learn's digits.
+"""Fine-tune a FlashKAT on images; without arguments, train a micro one on scikit-learn's digits.
 
     python examples/finetune.py                                  # about two minutes on a CPU
     accelerate launch examples/finetune.py --data photos --size tiny
     accelerate launch examples/finetune.py --data photos --model CHECKPOINT --epochs 20
-    accelerate launch examples/finetune.py --data photos --model CHECKPOINT --resume     # after an interruption
+    accelerate launch examples/finetune.py --data photos --model CHECKPOINT --resume  # after an interruption
 
 Settings come from a recipe (`--recipe`, a file in examples/recipes or your own) and from the command line.
 The run's folder holds the model in best/ and last/. docs/training.md describes both.
@@ -17,6 +15,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from flashkat_hf.messages import warn
 from flashkat_hf.training import train
 from flashkat_hf.training.recipe import parse
 
@@ -33,17 +32,13 @@ def main(arguments: list[str]) -> None:
     except (ValueError, ImportError, OSError) as error:
         raise SystemExit(f"finetune.py: {error}") from error
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        warn("interrupted")
         raise SystemExit(130) from None
     if summary:
         best, images = settings.output / "best", sorted((settings.output / "samples").glob("*.png"))
         print(f"test accuracy {summary['top1']:.2%} on {summary['num_test_images']} images; saved in {best}")
-        command = [
-            "python",
-            os.path.relpath(HERE / "classify.py"),
-            str(best),
-            str(images[-1]) if images else "IMAGE",
-        ]
+        command = ["python", os.path.relpath(HERE / "classify.py"), str(best)]
+        command.append(str(images[-1]) if images else "IMAGE")
         print(f"now ask it about an image:\n{shlex.join(command)}")
 
 

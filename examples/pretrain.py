@@ -2,7 +2,7 @@
 
     accelerate launch examples/pretrain.py --data imagenet --size small
     accelerate launch examples/pretrain.py --data imagenet --size small --resume
-    accelerate launch --config_file examples/accelerate/ddp.yaml examples/pretrain.py --data imagenet --size base
+    accelerate launch --config_file examples/accelerate/ddp.yaml examples/pretrain.py --data imagenet
 
 The recipes are examples/recipes/pretrain-tiny, -small and -base; a flag on the command line goes before a
 recipe's. docs/training.md says what is in them, what a run leaves, and how to launch on several machines.
@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from flashkat_hf.messages import warn
 from flashkat_hf.training import train
 from flashkat_hf.training.recipe import parse
 
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> None:
     except (ValueError, ImportError, OSError) as error:
         raise SystemExit(f"pretrain.py: {error}") from error
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        warn("interrupted")
         raise SystemExit(130) from None
     if summary:
         accuracy = f"top-1 {summary['top1']:.2%}, top-5 {summary['top5']:.2%}"

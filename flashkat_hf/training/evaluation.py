@@ -1,7 +1,8 @@
 """Accuracy of a classifier over any number of processes, exact: every image counts once."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -25,16 +26,16 @@ def evaluate(
     mixed_precision: bool = False,
     progress: str | None = None,
 ) -> dict[str, Any]:
-    """Top-1 and top-5 accuracy and mean cross-entropy; the sums of all processes are added once, at the end.
+    """Return top-1 and top-5 accuracy and mean cross-entropy; all processes' sums are added once, at the end.
 
-    The model is left as it was, in training or evaluation mode.
+    The model keeps its mode, training or evaluation.
 
     Args:
         model: returns logits `(batch, outputs)`, or an object with `logits`; prepared by `accelerator`, or
             plain.
         batches: this process's `EvalBatches`; no image may be in the batches of two processes.
         accelerator: the processes.
-        outputs: for each class of the data, which output of the model stands for it; default: the same
+        outputs: for each class of the data, the output of the model that stands for it; default: the same
             number.
         mixed_precision: in accelerate's precision, and compiled where the model is; default: in the model's
             own dtype, as `pipeline` computes.
@@ -47,24 +48,20 @@ def evaluate(
     Raises:
         ValueError: there are no images, or a label has no output.
     """
-    run, sharded = _forward(model, accelerator, mixed_precision), accelerator.distributed_type in SHARDED
+    forward = _forward(model, accelerator, mixed_precision)
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
     sums = torch.zeros(4, dtype=exact, device=accelerator.device)
     translate = None if outputs is None else torch.tensor(list(outputs))
     training = model.training
     model.eval()
     try:
-        for batch, counts in _progress(
-            _in_step(batches, accelerator, sharded), batches, accelerator, progress
-        ):
+        steps = _in_step(batches, accelerator)
+        for batch, counts in _progress(steps, batches, accelerator, progress):
             labels = batch["labels"] if translate is None else translate[batch["labels"]]
-            logits = run(batch["pixel_values"].to(accelerator.device, non_blocking=True)).float()
-            if (
-                labels.min() < 0 or labels.max() >= logits.shape[-1]
-            ):  # on the CPU: a GPU would have to be waited for
-                raise ValueError(
-                    f"label {labels.min()} or {labels.max()} has no output of the {logits.shape[-1]}"
-                )
+            logits = forward(batch["pixel_values"].to(accelerator.device, non_blocking=True)).float()
+            low, high = labels.min(), labels.max()  # on the CPU: a GPU would have to be waited for
+            if low < 0 or high >= logits.shape[-1]:
+                raise ValueError(f"label {low} or {high} has no output of the {logits.shape[-1]}")
             if counts:
                 sums += _sums(logits, labels.to(accelerator.device, non_blocking=True)).to(exact)
     finally:
@@ -78,7 +75,7 @@ def evaluate(
 
 
 def _sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """Number of images, of those right at first and within five, and the summed cross-entropy."""
+    """Return the numbers of images, of hits at first and within five, and the summed cross-entropy."""
     best = logits.topk(min(5, logits.shape[-1])).indices
     hits = best == labels[:, None]
     loss = functional.cross_entropy(logits, labels, reduction="sum")
@@ -97,21 +94,15 @@ def _logits(output) -> Tensor:
     return getattr(output, "logits", output)
 
 
-def _in_step(
-    batches: Iterable, accelerator: Accelerator, sharded: bool
-) -> Iterator[tuple[dict[str, Tensor], bool]]:
-    """Each batch, and whether it counts.
-
-    Where processes wait for each other, they make equally many forward passes.
-    """
-    if not sharded:
+def _in_step(batches: Iterable, accelerator: Accelerator) -> Iterator[tuple[dict[str, Tensor], bool]]:
+    """Yield each batch, and whether it counts; sharded processes make equally many forward passes."""
+    if accelerator.distributed_type not in SHARDED:
         yield from ((batch, True) for batch in batches)
         return
     iterator, last = iter(batches), None
     while True:
         batch = next(iterator, None)
-        more = accelerator.reduce(torch.tensor(int(batch is not None), device=accelerator.device), "sum")
-        if not more:
+        if not accelerator.reduce(torch.tensor(int(batch is not None), device=accelerator.device), "sum"):
             return
         last = batch or last
         if last is None:
@@ -122,17 +113,14 @@ def _in_step(
 def _progress(steps: Iterator, batches: Iterable, accelerator: Accelerator, text: str | None) -> Iterator:
     if text is None or not accelerator.is_main_process:
         return steps
-    try:
-        total = len(batches)  # type: ignore[arg-type]
-    except TypeError:
-        total = None
+    total = length_hint(batches) or None  # a stream does not know it
     return iter(extra("tqdm").tqdm(steps, desc=text, total=total, unit="batch"))
 
 
 def match_classes(class_names: Sequence[str], outputs: Sequence[str]) -> tuple[list[int], str]:
-    """Which output of a model stands for each class of the data.
+    """Find the output of a model that stands for each class of the data.
 
-    Tried in this order: the same names; WordNet ids as class names and a model of ImageNet's classes, by
+    The rules, in this order: the same names; WordNet ids as class names and a model of ImageNet's classes, by
     timm's table; names that agree but for case, underscores and synonyms ("tench, Tinca tinca" for "tench");
     as many outputs without names ("LABEL_0") as classes, in sorted order.
 
@@ -141,22 +129,20 @@ def match_classes(class_names: Sequence[str], outputs: Sequence[str]) -> tuple[l
         outputs: names of the model's outputs, by index.
 
     Returns:
-        The index of the output for each class, and how they were matched, in words.
+        The index of the output for each class, and the rule in words.
 
     Raises:
         ValueError: no rule gives every class an output of its own.
     """
-    matched = _by_key(class_names, outputs, [lambda name: [name]])
-    if matched is not None:
+    if (matched := _by_key(class_names, outputs, str)) is not None:
         return matched, "by name"
-    synsets = _synsets(class_names, outputs)
-    if synsets and (matched := _by_key(class_names, synsets, [lambda name: [name]])) is not None:
-        return matched, "by WordNet id"
-    matched = _by_key(
-        class_names, outputs, [lambda name: [_plain(name)], lambda name: _plain(name).split(", ")[:1]]
-    )
-    if matched is not None:
-        return matched, "by name, without case and synonyms"
+    for names, key, rule in (
+        (_synsets(class_names, outputs), str, "by WordNet id"),
+        (outputs, _plain, "by name, without case and synonyms"),
+        (outputs, lambda name: _plain(name).split(", ")[0], "by name, without case and synonyms"),
+    ):
+        if names and (matched := _by_key(class_names, names, key)) is not None:
+            return matched, rule
     if len(outputs) == len(class_names) and all(_nameless(name, index) for index, name in enumerate(outputs)):
         return list(range(len(outputs))), "in sorted order, since the model does not name its outputs"
     unknown = [name for name in class_names if name not in set(outputs)]
@@ -166,19 +152,17 @@ def match_classes(class_names: Sequence[str], outputs: Sequence[str]) -> tuple[l
     )
 
 
-def _by_key(class_names: Sequence[str], outputs: Sequence[str], keys: list) -> list[int] | None:
-    """Indices by the first of the keys under which every class finds exactly one output, and no two the same."""
-    for key in keys:
-        found: dict[str, list[int]] = {}
-        for index, name in enumerate(outputs):
-            for word in key(name):
-                found.setdefault(word, []).append(index)
-        matched = [
-            sorted({index for word in key(name) for index in found.get(word, ())}) for name in class_names
-        ]
-        indices = [candidates[0] for candidates in matched if len(candidates) == 1]
-        if len(set(indices)) == len(class_names):
-            return indices
+def _by_key(
+    class_names: Sequence[str], outputs: Sequence[str], key: Callable[[str], str]
+) -> list[int] | None:
+    """Return an output's index for each class, if each has exactly one with its key, and no two the same."""
+    indices: dict[str, list[int]] = {}
+    for index, name in enumerate(outputs):
+        indices.setdefault(key(name), []).append(index)
+    matched = [indices.get(key(name), []) for name in class_names]
+    if all(len(candidates) == 1 for candidates in matched):
+        unique = [candidates[0] for candidates in matched]
+        return unique if len(set(unique)) == len(unique) else None
     return None
 
 
@@ -191,7 +175,7 @@ def _nameless(name: str, index: int) -> bool:
 
 
 def _synsets(class_names: Sequence[str], outputs: Sequence[str]) -> Sequence[str] | None:
-    """WordNet ids of the outputs, if classes are named so and the outputs are ImageNet's in its order."""
+    """Return the outputs' WordNet ids, if classes are named so and outputs are ImageNet's in its order."""
     if not all(re.fullmatch(r"n\d{8}", name) for name in class_names):
         return None
     data = extra("timm.data")

@@ -1,4 +1,4 @@
-"""The model that a run starts from, ready to train, and the model that it leaves."""
+"""The model that a run starts from, ready to train, and the folder that it leaves."""
 
 import copy
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..model.configuration_flashkat import FlashKATConfig
 from ..model.modeling_flashkat import FlashKATForImageClassification
 from .recipe import Settings
 
-MICRO = {
+MICRO_CONFIG = {
     "hidden_size": 64,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -23,13 +23,12 @@ MICRO = {
     "image_size": 16,
     "patch_size": 4,
 }
-LINEAR, IN_FULL = ["qkv", "proj", "fc1", "fc2"], ["act1", "act2", "classifier"]  # with LoRA
+LORA_MODULES = ["qkv", "proj", "fc1", "fc2"]  # linear maps whose updates have a low rank with LoRA
+FULL_MODULES = ["act1", "act2", "classifier"]  # learned in full with LoRA
 
 
 def build_model(settings: Settings, class_names: list[str]) -> tuple[nn.Module, Any]:
-    """The model, with a head for these classes, and its image processor.
-
-    What is random follows torch's generator.
+    """Return the model with a head for these classes, and its image processor; random weights are torch's.
 
     Raises:
         ValueError: in one line, the checkpoint or the image size does not serve.
@@ -45,13 +44,8 @@ def build_model(settings: Settings, class_names: list[str]) -> tuple[nn.Module, 
     if settings.freeze_backbone:
         model.flashkat.requires_grad_(False)
     if settings.lora_rank:
-        peft = extra("peft")
-        lora = peft.LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=settings.lora_alpha,
-            target_modules=LINEAR,
-            modules_to_save=IN_FULL,
-        )
+        peft, ranks = extra("peft"), {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha}
+        lora = peft.LoraConfig(**ranks, target_modules=LORA_MODULES, modules_to_save=FULL_MODULES)
         model = peft.get_peft_model(model, lora)
     return model, processor
 
@@ -62,9 +56,9 @@ def _fresh(settings: Settings, class_names: list[str]) -> tuple[FlashKATForImage
         overrides["image_size"] = settings.image_size
     try:
         if settings.size == "micro":
-            config = FlashKATConfig(**{**MICRO, **overrides})
+            config = FlashKATConfig(**{**MICRO_CONFIG, **overrides})
         else:
-            config = FlashKATConfig.from_size(settings.size or "tiny", **overrides)
+            config = FlashKATConfig.from_size(str(settings.size), **overrides)
     except StrictDataclassClassValidationError as error:
         raise ValueError(f"--image_size: {error.__cause__}") from error
     crop = 1.0 if settings.augmentation.crop == "moves" else 0.875  # a sign fills its image
@@ -78,26 +72,22 @@ def _pretrained(settings: Settings, class_names: list[str]) -> tuple[FlashKATFor
         raise ValueError(f"--model: {error}") from error
     config = model.config
     same = [config.id2label.get(index) for index in range(config.num_labels)] == class_names
-    if settings.head == "keep" and config.num_labels != len(class_names):
-        raise ValueError(
-            f"--head: keep, but {settings.model} has {config.num_labels} labels, not {len(class_names)}"
-        )
-    fresh = settings.head == "fresh" or (settings.head == "auto" and not same)
+    before, num_labels = config.num_labels, len(class_names)
+    if settings.head == "keep" and before != num_labels:
+        raise ValueError(f"--head: keep, but {settings.model} has {before} labels, not {num_labels}")
     for name, value in _labels(class_names).items():
         setattr(config, name, value)
-    if fresh:
-        model.num_labels = len(class_names)
-        model.classifier = nn.Linear(config.hidden_size, len(class_names))
+    if settings.head == "fresh" or (settings.head == "auto" and not same):
+        model.num_labels = num_labels
+        model.classifier = nn.Linear(config.hidden_size, num_labels)
         nn.init.trunc_normal_(model.classifier.weight, std=config.initializer_range)
         nn.init.zeros_(model.classifier.bias)
     return model, processor
 
 
 def _labels(class_names: list[str]) -> dict[str, Any]:
-    return {
-        "id2label": dict(enumerate(class_names)),
-        "label2id": {name: i for i, name in enumerate(class_names)},
-    }
+    names = dict(enumerate(class_names))
+    return {"id2label": names, "label2id": {name: index for index, name in names.items()}}
 
 
 def resize(model: FlashKATForImageClassification, processor: Any, image_size: int) -> None:
@@ -121,15 +111,12 @@ def resize(model: FlashKATForImageClassification, processor: Any, image_size: in
 
 
 def merged(model: Any) -> Any:
-    """The model itself, or a copy of a LoRA model's with its updates merged in."""
+    """Return the model itself or, of a LoRA model, a copy with its updates merged in."""
     return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
 def save_model(model: Any, processor: Any, folder: Path) -> None:
-    """Write what `from_pretrained` loads.
-
-    A LoRA model with its updates merged in, and the adapter beside it.
-    """
+    """Write what `from_pretrained` loads; of a LoRA model the merged one, and the adapter beside it."""
     if hasattr(model, "merge_and_unload"):
         model.save_pretrained(folder / "adapter")
     merged(model).save_pretrained(folder)

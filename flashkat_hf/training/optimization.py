@@ -1,10 +1,6 @@
-"""What changes the weights.
-
-Parameter groups, optimiser, schedule, mixed labels and averaged weights, all timm's.
-"""
+"""All that changes the weights: parameter groups, optimiser, schedule, mixed labels, averages; all timm's."""
 
 import random
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,16 +16,12 @@ from torch.distributed.checkpoint.state_dict import (
 from ..messages import extra
 from .recipe import Settings
 
-UNDECAYED = (
-    "*cls_token",
-    "*position_embeddings",
-    "*pos_embed",
-)  # and everything of one dimension: biases, norms
+UNDECAYED = ("*cls_token", "*position_embeddings", "*pos_embed")  # and what has one dimension: biases, norms
 COEFFICIENTS = ("*.numerator", "*.denominator")
 
 
 def seed_update(seed: int, rank: int, step: int) -> None:
-    """Seed Python, NumPy and PyTorch for one update, so that a resumed run draws what an uninterrupted one does."""
+    """Seed Python, NumPy and PyTorch for one update, so that a resumed run draws what a whole one does."""
     words = np.random.SeedSequence((seed, rank, step)).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])
@@ -39,7 +31,7 @@ def seed_update(seed: int, rank: int, step: int) -> None:
 def parameter_groups(
     model: nn.Module, weight_decay: float, decay_coefficients: bool = True, layer_decay: float | None = None
 ) -> list[dict[str, Any]]:
-    """Trainable parameters by weight decay and, with `layer_decay`, by depth.
+    """Group the trainable parameters by weight decay and, with `layer_decay`, by depth.
 
     Matrices decay, and the rational coefficients unless told otherwise; biases, norms, positions and the cls
     token do not. With `layer_decay` a group has an `lr_scale`: 1 for the head, and one power more for each
@@ -61,11 +53,11 @@ def parameter_groups(
 
 
 def make_optimizer(model: nn.Module, settings: Settings, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW, fused where PyTorch has it."""
+    """Return AdamW over the model's parameter groups, fused where PyTorch has it."""
     groups = parameter_groups(model, settings.weight_decay, settings.decay_coefficients, settings.layer_decay)
     return torch.optim.AdamW(
         groups,
-        lr=settings.learning_rate or 0.0,
+        lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         fused=device.type in ("cuda", "cpu"),
@@ -77,19 +69,19 @@ class Schedule:
 
     def __init__(self, optimizer: torch.optim.Optimizer, settings: Settings, updates_per_epoch: int):
         self.optimizer = optimizer
-        self.updates = None if settings.schedule == "epoch" else updates_per_epoch
-        unit = self.updates or 1
+        self.by_epoch = settings.schedule == "epoch"
+        self.unit = 1 if self.by_epoch else updates_per_epoch  # steps of the cosine in an epoch
         self.cosine = extra("timm.scheduler").CosineLRScheduler(
             optimizer,
-            t_initial=settings.epochs * unit,
+            t_initial=settings.epochs * self.unit,
             lr_min=settings.min_learning_rate,
-            warmup_t=(settings.warmup_epochs or 0) * unit,
+            warmup_t=settings.warmup_epochs * self.unit,
             warmup_lr_init=settings.warmup_learning_rate,
         )
 
     def set(self, epoch: int, update: int) -> float:
-        """Set every group's learning rate for update `update` of epoch `epoch`; returns the highest."""
-        self.cosine.step(epoch if self.updates is None else epoch * self.updates + update)
+        """Set every group's learning rate for update `update` of epoch `epoch`, and return the highest."""
+        self.cosine.step(epoch * self.unit + (0 if self.by_epoch else update))
         return self.rate
 
     @property
@@ -103,11 +95,9 @@ class Mixing:
 
     def __init__(self, settings: Settings, num_labels: int):
         mixup = extra("timm.data.mixup")
-        self.num_labels, self.smoothing, self.mixup_target = (
-            num_labels,
-            settings.label_smoothing,
-            mixup.mixup_target,
-        )
+        self.num_labels = num_labels
+        self.smoothing = settings.label_smoothing
+        self.smooth = mixup.mixup_target
         self.mix = None
         if settings.mixup or settings.cutmix:
             self.mix = mixup.Mixup(
@@ -120,16 +110,16 @@ class Mixing:
             )
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images `(batch, channels, height, width)`, perhaps changed in place, and class probabilities for them."""
+        """Return images `(batch, channels, height, width)`, mixed in place, and their class probabilities."""
         if self.mix:
             return self.mix(images, labels)
-        return images, self.mixup_target(labels, self.num_labels, smoothing=self.smoothing)
+        return images, self.smooth(labels, self.num_labels, smoothing=self.smoothing)
 
 
 class AveragedWeights:
     """timm's exponential moving average of the weights, without a warm-up, sharded where the model is.
 
-    Made before the model is prepared, and `follow`ed by `prepare` when it has been.
+    It is made before the model is prepared, and prepared after it.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -140,10 +130,7 @@ class AveragedWeights:
         return self.average.module
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Move the average to the device, sharded as accelerate shards the model.
-
-        Register it for checkpoints.
-        """
+        """Move the average to the device, sharded as the model, and register it for checkpoints."""
         if accelerator.is_fsdp2:
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
@@ -162,10 +149,6 @@ class AveragedWeights:
 
 
 def whole_weights(module: nn.Module, cpu: bool = False) -> dict[str, Any]:
-    """The state dict of a module that may be sharded, unsharded in every process; all of them must ask."""
+    """Return the state dict of a module, whole in every process where it is sharded; all of them must ask."""
     state: dict[str, Any] = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
     return {name: tensor.cpu() if cpu else tensor for name, tensor in state.items()}
-
-
-def trainable(model: nn.Module) -> Iterable[nn.Parameter]:
-    return (parameter for parameter in model.parameters() if parameter.requires_grad)

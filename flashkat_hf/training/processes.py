@@ -1,7 +1,4 @@
-"""How a run of several processes ends together.
-
-Signals that are noted, and numbers that all processes agree on.
-"""
+"""The end of a run in several processes: signals that are noted, and numbers that all processes agree on."""
 
 import os
 import signal
@@ -15,18 +12,19 @@ CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class StopSignals:
-    """Within it, the first SIGTERM or Ctrl-C is noted in `number`; a second Ctrl-C interrupts as usual."""
+    """A context that notes the first SIGTERM or Ctrl-C in `number`; a second Ctrl-C interrupts as usual."""
 
     def __init__(self):
         self.number = 0
+        self.process = os.getpid()
+        self.handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        self.process = os.getpid()
-        self.before = {number: signal.signal(number, self._note) for number in CODES}
+        self.handlers = {number: signal.signal(number, self._note) for number in CODES}
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -38,12 +36,13 @@ class StopSignals:
 
 
 class Agreement:
-    """The largest of some integers over all processes, by a group of its own that does not wait for GPUs."""
+    """A group of all processes that agrees on integers, without waiting for GPUs."""
 
     def __init__(self, num_processes: int):
         self.group: Any = distributed.new_group(backend="gloo") if num_processes > 1 else None
 
     def largest(self, *numbers: int) -> list[int]:
+        """Return the largest value of each number over all processes."""
         if self.group is None:
             return list(numbers)
         values = torch.tensor(numbers)
@@ -51,5 +50,5 @@ class Agreement:
         return values.tolist()
 
     def any(self, number: int) -> int:
-        """Not 0 if it is so in any process."""
+        """Return a number that is not 0 if it is not 0 in any process."""
         return self.largest(number)[0]

@@ -1,11 +1,7 @@
-"""The settings of a training run.
-
-One dataclass, read from a YAML recipe and the command line, checked when made.
-"""
+"""The settings of a training run: one dataclass, read from a recipe and the command line, then checked."""
 
 import difflib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,186 +11,125 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from ..data.augmentation import Augmentation
-from .speed import cores
+from ..messages import extra, one_line
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
-# What cannot change the weights; a resumed run may have other values.
-FREE = frozenset(
-    {
-        *(
-            "output",
-            "resume",
-            "overwrite",
-            "workers",
-            "cuda_graphs",
-            "trackers",
-            "log_steps",
-            "skip_nonfinite",
-        ),
-        *("checkpoint_steps", "checkpoint_minutes", "keep_checkpoints", "keep_after_success"),
-        *("push_to", "push_private"),
-    }
-)
-DATA = (  # what `open_data` is told besides the source
-    *("skip_corrupt", "streaming", "subset", "revision", "image_column", "label_column", "class_names"),
-    *("train_split", "test_split", "train_size", "test_size", "shuffle_buffer"),
-)
-RANGES: tuple[tuple[tuple[str, ...], float, float], ...] = (  # at least, below
-    (
-        ("epochs", "max_steps", "batch_size", "micro_batch", "image_size", "log_steps", "evaluate_epochs"),
-        1,
-        math.inf,
-    ),
-    (("checkpoint_steps", "keep_checkpoints", "lora_rank"), 1, math.inf),
-    (("train_size", "test_size", "shuffle_buffer"), 1, math.inf),
-    (("checkpoint_minutes", "learning_rate", "eps", "clip_norm", "lora_alpha"), 1e-12, math.inf),
-    (("weight_decay", "workers", "warmup_epochs", "warmup_learning_rate", "min_learning_rate"), 0, math.inf),
-    (("mixup", "cutmix"), 0, math.inf),
-    (("drop_path", "label_smoothing", "beta1", "beta2", "ema_decay"), 0, 1),
-    (("mix_switch", "mix_probability", "layer_decay"), 0, 1 + 1e-12),
-    (("seed",), 0, 2**31),
-)
+# Marks of settings: their ranges (the least value, and one that all are below), and where they go.
+COUNT = (1, math.inf)
+POSITIVE = (1e-12, math.inf)
+FROM_ZERO = (0, math.inf)
+BELOW_ONE = (0, 1)
+PROBABILITY = (0, 1 + 1e-12)
+SEED = (0, 2**31)
+FREE = "free"  # it cannot change the weights, so that a resumed run may have another value
+DATA = "data"  # `open_data` takes it
 
 
-def setting(default: Any, text: str) -> Any:
-    return HfArg(default=default, help=text)
+def setting(default: Any, text: str, *marks: Any) -> Any:
+    """Return the field of a setting, which holds all that is known of it: its default, help and marks."""
+    metadata = {"limits": next((mark for mark in marks if isinstance(mark, tuple)), None), "marks": marks}
+    kind: dict[str, Any] = {"default_factory": list} if default == [] else {"default": default}
+    return HfArg(help=text, metadata=metadata, **kind)
 
 
 @dataclass
 class Settings:
-    """What a run is made of. Names are the flags of the command line and the keys of a recipe.
+    """The settings of a run; their names are the flags of the command line and the keys of a recipe.
 
     Raises:
-        ValueError: a value is out of its range, or two contradict each other; the message has names and
-            values.
+        ValueError: a value is out of its range, or two contradict each other; the message names both.
     """
 
     # data and output
     data: str | None = setting(None, "image folder, data set or shards; default: scikit-learn's digits")
-    skip_corrupt: bool = setting(False, "leave out images that cannot be read, and count them")
-    streaming: bool = setting(False, "read a data set of the Hub as it comes, without downloading it first")
-    subset: str | None = setting(None, "of a data set: name of the configuration")
-    revision: str | None = setting(None, "of a data set on the Hub: branch, tag or commit")
-    image_column: str | None = setting(None, "of a data set; default: found by its type")
-    label_column: str | None = setting(None, "of a data set; default: found by its type")
-    class_names: list[str] = field(
-        default_factory=list, metadata={"help": "by index, where the data do not say"}
-    )
-    train_split: str | None = setting(None, "of a data set or shards; default: train")
-    test_split: str | None = setting(None, "of a data set or shards; default: validation, val or test")
-    train_size: int | None = setting(None, "images of a stream that does not know it")
-    test_size: int | None = setting(None, "images of a stream that does not know it")
-    shuffle_buffer: int = setting(1000, "images among which the shuffling of a stream draws, in each worker")
+    skip_corrupt: bool = setting(False, "leave out images that cannot be read, and count them", DATA)
+    streaming: bool = setting(False, "read a data set of the Hub without downloading it first", DATA)
+    subset: str | None = setting(None, "of a data set: name of the configuration", DATA)
+    revision: str | None = setting(None, "of a data set on the Hub: branch, tag or commit", DATA)
+    image_column: str | None = setting(None, "of a data set; default: found by its type", DATA)
+    label_column: str | None = setting(None, "of a data set; default: found by its type", DATA)
+    class_names: list[str] = setting([], "by index, where the data do not say", DATA)  # noqa: RUF009
+    train_split: str | None = setting(None, "of a data set or shards; default: train", DATA)
+    test_split: str | None = setting(None, "of a data set or shards; default: validation, val or test", DATA)
+    train_size: int | None = setting(None, "images of a stream that does not know it", COUNT, DATA)
+    test_size: int | None = setting(None, "images of a stream that does not know it", COUNT, DATA)
+    shuffle_buffer: int = setting(1000, "images that a worker shuffles a stream among", COUNT, DATA)
     workers: int | None = setting(
-        None, "processes for each device that read images; default: as the data needs"
+        None, "processes for each device that read images; default: as the data need", FROM_ZERO, FREE
     )
-    output: Path | None = setting(None, "folder of the run; default: runs/ and the data's name")  # noqa: RUF009
-    resume: bool = setting(False, "go on from the newest complete checkpoint in the output, if there is one")
-    overwrite: bool = setting(False, "replace an earlier run in the output")
+    output: Path = setting(None, "folder of the run; default: runs/ and the data's name", FREE)  # noqa: RUF009
+    resume: bool = setting(False, "go on from the newest complete checkpoint in the output", FREE)
+    overwrite: bool = setting(False, "replace an earlier run in the output", FREE)
     push_to: str | None = setting(
-        None, "owner/name on the Hub for the best model; branch checkpoints while training"
+        None, "owner/name on the Hub for the best model; branch checkpoints while training", FREE
     )
-    push_private: bool = setting(False, "make that repository private, if it is new")
+    push_private: bool = setting(False, "make that repository private, if it is new", FREE)
     # model
     model: str | None = setting(None, "FlashKAT folder or Hub id to start from; default: a fresh model")
     size: Literal["micro", "tiny", "small", "base"] | None = setting(None, "of a fresh model; default: tiny")
-    image_size: int | None = setting(
-        None, "height and width in pixels; default: the model's; positions follow"
-    )
-    head: Literal["auto", "fresh", "keep"] = setting(
-        "auto", "of --model; auto: fresh where the labels differ"
-    )
-    drop_path: float = setting(0.0, "stochastic depth of the last block")
+    image_size: int | None = setting(None, "height and width in pixels; default: the model's", COUNT)
+    head: Literal["auto", "fresh", "keep"] = setting("auto", "of --model; auto: fresh where labels differ")
+    drop_path: float = setting(0.0, "stochastic depth of the last block", BELOW_ONE)
     freeze_backbone: bool = setting(False, "train the classifier only")
     lora_rank: int | None = setting(
-        None, "train low-rank updates of the linear maps, and the rationals in full"
+        None, "train low-rank updates of the linear maps, and the rationals in full", COUNT
     )
-    lora_alpha: float = setting(16.0, "scale of the low-rank updates, divided by their rank")
+    lora_alpha: float = setting(16.0, "scale of the low-rank updates, divided by their rank", POSITIVE)
     gradient_checkpointing: bool = setting(False, "compute activations twice to save memory")
     # optimisation
-    epochs: int = setting(50, "passes over the training images")
-    max_steps: int | None = setting(None, "end after so many updates; the schedule stays that of all epochs")
-    batch_size: int = setting(64, "images of one update, over all devices")
-    micro_batch: int | None = setting(
-        None, "images of a device at a time; default: the update's share in one go"
+    epochs: int = setting(50, "passes over the training images", COUNT)
+    max_steps: int | None = setting(None, "end after so many updates, in the schedule of all epochs", COUNT)
+    batch_size: int = setting(64, "images of one update, over all devices", COUNT)
+    micro_batch: int | None = setting(None, "images of a device at a time; default: its share", COUNT)
+    learning_rate: float = setting(
+        None, "the highest; default: 1e-4 for --model, 3e-3 for a micro one, else 5e-4", POSITIVE
     )
-    learning_rate: float | None = setting(
-        None, "the highest; default: 1e-4 for --model, 3e-3 for a micro one, else 5e-4"
-    )
-    min_learning_rate: float = setting(0.0, "at the end of the cosine")
-    warmup_epochs: float | None = setting(
-        None, "in which the learning rate rises; default: a tenth, 5 at most"
-    )
-    warmup_learning_rate: float = setting(1e-5, "where it rises from")
+    min_learning_rate: float = setting(0.0, "at the end of the cosine", FROM_ZERO)
+    warmup_epochs: float = setting(None, "in which the rate rises; default: a tenth, 5 at most", FROM_ZERO)
+    warmup_learning_rate: float = setting(1e-5, "where it rises from", FROM_ZERO)
     schedule: Literal["epoch", "update"] = setting("update", "when the learning rate changes")
-    weight_decay: float = setting(0.05, "of matrices and rational coefficients")
+    weight_decay: float = setting(0.05, "of matrices and rational coefficients", FROM_ZERO)
     decay_coefficients: bool = setting(True, "decay the rational coefficients too, as the released weights")
     layer_decay: float | None = setting(
-        None, "learning rate of a block as part of the next one's; default: all alike"
+        None, "learning rate of a block as part of the next one's; default: all alike", PROBABILITY
     )
-    beta1: float = setting(0.9, "of AdamW")
-    beta2: float = setting(0.999, "of AdamW")
-    eps: float = setting(1e-8, "of AdamW")
-    clip_norm: float | None = setting(None, "largest norm of the gradient; default: no clipping")
-    mixup: float = setting(0.0, "alpha of mixup; 0: off")
-    cutmix: float = setting(0.0, "alpha of cutmix; 0: off")
-    mix_switch: float = setting(0.5, "probability of cutmix where both are on")
-    mix_probability: float = setting(1.0, "probability that a batch is mixed at all")
-    label_smoothing: float = setting(0.1, "part of each label that is spread over all")
-    ema_decay: float | None = setting(
-        None, "of averaged weights, evaluated beside the raw ones; default: none"
-    )
+    beta1: float = setting(0.9, "of AdamW", BELOW_ONE)
+    beta2: float = setting(0.999, "of AdamW", BELOW_ONE)
+    eps: float = setting(1e-8, "of AdamW", POSITIVE)
+    clip_norm: float | None = setting(None, "largest norm of the gradient; default: no clipping", POSITIVE)
+    mixup: float = setting(0.0, "alpha of mixup; 0: off", FROM_ZERO)
+    cutmix: float = setting(0.0, "alpha of cutmix; 0: off", FROM_ZERO)
+    mix_switch: float = setting(0.5, "probability of cutmix where both are on", PROBABILITY)
+    mix_probability: float = setting(1.0, "probability that a batch is mixed at all", PROBABILITY)
+    label_smoothing: float = setting(0.1, "part of each label that is spread over all", BELOW_ONE)
+    ema_decay: float | None = setting(None, "of averaged weights, evaluated too; default: none", BELOW_ONE)
     precision: Literal["no", "bf16"] | None = setting(None, "default: accelerate's, else bf16 on a GPU")
     compile: bool | None = setting(None, "torch.compile; default: on a GPU")
-    cuda_graphs: bool = setting(
-        True, "replay a compiled step where nothing is accumulated; takes more memory"
-    )
-    seed: int = setting(0, "of weights, order, augmentation, mixing and stochastic depth")
+    cuda_graphs: bool = setting(True, "replay a compiled step if nothing is accumulated; takes memory", FREE)
+    seed: int = setting(0, "of weights, order, augmentation, mixing and stochastic depth", SEED)
     # what is shown and kept
-    evaluate_epochs: int = setting(1, "evaluate after so many epochs, and after the last")
-    log_steps: int = setting(50, "updates between lines of metrics; reading the loss waits for the device")
-    trackers: list[str] = field(
-        default_factory=list, metadata={"help": f"accelerate's, beside metrics.jsonl: {', '.join(TRACKERS)}"}
-    )
-    checkpoint_steps: int | None = setting(None, "updates between checkpoints; default: by time")
-    checkpoint_minutes: float = setting(10.0, "minutes between checkpoints")
-    keep_checkpoints: int = setting(1, "older ones are removed when a new one is complete")
-    keep_after_success: bool = setting(False, "keep checkpoints when the run is complete")
-    skip_nonfinite: bool = setting(
-        False, "skip updates whose loss or gradient is not finite, instead of stopping"
-    )
+    evaluate_epochs: int = setting(1, "evaluate after so many epochs, and after the last", COUNT)
+    log_steps: int = setting(50, "updates between lines of metrics; each waits for the device", COUNT, FREE)
+    trackers: list[str] = setting([], f"accelerate's, beside metrics.jsonl: {', '.join(TRACKERS)}", FREE)  # noqa: RUF009
+    checkpoint_steps: int | None = setting(None, "updates between checkpoints; default: by time", COUNT, FREE)
+    checkpoint_minutes: float = setting(10.0, "minutes between checkpoints", POSITIVE, FREE)
+    keep_checkpoints: int = setting(1, "older ones are removed when a new one is complete", COUNT, FREE)
+    keep_after_success: bool = setting(False, "keep checkpoints when the run is complete", FREE)
+    skip_nonfinite: bool = setting(False, "skip updates whose loss or gradient is not finite", FREE)
 
     augmentation: Augmentation = field(default_factory=Augmentation, init=False)
 
     def __post_init__(self):
-        for names, low, high in RANGES:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not low <= value < high:
-                    limit = f" and at most {round(high)}" if high == 1 + 1e-12 else f" and below {high}"
-                    raise ValueError(
-                        f"--{name}: {value} must be at least {low:g}{'' if high == math.inf else limit}"
-                    )
-        if self.model is not None and self.size is not None:
-            raise ValueError(
-                f"--size: {self.size} is for a fresh model, but --model {self.model} has a size of its own"
-            )
-        if self.model is None and self.head != "auto":
-            raise ValueError(f"--head: {self.head} is for --model; a fresh model has a fresh head")
-        if self.freeze_backbone and self.lora_rank:
-            raise ValueError(f"--freeze_backbone contradicts --lora_rank {self.lora_rank}")
+        for item in fields(self):
+            value, limits = getattr(self, item.name), item.metadata.get("limits")
+            if value is not None and limits and not limits[0] <= value < limits[1]:
+                below = "" if limits[1] == math.inf else f" and below {limits[1]}"
+                limit = " and at most 1" if limits == PROBABILITY else below
+                raise ValueError(f"--{item.name}: {value} must be at least {limits[0]:g}{limit}")
         if self.warmup_epochs is None:
             self.warmup_epochs = min(5.0, self.epochs / 10)
-        if self.warmup_epochs and self.warmup_epochs >= self.epochs:
-            raise ValueError(f"--warmup_epochs: {self.warmup_epochs:g} must be below --epochs {self.epochs}")
-        if self.resume and self.overwrite:
-            raise ValueError("--resume contradicts --overwrite")
-        if unknown := sorted(set(self.trackers) - set(TRACKERS)):
-            raise ValueError(f"--trackers: {unknown[0]} is unknown; known: {', '.join(TRACKERS)}")
-        if self.micro_batch and self.batch_size % self.micro_batch:
-            raise ValueError(
-                f"--batch_size: {self.batch_size} must be a multiple of --micro_batch {self.micro_batch}"
-            )
+        if problem := self._contradiction():
+            raise ValueError(problem)
         if self.output is None:
             self.output = Path("runs", self.data_name)
         if self.model is None and self.size is None:
@@ -202,62 +137,70 @@ class Settings:
         if self.learning_rate is None:
             self.learning_rate = 1e-4 if self.model else 3e-3 if self.size == "micro" else 5e-4
 
+    def _contradiction(self) -> str | None:
+        """Return what is wrong with two settings together, or None."""
+        if self.model is not None and self.size is not None:
+            return f"--size: {self.size} is for a fresh model, but --model {self.model} has a size of its own"
+        if self.model is None and self.head != "auto":
+            return f"--head: {self.head} is for --model; a fresh model has a fresh head"
+        if self.freeze_backbone and self.lora_rank:
+            return f"--freeze_backbone contradicts --lora_rank {self.lora_rank}"
+        if self.warmup_epochs and self.warmup_epochs >= self.epochs:
+            return f"--warmup_epochs: {self.warmup_epochs:g} must be below --epochs {self.epochs}"
+        if self.resume and self.overwrite:
+            return "--resume contradicts --overwrite"
+        if unknown := sorted(set(self.trackers) - set(TRACKERS)):
+            return f"--trackers: {unknown[0]} is unknown; known: {', '.join(TRACKERS)}"
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            return f"--batch_size: {self.batch_size} must be a multiple of --micro_batch {self.micro_batch}"
+        return None
+
     @property
     def in_memory(self) -> bool:
-        """Whether the images are there, so that nothing is read: the digits."""
+        """True if the images are in memory and no file is read: the digits."""
         return self.data in (None, "digits")
 
     @property
     def data_name(self) -> str:
         """A word for the data, for file names."""
-        if self.in_memory:
-            return "digits"
-        return Path(str(self.data)).resolve().name or "data"
+        return "digits" if self.in_memory else Path(str(self.data)).resolve().name or "data"
+
+    def data_options(self) -> dict[str, Any]:
+        """Return the options of `open_data` that are set."""
+        names = (item.name for item in fields(self) if DATA in item.metadata.get("marks", ()))
+        return {name: value for name in names if (value := getattr(self, name))}
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, flat, as JSON takes it."""
+        """Return all settings, flat, as JSON takes them."""
         flat = asdict(self)
         flat.update(flat.pop("augmentation"))
         return {key: str(value) if isinstance(value, Path) else value for key, value in flat.items()}
 
-    def micro_batches(self, num_processes: int) -> tuple[int, int]:
-        """Images of a process at a time, and how many such an update accumulates.
 
-        Raises:
-            ValueError: the batch cannot be shared out so, or mixing cannot pair its images.
-        """
-        micro, rest = (self.micro_batch, 0) if self.micro_batch else divmod(self.batch_size, num_processes)
-        if rest or self.batch_size % (micro * num_processes):
-            share = f"{num_processes} processes" + (
-                f" with --micro_batch {micro}" if self.micro_batch else ""
-            )
-            raise ValueError(f"--batch_size: {self.batch_size} cannot be shared out to {share}")
-        if (self.mixup or self.cutmix) and micro % 2:
-            raise ValueError(
-                f"--micro_batch: mixing pairs images, so {micro} of a device at a time must be even"
-            )
-        return micro, self.batch_size // (micro * num_processes)
-
-    def worker_processes(self) -> int:
-        """How many of them read images for each process."""
-        if self.workers is not None:
-            return self.workers
-        share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return min(1, max(0, share - 1)) if self.in_memory else min(16, max(1, share))
+FIELDS = [item for cls in (Settings, Augmentation) for item in fields(cls) if item.init]
+NAMES = [item.name for item in FIELDS]
+FREE_NAMES = frozenset(item.name for item in FIELDS if FREE in item.metadata.get("marks", ()))
+LISTS = {item.name for item in FIELDS if item.default_factory is list or isinstance(item.default, tuple)}
 
 
 class _Parser(HfArgumentParser):
+    def add_argument(self, *names: str, **options: Any) -> Any:
+        """Add a flag; of a field's metadata argparse gets what it knows."""
+        return super().add_argument(
+            *names, **{name: options[name] for name in options.keys() - {"limits", "marks"}}
+        )
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
 def parse(arguments: Sequence[str], recipe: str, recipes: Path, description: str) -> Settings:
-    """The settings of a command line; what it does not name comes from a recipe.
+    """Return the settings of a command line; what it does not name comes from a recipe.
 
     Args:
         arguments: the command line, less the script. `--recipe` names a file, or one in `recipes` without its
             suffix.
-        recipe: the recipe where it names none.
+        recipe: the recipe where the command line names none.
         recipes: folder of the named recipes.
         description: for `--help`.
 
@@ -272,31 +215,27 @@ def parse(arguments: Sequence[str], recipe: str, recipes: Path, description: str
     path = recipes / f"{named.recipe}.yaml" if named.recipe in known else Path(named.recipe)
     if not path.is_file():
         raise ValueError(f"--recipe: {named.recipe} is no file and none of {', '.join(known)}")
-    given = read_recipe(path)
+    values = read_recipe(path)
     if named.model:
-        given.pop("size", None)  # of the fresh model that the recipe is for
-    settings, others, unknown = parser.parse_args_into_dataclasses(
-        [*_as_flags(given), *arguments], return_remaining_strings=True, look_for_args_file=False
+        values.pop("size", None)  # of the fresh model that the recipe is for
+    settings, namespace, unknown = parser.parse_args_into_dataclasses(
+        [*_as_flags(values), *arguments], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         raise ValueError(f"unknown arguments: {' '.join(unknown)}{_suggestion(unknown[0].lstrip('-'))}")
-    settings.augmentation = Augmentation(
-        **{item.name: getattr(others, item.name) for item in fields(Augmentation)}
-    )
+    augmentation = {item.name: getattr(namespace, item.name) for item in fields(Augmentation)}
+    settings.augmentation = Augmentation(**augmentation)
     return settings
 
 
 def _add_augmentation(parser: HfArgumentParser) -> None:
-    group = parser.add_argument_group("augmentation", "see flashkat_hf.augmentation.Augmentation")
+    group = parser.add_argument_group("augmentation", "see flashkat_hf.data.augmentation.Augmentation")
     for item in fields(Augmentation):
-        numbers, names = (
-            isinstance(item.default, float | tuple),
-            (f"--{item.name}", f"--{item.name.replace('_', '-')}"),
-        )
         group.add_argument(
-            *names,
+            f"--{item.name}",
+            f"--{item.name.replace('_', '-')}",
             default=item.default,
-            type=float if numbers else _text_or_none,
+            type=float if isinstance(item.default, float | tuple) else _text_or_none,
             nargs=len(item.default) if isinstance(item.default, tuple) else None,
         )
 
@@ -306,19 +245,16 @@ def _text_or_none(text: str) -> str | None:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML recipe.
+    """Return the names and values of a YAML recipe.
 
     Raises:
         ValueError: it is no YAML mapping, or has a key that is no setting; the message names it.
     """
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(f"yaml is missing: pip install 'flashkat_hf[train]' ({error})") from error
+    yaml = extra("yaml")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold names and values, one setting a line")
     for name, value in values.items():
@@ -329,22 +265,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return values
 
 
-NAMES = [item.name for cls in (Settings, Augmentation) for item in fields(cls) if item.init]
-LISTS = {
-    item.name
-    for cls in (Settings, Augmentation)
-    for item in fields(cls)
-    if item.default_factory is list or isinstance(item.default, tuple)
-}
-
-
 def _as_flags(values: dict[str, Any]) -> list[str]:
-    """Values of a recipe as the command line would give them, so that both are checked alike."""
+    """Return a recipe's values as the command line would give them, so that both are checked alike."""
+    optional = {item.name for item in fields(Settings)}  # whose None is the default
     flags = []
     for name, value in values.items():
-        if value is None and name in {item.name for item in fields(Settings)}:
-            continue  # the default
-        if value != []:
+        if value != [] and not (value is None and name in optional):
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags
 

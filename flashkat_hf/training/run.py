@@ -1,10 +1,6 @@
-"""A training run from its settings to its folder.
-
-What is checked before it begins, and on which devices it runs.
-"""
+"""A training run from its settings to its folder: the checks before it begins, and the parts put together."""
 
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,12 +13,17 @@ from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from torch import nn
 from transformers.utils import logging
 
-from ..data.samples import Examples
 from ..data.sources import open_data
+from ..files import read_json
 from ..hub.background import BackgroundPusher
 from ..messages import warn
+from .feed import Feed
+from .initial_model import build_model
+from .optimization import seed_update
+from .plan import resolve
+from .prepared_model import PreparedModel
 from .processes import StopSignals
-from .recipe import DATA, Settings
+from .recipe import Settings
 from .run_folder import RunFolder
 from .state import Checkpoints
 from .trainer import Trainer
@@ -33,17 +34,16 @@ def train(
     on_model: Callable[[Path], None] | None = None,
     build: Callable[[Settings, list[str]], tuple[nn.Module, Any]] | None = None,
 ) -> dict[str, Any] | None:
-    """Train, and leave the folder `settings.output`.
+    """Train, and leave the folder `settings.output`; the settings stay as they are.
 
     Args:
         settings: the run.
         on_model: called in the main process with best/ or last/ each time that it has been written and is
             complete; by default pushes best/ to `settings.push_to`.
-        build: makes another model of settings and class names, and its image processor; default:
-            `build_model`.
+        build: makes another model of settings and class names, and its image processor.
 
     Returns:
-        What summary.json says, in the main process. None if the run was complete before.
+        The summary, in the main process; None if the run was complete before.
 
     Raises:
         ValueError: in one line, for settings, data or a model that do not serve, before the model is built
@@ -52,87 +52,71 @@ def train(
         SystemExit: with 143 or 130, after SIGTERM or Ctrl-C, when the state is saved.
     """
     logging.disable_progress_bar()  # of writing small files
-    folder = RunFolder(settings.output or Path("runs"))
+    folder = RunFolder(settings.output)
     folder.check(settings)
     if missing := [name for name in settings.trackers if importlib.util.find_spec(name) is None]:
         raise ValueError(f"--trackers: {missing[0]} is missing: pip install {missing[0]}")
     accelerator = make_accelerator(settings)
-    micro_batch, accumulate = settings.micro_batches(accelerator.num_processes)
+    main = accelerator.is_main_process
+    plan = resolve(settings, accelerator)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    options = {name: getattr(settings, name) for name in DATA if getattr(settings, name)}
-    data = open_data(settings.data, **ranks, **options)
-    if data.train.num_images is not None and data.train.num_images < settings.batch_size:
-        raise ValueError(
-            f"--batch_size: {settings.batch_size} is more than the {data.train.num_images} training images"
-        )
-    settings.augmentation = settings.augmentation.resolved(accelerator.device, settings.in_memory)
-    compiled = accelerator.device.type == "cuda" if settings.compile is None else settings.compile
-    readers = None
-    if not isinstance(data.train, Examples):  # a stream, whose order follows from them
-        readers = max(1, min(settings.worker_processes(), data.train.most_workers(accelerator.num_processes)))
-    about = settings.to_dict() | {
-        "precision": accelerator.mixed_precision,
-        "compile": compiled,
-        "micro_batch": micro_batch,
-        "num_processes": accelerator.num_processes,
-        "stream_workers": readers,
-        "class_names": data.class_names,
-        "data_fingerprint": data.fingerprint,
-    }
-    going_on = settings.resume and (folder.path / "settings.json").exists()
-    before = folder.compare(about) if going_on else {}
-    if going_on and (folder.path / "summary.json").exists():
-        kept = settings.keep_after_success or before.get("keep_after_success")
-        if accelerator.is_main_process and not kept:  # a kill came before the run could
-            Checkpoints(folder.checkpoints, settings.keep_checkpoints).remove()
+    data = open_data(settings.data, **ranks, **settings.data_options())
+    num_images = data.train.num_images
+    if num_images is not None and num_images < settings.batch_size:
+        raise ValueError(f"--batch_size: {settings.batch_size} is more than the {num_images} training images")
+    checkpoints = Checkpoints(folder.checkpoints, settings.keep_checkpoints)
+    description = plan.describe(data)
+    resuming = settings.resume and folder.settings.exists()
+    earlier = folder.compare(description) if resuming else {}
+    if resuming and folder.summary.exists():
+        if main and not (settings.keep_after_success or earlier.get("keep_after_success")):
+            checkpoints.remove()  # a kill came before the run could
         warn(f"{folder.path} is complete; nothing is left to do")
         return None
     accelerator.wait_for_everyone()  # until every process has checked
-    pushes = settings.push_to and accelerator.is_main_process and not on_model
+    pushes = settings.push_to and main and not on_model
     with _pushing(settings, folder) if pushes else nullcontext(on_model) as on_model:
-        trainer = Trainer(
-            settings, accelerator, folder, data, micro_batch, accumulate, compiled, on_model, build
-        )
-        if accelerator.is_main_process:
+        seed_update(settings.seed, 2**31, 0)  # weights: alike in every process, and as no update
+        built, processor = (build or build_model)(plan.settings, data.class_names)
+        model = PreparedModel(plan, accelerator, built, processor)
+        feed = Feed(plan, accelerator, data, processor)
+        trainer = Trainer(plan, accelerator, data, model, feed, folder, checkpoints, StopSignals(), on_model)
+        if main:
             folder.repair()
-            if not going_on:
-                folder.start(about, settings.overwrite)
+            if not resuming:
+                folder.start(description, settings.overwrite)
             if not folder.pictures:
                 warn("matplotlib is missing, so the run leaves no curves.png and functions.png")
         accelerator.wait_for_everyone()
         if accelerator.device.type == "cpu" and settings.size == "micro":
-            torch.set_num_threads(
-                1
-            )  # two cores gain little on such small products, and lose much when others use them
-        with StopSignals() as signals:
-            return trainer.run(signals, going_on)
+            torch.set_num_threads(1)  # more gain little on such small products, and lose much on busy cores
+        with trainer.signals:
+            return trainer.run(checkpoints.newest() if resuming else None)
 
 
 @contextmanager
 def _pushing(settings: Settings, folder: RunFolder) -> Iterator[Callable[[Path], None]]:
-    """Pushes each best/ to a branch while training, and the last one to main; says what was not pushed."""
+    """Push each best/ to a branch while training, and the last one to main; warn of what was not pushed."""
     pusher = BackgroundPusher(str(settings.push_to), private=settings.push_private or None)
 
     def submit(path: Path) -> None:
         if path == folder.best:
-            pusher.submit(
-                path, f"Best model after {json.loads((path / 'summary.json').read_text())['epochs']} epochs"
-            )
+            pusher.submit(path, f"Best model after {read_json(path / 'summary.json')['epochs']} epochs")
 
-    left: list[str] = []
+    unsent: list[str] = []
     try:
         yield submit
-        left = pusher.finish(folder.best, "Upload the best model")
+        unsent = pusher.finish(folder.best, "Upload the best model")
     except BaseException:  # stopped, and not to be held up
-        left = pusher.finish(None, "", patience=0.0)
+        unsent = pusher.finish(None, "", patience=0.0)
         raise
     finally:
-        for line in left:
+        for line in unsent:
             warn(line)
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
-    """accelerate's, in the precision of the settings, of `accelerate launch`, or bfloat16 on a GPU.
+    """Return accelerate's, in the precision of the settings, of `accelerate launch`, or bfloat16 on a GPU.
 
     Raises:
         ValueError: the device does not have the precision.
@@ -146,11 +130,11 @@ def make_accelerator(settings: Settings) -> Accelerator:
         precision = "bf16"
     if gpu:
         torch.set_float32_matmul_precision("high")
-    output = settings.output or Path("runs")
-    project = ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs"))
+    project = ProjectConfiguration(str(settings.output), logging_dir=str(settings.output / "logs"))
     trackers: list = list(settings.trackers)
     return Accelerator(mixed_precision=precision, cpu=cpu, log_with=trackers or None, project_config=project)
 
 
 def without_accelerator() -> bool:
+    """Return True if training is on the CPU, because it was told to or has nothing else."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()

@@ -1,48 +1,44 @@
-"""What a run measures besides its loss: images per second of each side, and what it ran on."""
+"""Images per second of a run, of each of its sides; and the cores that it may use."""
 
-import importlib.metadata
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 
-from .._version import __version__
-
-PACKAGES = ("transformers", "accelerate", "timm", "triton")
 PROBE_SECONDS = 2.0
 
 
+@dataclass
 class Meter:
     """Images per second of a stretch of training: end to end, of the data side and of the step side.
 
     The step side is what the device is busy for, by its own clock on a GPU, from a batch that is made to the
     update. The data side is what the reading of batches takes; worker processes read while the device works,
     so that they are measured alone, before training (`loading_rate`).
-
-    Args:
-        device: of the model.
-        loading_rate: images per second of worker processes, where there are some.
     """
 
-    def __init__(self, device: torch.device, loading_rate: float | None):
-        self.device, self.loading_rate = device, loading_rate
-        self.images, self.wait_seconds, self.step_seconds = 0, 0.0, 0.0
-        self.start = self.end = time.perf_counter()
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    device: torch.device
+    loading_rate: float | None = None  # of worker processes, in images per second; None without workers
+    images: int = 0  # number of images trained on
+    wait_seconds: float = 0.0
+    step_seconds: float = 0.0
+    start: float = field(default_factory=time.perf_counter)
+    end: float = field(default_factory=time.perf_counter)
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
+        """Measure the time that a batch is waited for."""
         start = time.perf_counter()
         yield
         self.wait_seconds += time.perf_counter() - start
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
+        """Measure the time that the device computes; on a GPU it is known after `read`."""
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -61,13 +57,12 @@ class Meter:
         self.events.clear()
 
     def rates(self) -> dict[str, float]:
-        """The three rates, as lines of metrics have them; nothing where there were no images."""
+        """Return the three rates, as lines of metrics have them; nothing where there were no images."""
         if not self.images:
             return {}
-        data = self.loading_rate or self.images / max(self.wait_seconds, 1e-9)
         rates = {
             "images_per_second": self.images / max(self.end - self.start, 1e-9),
-            "data_images_per_second": data,
+            "data_images_per_second": self.loading_rate or self.images / max(self.wait_seconds, 1e-9),
             "step_images_per_second": self.images / max(self.step_seconds, 1e-9),
         }
         return {name: round(rate, 1) for name, rate in rates.items()}
@@ -76,7 +71,7 @@ class Meter:
 def loading_rate(
     batches: Iterator[dict[str, torch.Tensor]], workers: int, seconds: float = PROBE_SECONDS
 ) -> float | None:
-    """Images per second that come while nothing else happens, once each worker has given a batch.
+    """Return the images per second that come while nothing else happens, once each worker has given a batch.
 
     Each gives at least one more, since they are made side by side; None where there are not so many.
     """
@@ -93,41 +88,5 @@ def loading_rate(
 
 
 def cores() -> int:
-    """Of the processor, that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-
-
-def versions() -> dict[str, str | None]:
-    """Of Python and the packages that a result depends on; None for one that is absent."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return {**found, "flashkat_hf": __version__}
-
-
-def commit() -> str | None:
-    """The git commit of this package's checkout, with "-dirty" if files differ; None outside git."""
-    here = Path(__file__)
-    texts = []
-    for arguments in (
-        ["ls-files", "--error-unmatch", here.name],  # else it is installed somewhere below another repository
-        ["rev-parse", "HEAD"],
-        ["status", "--porcelain", "--untracked-files=no"],
-    ):
-        try:
-            result = subprocess.run(
-                ["git", "-C", here.parent, *arguments], capture_output=True, text=True, check=False
-            )
-        except OSError:
-            return None
-        if result.returncode:
-            return None
-        texts.append(result.stdout.strip())
-    return texts[1] + ("-dirty" if texts[2] else "")

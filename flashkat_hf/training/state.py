@@ -1,4 +1,4 @@
-"""Where a run stands, and folders that are complete on disk or not there: checkpoints and models."""
+"""The state of a run: its progress, and checkpoints that are complete on disk or not there."""
 
 import errno
 import json
@@ -15,57 +15,41 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..files import sync, sync_tree, temporary_names
+from ..files import read_json, sync, sync_tree, temporary_names
+from ..messages import one_line
 
 
 @dataclass
 class Progress:
-    """Where a run stands, all that is not weights or optimiser; random numbers follow from the step.
+    """The progress of a run: all that is not weights or optimiser; random numbers follow from the step."""
 
-    Attributes:
-        epoch: epochs that are complete, or the index of the running one.
-        update: updates made in the running epoch.
-        step: updates made in all.
-        losses: finite ones in the running epoch.
-        loss_sum: of these.
-        skipped: updates left out because they were not finite.
-        unreadable: names of the images left out, of all processes, as of the last complete epoch.
-        best: metrics of the best epoch so far.
-        last: metrics of the last epoch that was evaluated.
-        seconds: spent so far.
-        peak_memory: of the device, in bytes.
-    """
-
-    epoch: int = 0
-    update: int = 0
-    step: int = 0
-    losses: int = 0
-    loss_sum: float = 0.0
-    skipped: int = 0
-    unreadable: list[str] = field(default_factory=list)
-    best: dict[str, Any] = field(default_factory=dict)
-    last: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-    peak_memory: int = 0
+    epoch: int = 0  # number of complete epochs, which is the index of the running one
+    update: int = 0  # number of updates in the running epoch
+    step: int = 0  # number of updates in all
+    losses: int = 0  # number of finite losses in the running epoch
+    loss_sum: float = 0.0  # their sum
+    skipped: int = 0  # number of updates left out because they were not finite
+    unreadable: list[str] = field(default_factory=list)  # names of all processes' images that were left out
+    best: dict[str, Any] = field(default_factory=dict)  # metrics of the best epoch so far
+    last: dict[str, Any] = field(default_factory=dict)  # metrics of the last epoch that was evaluated
+    seconds: float = 0.0  # time spent so far
+    peak_memory: int = 0  # largest memory of the device so far, in bytes
 
 
+@dataclass
 class Checkpoints:
-    """The checkpoints of a run, `folder/step-N`; whatever has that name is complete.
+    """The checkpoints of a run, `folder/step-N`; whatever has that name is complete."""
 
-    Args:
-        folder: where they are.
-        keep: how many; older ones go when a new one is complete.
-    """
-
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
+    folder: Path
+    keep: int  # so many; older ones go when a new one is complete
 
     def complete(self) -> list[Path]:
-        """The complete ones, oldest first."""
-        found = [path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        """Return the complete checkpoints, oldest first."""
+        steps = {path: path.name.removeprefix("step-") for path in self.folder.glob("step-*")}
+        return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
 
     def newest(self) -> Path | None:
+        """Return the newest complete checkpoint, or None."""
         return (self.complete() or [None])[-1]
 
     def save(
@@ -76,8 +60,8 @@ class Checkpoints:
         Args:
             accelerator: saves the states that it has prepared and registered.
             progress: where the run stands.
-            agree: the largest of an integer over all processes.
-            files: small files of the main process, to be found again as they are now.
+            agree: returns the largest of an integer over all processes.
+            files: small files of the main process, kept as they are now.
 
         Raises:
             OSError: something could not be written; earlier checkpoints are as they were.
@@ -89,8 +73,8 @@ class Checkpoints:
         main = accelerator.is_main_process
 
         def prepare() -> None:
-            for left in self.folder.glob(".step-*"):  # of a process that was killed
-                shutil.rmtree(left)
+            for remains in self.folder.glob(".step-*"):  # of a process that was killed
+                shutil.rmtree(remains)
             new.mkdir(parents=True)
 
         def write() -> None:
@@ -122,13 +106,14 @@ class Checkpoints:
             ValueError: in one line, the checkpoint cannot be read or is of another run.
         """
         try:
-            progress = Progress(**json.loads((path / "progress.json").read_text()))
+            progress = Progress(**read_json(path / "progress.json"))
             accelerator.load_state(str(path))
         except Exception as error:
-            raise ValueError(f"cannot read the checkpoint {path}: {' '.join(str(error).split())}") from error
+            raise ValueError(f"cannot read the checkpoint {path}: {one_line(error)}") from error
         return progress
 
     def remove(self) -> None:
+        """Remove all checkpoints."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _prune(self) -> None:
@@ -140,15 +125,24 @@ class Checkpoints:
 
 @contextmanager
 def os_errors() -> Iterator[None]:
-    """What PyTorch and safetensors say when they cannot write becomes the OSError that it is."""
+    """Raise the OSError that it is where PyTorch or safetensors cannot write."""
     try:
         yield
     except (RuntimeError, SafetensorError, CheckpointException) as error:
-        raise _as_os_error(error) from error
+        failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+        cause = next((failure[0] for failure in failures), error)
+        text = one_line(cause, longest=10_000)
+        written = isinstance(cause, SafetensorError) or "inline_container" in text or "StreamWriter" in text
+        if isinstance(cause, OSError) or not written:
+            raise cause  # noqa: B904 - the error itself, or one within it
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            if os.strerror(number) in text:
+                raise OSError(number, os.strerror(number)) from error
+        raise OSError(f"perhaps the disk is full ({text})") from error
 
 
 def _together(action: Callable[[], None], agree: Callable[[int], int]) -> None:
-    """Do something that writes, each process its own; OSError in all of them if one cannot."""
+    """Write something in each process; raise OSError in all of them if one cannot."""
     problem = None
     try:
         with os_errors():
@@ -159,22 +153,7 @@ def _together(action: Callable[[], None], agree: Callable[[int], int]) -> None:
         raise problem or OSError("another process could not write its part")
 
 
-def _as_os_error(error: BaseException) -> OSError:
-    """What PyTorch and safetensors say when they cannot write, as the error of the system that it is."""
-    if isinstance(error, CheckpointException):
-        return _as_os_error(next(iter(error.failures.values()))[0])
-    if isinstance(error, OSError):
-        return error
-    text = " ".join(str(error).split())
-    if isinstance(error, SafetensorError) or "inline_container" in text or "StreamWriter" in text:
-        number = next((n for n in (errno.ENOSPC, errno.EDQUOT, errno.EIO) if os.strerror(n) in text), None)
-        return (
-            OSError(number, os.strerror(number)) if number else OSError(f"perhaps the disk is full ({text})")
-        )
-    raise error
-
-
 def all_finite(module: torch.nn.Module) -> bool:
-    """Whether every parameter is finite; of sharded ones, this process's part."""
+    """Return True if every parameter is finite; of sharded ones, this process's part is asked."""
     parts = (getattr(parameter, "_local_tensor", parameter).detach() for parameter in module.parameters())
     return bool(torch.stack([part.isfinite().all() for part in parts]).all())

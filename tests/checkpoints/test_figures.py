@@ -9,7 +9,7 @@ from helpers import micro_config
 from torch import nn
 
 from flashkat_hf import FlashKATForImageClassification, FlashKATModel
-from flashkat_hf.checkpoints.figures import noise_images, plot_curves, plot_functions, used_ranges
+from flashkat_hf.checkpoints.figures import noise_images, plot_functions, used_ranges
 from flashkat_hf.model.reference import rational_value
 
 
@@ -73,26 +73,9 @@ def test_noise_has_the_spectrum_of_photographs():
     assert torch.equal(images, noise_images(8, 1, 64))
 
 
-def test_curves():
-    metrics = [{"step": 10 * i, "epoch": i // 3, "loss": 3.0 - i, "learning_rate": 1e-3} for i in range(1, 4)]
-    metrics += [
-        {"step": 30, "epoch": 0, "loss": 9.0, "top1": 0.5, "top1_ema": 0.25},
-        {"step": 60, "top1": 0.75},
-    ]
-    loss, rate, accuracy = plot_curves(metrics[::-1]).axes
-    assert [list(values) for values in curves(loss)["training"]] == [[10, 20, 30], [2.0, 1.0, 0.0]]
-    assert list(curves(rate)["learning rate"][1]) == [1e-3] * 3
-    assert [list(values) for values in curves(accuracy)["weights"]] == [[30, 60], [50.0, 75.0]]
-    assert [list(values) for values in curves(accuracy)["averaged weights"]] == [[30], [25.0]]
-    only = plot_curves([{"step": 5, "loss": 1.0, "top1": None}]).axes
-    assert [panel.get_title() for panel in only] == ["loss"]
-
-
 def test_nothing_to_draw(monkeypatch):
-    with pytest.raises(ValueError, match="no line of the metrics has a step and"):
-        plot_curves([{"step": 1}, {"loss": 2.0}])
     with pytest.raises(ValueError, match="Linear is not a FlashKAT and contains none"):
         plot_functions(nn.Linear(2, 2))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"pip install 'flashkat_hf\[train\]'"):
-        plot_curves([{"step": 1, "loss": 2.0}])
+        plot_functions(FlashKATModel(micro_config()))

@@ -1,6 +1,4 @@
-"""Trains a small run again and again, killed at many points and resumed each time.
-
-A script, see test_resuming.py.
+"""A script that trains a small run again and again, killed at many points and resumed; see test_resuming.py.
 
 Everything is imported once, and each attempt is a forked child, so that a kill costs about a second.
 
@@ -37,11 +35,11 @@ with contextlib.suppress(ImportError):
 
 
 def settings(folder: Path, name: str, workers: int) -> Settings:
-    """All that draws random numbers is in play, and the averaged weights, and accumulation."""
-    return small_run(
-        folder / "images", folder / name, epochs=3, micro_batch=4, mixup=0.8, cutmix=1.0, drop_path=0.3, ema_decay=0.8,
-        checkpoint_steps=2, workers=workers, seed=3, resume=True, compile=False,
-    )  # fmt: skip
+    """Return settings with all that draws random numbers, averaged weights and accumulation."""
+    random_parts = {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.3}
+    others = {"epochs": 3, "micro_batch": 4, "ema_decay": 0.8, "checkpoint_steps": 2, "seed": 3}
+    options = {"workers": workers, "resume": True, "compile": False}
+    return small_run(folder / "images", folder / name, **random_parts, **others, **options)
 
 
 def in_child(run: Settings, seconds: float | None = None, writes: int | None = None) -> int:
@@ -59,10 +57,10 @@ def in_child(run: Settings, seconds: float | None = None, writes: int | None = N
         os.setpgid(0, 0)
         try:
             if writes is not None:
-                fsync, left = os.fsync, iter(range(writes))
+                fsync, remaining = os.fsync, iter(range(writes))
 
                 def counted(descriptor: int) -> None:
-                    if next(left, None) is None:
+                    if next(remaining, None) is None:
                         os.kill(os.getpid(), signal.SIGKILL)
                     fsync(descriptor)
 
@@ -80,9 +78,7 @@ def in_child(run: Settings, seconds: float | None = None, writes: int | None = N
         os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(
-            child, signal.SIGKILL
-        )  # a worker that had just been forked would wait for its parent for ever
+        os.killpg(child, signal.SIGKILL)  # a worker just forked would wait for its parent for ever
     return status
 
 

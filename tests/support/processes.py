@@ -1,6 +1,4 @@
-"""Runs training in forked processes of one machine, everything imported once.
-
-A script, see test_distributed.py.
+"""A script that trains in forked processes of one machine, all imported once; see test_distributed.py.
 
     python tests/support/processes.py < JOBS
 
@@ -49,15 +47,11 @@ def free_port() -> int:
 
 
 def work(job: dict, rank: int, port: int) -> int:
-    """Train as process `rank` of a job; its exit status."""
+    """Train as process `rank` of a job, and return its exit status."""
     size = str(job["processes"])
     if job["processes"] > 1:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": size,
-            "LOCAL_WORLD_SIZE": size,
-        }
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if job.get("sharded"):
         os.environ |= SHARDED
@@ -73,13 +67,14 @@ def work(job: dict, rank: int, port: int) -> int:
                 os.kill(os.getpid(), number)
 
         Trainer._update = signalled
-    values, seeds, seed_update = job["settings"], [], flashkat_hf.training.trainer.seed_update
+    values, seeds, seed_update = job["settings"], [], flashkat_hf.training.optimization.seed_update
 
     def noted(*numbers: int) -> None:
         seed_update(*numbers)
         seeds.append(torch.initial_seed())
 
-    flashkat_hf.training.trainer.seed_update = noted
+    for module in (flashkat_hf.training.run, flashkat_hf.training.trainer):
+        module.seed_update = noted
     settings = small_run(Path(values.pop("data")), Path(values.pop("output")), **values)
     try:
         train(settings)

@@ -3,28 +3,24 @@
 import json
 import os
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import DistributedType
 from small_runs import after_step, losses, weights
 
-from flashkat_hf.training import trainer as loop
-from flashkat_hf.training.recipe import Settings
-from flashkat_hf.training.trainer import compile_mode
+from flashkat_hf.training import run as assembly
 
 
 def test_training_is_in_mixed_precision_and_evaluation_is_not(run, monkeypatch):
     dtypes = []
-    build = loop.build_model
+    build = assembly.build_model
 
     def built(settings, class_names):
         model, processor = build(settings, class_names)
         model.classifier.register_forward_hook(lambda *given: dtypes.append((model.training, given[2].dtype)))
         return model, processor
 
-    monkeypatch.setattr(loop, "build_model", built)
+    monkeypatch.setattr(assembly, "build_model", built)
     run(precision="bf16", max_steps=1)
     assert set(dtypes) == {(True, torch.bfloat16), (False, torch.float32)}
 
@@ -56,23 +52,6 @@ def test_on_a_gpu_a_run_is_compiled_in_bfloat16_and_measured(run):
     assert 0 < summary["images_per_second"] <= summary["step_images_per_second"] * 1.01
     plain = run("plain", max_steps=3, ema_decay=0.5, mixup=0.8, compile=False)
     assert losses(output) == pytest.approx(losses(plain), rel=0.05)
-
-
-def test_cuda_graphs_where_they_serve():
-    """Gradients that accumulate would be overwritten by the next replay."""
-
-    def mode(device="cuda", kind=DistributedType.NO, accumulate=1, **settings) -> str | None:
-        accelerator = SimpleNamespace(device=torch.device(device), distributed_type=kind)
-        return compile_mode(Settings(**settings), accelerator, accumulate)  # pyright: ignore[reportArgumentType]
-
-    assert mode() == mode(kind=DistributedType.MULTI_GPU) == "reduce-overhead"
-    assert (
-        mode("cpu")
-        is mode(kind=DistributedType.FSDP)
-        is mode(accumulate=2)
-        is mode(cuda_graphs=False)
-        is None
-    )
 
 
 @pytest.mark.gpu

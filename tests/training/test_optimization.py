@@ -67,7 +67,7 @@ def test_what_is_frozen_is_in_no_group():
 
 
 def test_the_learning_rate_falls_with_depth():
-    """The head learns at the full rate, the last block and norm at half of it, each block below at half of the last."""
+    """The head learns at the full rate, the last block and norm at half of it, and so on downwards."""
     model = FlashKATForImageClassification(micro_config())
     settings = Settings(layer_decay=0.5, learning_rate=1e-2, warmup_epochs=0)
     optimizer = make_optimizer(model, settings, torch.device("cpu"))
@@ -111,7 +111,7 @@ def test_the_optimiser_is_the_papers():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_mixing_mixes_images_and_labels_alike(seed):
-    """The label says which part of the pixels is whose, for mixup (all pixels mixed) and for cutmix (a box)."""
+    """The label says whose the pixels are, for mixup (all pixels mixed) and for cutmix (a box)."""
     seed_update(seed, 0, 0)
     mixing = Mixing(Settings(mixup=0.8, cutmix=1.0, label_smoothing=0.0), num_labels=4)
     images = torch.eye(4)[:, :, None, None].expand(4, 4, 16, 16).clone()  # channel i is on in image i

@@ -60,7 +60,8 @@ def test_the_command_line_goes_before_the_recipe():
 def test_a_recipe_of_ones_own(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
-        "epochs: 3\nlearning_rate: 2e-4\nrand_augment: null\ntrackers: [wandb, trackio]\nmodel: null\nresume: yes"
+        "epochs: 3\nlearning_rate: 2e-4\nrand_augment: null\ntrackers: [wandb, trackio]\n"
+        "model: null\nresume: yes"
     )
     settings = parsed("--recipe", path)
     assert (settings.epochs, settings.learning_rate, settings.augmentation.rand_augment) == (3, 2e-4, None)
@@ -77,21 +78,6 @@ def test_defaults_that_depend_on_others(tmp_path):
     assert parsed("--data", "photos", recipe="finetune").size == "tiny"
     assert parsed("--data", "photos", "--model", "m", recipe="finetune").size is None
     assert [parsed("--epochs", n).warmup_epochs for n in (1, 20, 300)] == [0.1, 2, 5]
-
-
-def test_batches_are_shared_out():
-    settings = Settings(batch_size=96, micro_batch=8)
-    assert [settings.micro_batches(n) for n in (1, 2, 3, 4, 12)] == [(8, 12), (8, 6), (8, 4), (8, 3), (8, 1)]
-    assert Settings(batch_size=96).micro_batches(3) == (32, 1)
-    for processes, message in (
-        (5, "--batch_size: 96 cannot be shared out to 5 processes with --micro_batch 8"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            settings.micro_batches(processes)
-    with pytest.raises(ValueError, match=r"--batch_size: 10 cannot be shared out to 4 processes$"):
-        Settings(batch_size=10).micro_batches(4)
-    with pytest.raises(ValueError, match="--micro_batch: mixing pairs images, so 5 of a device"):
-        Settings(batch_size=10, mixup=0.8).micro_batches(2)
 
 
 def test_settings_are_saved_flat():
@@ -162,14 +148,3 @@ def test_recipes_are_what_yaml_says():
         for name, value in yaml.safe_load(path.read_text()).items():
             kind = {item.name: item.type for item in fields(Settings)}.get(name)
             assert kind not in (int, float) or isinstance(value, int | float), (path, name)
-
-
-def test_worker_processes_follow_the_cores(monkeypatch):
-    """Shared by the processes of a machine; the digits are in memory."""
-    monkeypatch.setattr("flashkat_hf.training.recipe.cores", lambda: 12)
-    assert (Settings(data="photos").worker_processes(), Settings().worker_processes()) == (12, 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert (Settings(data="photos").worker_processes(), Settings().worker_processes()) == (1, 0)
-    assert Settings(data="photos", workers=5).worker_processes() == 5
-    monkeypatch.setattr("flashkat_hf.training.recipe.cores", lambda: 512)
-    assert Settings(data="photos").worker_processes() == 16

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from small_runs import contents, make_images, metrics
 
-from flashkat_hf.training import trainer as loop
+from flashkat_hf.training import run as assembly
 
 
 def test_an_existing_output_is_refused_and_kept(run):
@@ -89,7 +89,7 @@ def damage_classes(root: Path) -> None:
 )
 def test_bad_data_is_refused_before_the_model_is_built(run, tmp_path, monkeypatch, damage, message):
     damage(make_images(tmp_path / "photos"))
-    monkeypatch.setattr(loop, "build_model", None)
+    monkeypatch.setattr(assembly, "build_model", None)
     with pytest.raises(ValueError, match=message) as caught:
         run(data=tmp_path / "photos")
     assert "\n" not in str(caught.value)
@@ -107,7 +107,7 @@ def test_bad_data_is_refused_before_the_model_is_built(run, tmp_path, monkeypatc
 def test_settings_that_do_not_serve_are_refused_before_the_model_is_built(
     run, tmp_path, monkeypatch, settings, message
 ):
-    monkeypatch.setattr(loop, "build_model", None)
+    monkeypatch.setattr(assembly, "build_model", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=message):
         run(**settings)

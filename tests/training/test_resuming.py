@@ -1,4 +1,4 @@
-"""Runs that end early, by a signal, a kill, a loss that is not finite or a full disk, and go on to the same bits."""
+"""Runs that end early, by a signal, a kill, a bad loss or a full disk, and go on to the same bits."""
 
 import errno
 import json
@@ -18,6 +18,7 @@ from small_runs import after_step, contents, make_images, metrics, small_run, we
 
 from flashkat_hf.data.augmentation import Augmentation
 from flashkat_hf.data.batches import TrainBatches
+from flashkat_hf.training import run as assembly
 from flashkat_hf.training import train
 from flashkat_hf.training import trainer as loop
 from flashkat_hf.training.state import Checkpoints
@@ -53,16 +54,19 @@ def test_killed_at_any_point_and_resumed_to_the_bit(tmp_path, kills, workers, de
 
 
 def test_a_run_saves_and_compares_what_auto_became(tmp_path, monkeypatch):
+    """The caller's settings stay as they are."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     images, output = make_images(tmp_path / "images"), tmp_path / "run"
 
     def settings(on_device: str):
-        made = small_run(images, output, epochs=1, resume=True)
-        made.augmentation = Augmentation(rand_augment=None, erasing=0.5, on_device=on_device)
-        return made
+        values = small_run(images, output, epochs=1, resume=True)
+        values.augmentation = Augmentation(rand_augment=None, erasing=0.5, on_device=on_device)
+        return values
 
     try:
-        train(settings("auto"))
+        given = settings("auto")
+        train(given)
+        assert given == settings("auto")
         assert json.loads((output / "settings.json").read_text())["on_device"] == "nothing"
         assert train(settings("auto")) is None  # the same run, and complete
         with pytest.raises(ValueError, match=r"other settings: on_device was nothing and is augmentation$"):
@@ -161,7 +165,7 @@ def test_weights_that_are_not_finite_are_not_saved(run, monkeypatch):
     """Though no loss has shown it yet."""
 
     def spoil(trainer) -> None:
-        trainer.model.classifier.bias.data[0] = math.inf
+        trainer.model.module.classifier.bias.data[0] = math.inf
 
     after_step(monkeypatch, 4, spoil)
     with pytest.raises(
@@ -213,7 +217,10 @@ def test_a_disk_that_is_really_full(run, small_disk, kilobytes):
     """
     small_disk(kilobytes)
     settings = {"checkpoint_steps": 2, "epochs": 3}
-    full = r"^[^\n]*(No space left on device|perhaps the disk is full)[^\n]*; last good checkpoint: (none|\S+/step-\d)$"
+    full = (
+        r"^[^\n]*(No space left on device|perhaps the disk is full)[^\n]*; "
+        r"last good checkpoint: (none|\S+/step-\d)$"
+    )
     with pytest.raises(OSError, match=full):
         run("disk/run", **settings)
     small_disk(20_000)
@@ -232,7 +239,7 @@ def test_another_run_is_not_gone_on_with(run, monkeypatch, images, tmp_path):
     output = tmp_path / "run"
     before = contents(output)
     built = []
-    monkeypatch.setattr(loop, "build_model", lambda *_: built.append(1))
+    monkeypatch.setattr(assembly, "build_model", lambda *_: built.append(1))
     for message, settings in (
         (r"other settings: epochs was 2 and is 3$", {"epochs": 3, "warmup_epochs": 0.2}),
         (r"other settings: mixup was 0.0 and is 0.8, seed was 0 and is 1$", {"mixup": 0.8, "seed": 1}),

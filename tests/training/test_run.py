@@ -14,21 +14,23 @@ from small_runs import after_step, losses, metrics, weights
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from flashkat_hf.data.samples import open_image
+from flashkat_hf.training import run as assembly
 from flashkat_hf.training import trainer as loop
+from flashkat_hf.training.feed import Feed
 from flashkat_hf.training.run_folder import CONTENTS
 from flashkat_hf.training.speed import loading_rate
-from flashkat_hf.training.trainer import Trainer
 
 SUMMARY = (
-    "data num_train_images num_test_images num_labels image_size epochs steps batch_size top1 top5 top1_raw top1_ema "
-    "weights best_epoch images_per_second data_images_per_second step_images_per_second peak_memory_gib device "
-    "num_processes precision compiled started_from seed skipped_updates skipped_images seconds versions commit"
+    "data num_train_images num_test_images num_labels image_size epochs steps batch_size top1 top5 top1_raw "
+    "top1_ema weights best_epoch images_per_second data_images_per_second step_images_per_second "
+    "peak_memory_gib device num_processes precision compiled started_from seed skipped_updates "
+    "skipped_images seconds versions commit"
 )
 
 
 def seen(monkeypatch, see) -> None:
     """Call `see(model, images, targets)` at each forward pass in training."""
-    build = loop.build_model
+    build = assembly.build_model
 
     def built(settings, class_names):
         model, processor = build(settings, class_names)
@@ -40,7 +42,7 @@ def seen(monkeypatch, see) -> None:
         model.register_forward_pre_hook(before, with_kwargs=True)
         return model, processor
 
-    monkeypatch.setattr(loop, "build_model", built)
+    monkeypatch.setattr(assembly, "build_model", built)
 
 
 def test_the_bar_says_where_a_run_stands(run, capsys):
@@ -163,19 +165,19 @@ def test_every_update_reaches_the_averaged_weights(run, monkeypatch):
     history, averages = [], []
 
     def note(trainer) -> None:
-        history.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+        history.append({name: tensor.clone() for name, tensor in trainer.model.module.state_dict().items()})
 
     for step in range(1, 7):
         after_step(monkeypatch, step, note)
-    after_step(monkeypatch, 6, lambda trainer: averages.append(trainer.average.state_dict()))
-    build = loop.build_model
+    after_step(monkeypatch, 6, lambda trainer: averages.append(trainer.model.average.state_dict()))
+    build = assembly.build_model
 
     def built(settings, class_names):
         model, processor = build(settings, class_names)
         history.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return model, processor
 
-    monkeypatch.setattr(loop, "build_model", built)
+    monkeypatch.setattr(assembly, "build_model", built)
     run(ema_decay=0.5)
     expected, *updates = history
     assert len(updates) == 6
@@ -230,13 +232,7 @@ def test_batches_made_in_the_background_change_nothing(run, monkeypatch):
     """As on a GPU; mixing and stochastic depth draw meanwhile. A run that stops in an epoch goes on alike."""
     options = {"epochs": 3, "workers": 1, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.5}
     plain = run("plain", **options)
-    load = Trainer._load_data
-
-    def load_for_the_background(trainer) -> None:
-        load(trainer)
-        trainer.in_background = True
-
-    monkeypatch.setattr(Trainer, "_load_data", load_for_the_background)
+    monkeypatch.setattr(Feed, "in_background", property(lambda _: True, lambda *_: None), raising=False)
     assert losses(run("ahead", **options)) == losses(plain)
     with monkeypatch.context() as patch:
         after_step(patch, 4, lambda _: os.kill(os.getpid(), signal.SIGTERM))
@@ -260,7 +256,7 @@ def test_the_model_trains_in_training_mode_and_at_the_schedules_rate(run, monkey
 
 def test_the_groups_of_the_recipe_reach_the_optimiser(run, monkeypatch):
     groups = []
-    after_step(monkeypatch, 1, lambda trainer: groups.append(trainer.optimizer.param_groups))
+    after_step(monkeypatch, 1, lambda trainer: groups.append(trainer.model.optimizer.param_groups))
     run(weight_decay=0.2, beta2=0.95, eps=1e-6, layer_decay=0.5, max_steps=1)
     assert {group["weight_decay"] for group in groups[0]} == {0.0, 0.2}
     assert {group["lr_scale"] for group in groups[0]} == {0.5**power for power in range(6)}
@@ -272,7 +268,7 @@ def test_coefficients_are_left_out_of_the_decay(run, monkeypatch):
     decayed = []
 
     def count(trainer) -> None:
-        groups = trainer.optimizer.param_groups
+        groups = trainer.model.optimizer.param_groups
         decayed.append(sum(len(group["params"]) for group in groups if group["weight_decay"]))
 
     after_step(monkeypatch, 1, count)
@@ -287,7 +283,7 @@ def test_clipping(run, monkeypatch):
     norms = []
 
     def note(trainer) -> None:
-        moments = [state["exp_avg"] for state in trainer.optimizer.state.values()]
+        moments = [state["exp_avg"] for state in trainer.model.optimizer.state.values()]
         norms.append(torch.nn.utils.get_total_norm(moments).item() * 10)
 
     after_step(monkeypatch, 1, note)

@@ -1,0 +1,98 @@
+"""The plan of a run: all that follows from its settings and devices, decided before anything is built."""
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator, DistributedType
+
+from ..data.samples import Examples, ImageData
+from .recipe import Settings
+from .speed import cores
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions of a run; its settings are a copy of the caller's, the augmentation's "auto" decided."""
+
+    settings: Settings
+    num_processes: int
+    precision: str  # "no" or "bf16"
+    micro_batch: int  # images of a process at a time
+    accumulate: int  # micro-batches of an update, in each process
+    workers: int  # processes that read images, for each process
+    sharded: bool  # the weights are spread over the processes (FSDP)
+    compiled: bool  # the training pass goes through torch.compile
+    compile_mode: str | None  # of torch.compile; None is its default
+
+    def describe(self, data: ImageData) -> dict[str, Any]:
+        """Return what settings.json says of a run: settings, decisions, and which data it has."""
+        stream_workers = None
+        if not isinstance(data.train, Examples):  # a stream's order follows from them
+            stream_workers = max(1, min(self.workers, data.train.most_workers(self.num_processes)))
+        return self.settings.to_dict() | {
+            "precision": self.precision,
+            "compile": self.compiled,
+            "micro_batch": self.micro_batch,
+            "num_processes": self.num_processes,
+            "stream_workers": stream_workers,
+            "class_names": data.class_names,
+            "data_fingerprint": data.fingerprint,
+        }
+
+
+def resolve(settings: Settings, accelerator: Accelerator) -> Plan:
+    """Return the plan of a run, if its batches can be shared out; the settings stay as they are."""
+    micro_batch, accumulate = micro_batches(settings, accelerator.num_processes)
+    settings = copy.deepcopy(settings)
+    settings.augmentation = settings.augmentation.resolved(accelerator.device, settings.in_memory)
+    return Plan(
+        settings=settings,
+        num_processes=accelerator.num_processes,
+        precision=accelerator.mixed_precision,
+        micro_batch=micro_batch,
+        accumulate=accumulate,
+        workers=worker_processes(settings),
+        sharded=accelerator.distributed_type == DistributedType.FSDP,
+        compiled=accelerator.device.type == "cuda" if settings.compile is None else settings.compile,
+        compile_mode=compile_mode(settings, accelerator, accumulate),
+    )
+
+
+def micro_batches(settings: Settings, num_processes: int) -> tuple[int, int]:
+    """Return the images of a process at a time, and how many such micro-batches an update accumulates.
+
+    Raises:
+        ValueError: the batch cannot be shared out so, or mixing cannot pair its images.
+    """
+    batch_size = settings.batch_size
+    micro_batch = settings.micro_batch or batch_size // num_processes
+    if not micro_batch or batch_size % (micro_batch * num_processes):
+        share = f" with --micro_batch {micro_batch}" if settings.micro_batch else ""
+        raise ValueError(
+            f"--batch_size: {batch_size} cannot be shared out to {num_processes} processes{share}"
+        )
+    if (settings.mixup or settings.cutmix) and micro_batch % 2:
+        raise ValueError(
+            f"--micro_batch: mixing pairs images, so {micro_batch} of a device at a time must be even"
+        )
+    return micro_batch, batch_size // (micro_batch * num_processes)
+
+
+def worker_processes(settings: Settings) -> int:
+    """Return the number of processes that read images for each process; default: its share of the cores."""
+    if settings.workers is not None:
+        return settings.workers
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(1, max(0, share - 1)) if settings.in_memory else min(16, max(1, share))
+
+
+def compile_mode(settings: Settings, accelerator: Accelerator, accumulate: int) -> str | None:
+    """Return torch.compile's mode, with CUDA graphs where they serve: the host has time for the batches then.
+
+    They do not serve where gradients accumulate: a replay writes where those of the replay before are.
+    """
+    replicated = accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
+    serve = replicated and accelerator.device.type == "cuda" and accumulate == 1
+    return "reduce-overhead" if serve and settings.cuda_graphs else None

@@ -1,0 +1,56 @@
+"""The log of a run: a progress bar, lines of metrics.jsonl, and the same numbers to trackers."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ..files import write_text
+from ..messages import extra
+from .recipe import Settings
+from .run_folder import RunFolder
+
+
+class RunLog:
+    """The log of a run; only the main process writes and shows something."""
+
+    def __init__(self, accelerator: Accelerator, folder: RunFolder):
+        self.accelerator = accelerator
+        self.folder = folder
+        self.main = accelerator.is_main_process
+        self.bar: Any = None  # until `show`
+
+    def begin(self, settings: Settings, checkpoint: Path | None) -> None:
+        """Start metrics.jsonl with the lines of a checkpoint, and the trackers with the settings."""
+        if self.main:
+            lines = (checkpoint / self.folder.metrics.name).read_text() if checkpoint else ""
+            write_text(self.folder.metrics, lines)
+            values = settings.to_dict().items()
+            config = {name: value for name, value in values if isinstance(value, str | int | float)}
+            self.accelerator.init_trackers("flashkat", config)
+
+    def show(self, step: int, num_steps: int) -> Any:
+        """Return the progress bar, which closes itself as a context manager."""
+        self.bar = extra("tqdm").tqdm(
+            total=num_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
+            disable=not self.main,
+        )
+        return self.bar
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self.main:
+            self.bar.write(text)
+
+    def note(self, line: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl, and its numbers to the trackers."""
+        if self.main:
+            self.folder.log(line)
+        prefix = "train/" if "kind" in line else "epoch/"
+        values = {prefix + name: value for name, value in line.items() if isinstance(value, int | float)}
+        self.accelerator.log(values, step=line["step"])

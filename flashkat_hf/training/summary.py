@@ -1,0 +1,101 @@
+"""The summary of a run: how good its model is, what it took, and what it ran on."""
+
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._version import __version__
+from ..data.samples import ImageData
+from .plan import Plan
+from .state import Progress
+
+PACKAGES = ("transformers", "accelerate", "timm", "triton")
+RATES = ("images_per_second", "data_images_per_second", "step_images_per_second")
+
+
+def summarize(
+    plan: Plan,
+    device: torch.device,
+    data: ImageData,
+    progress: Progress,
+    image_size: int,
+    metrics: list[dict[str, Any]],
+    results: dict[str, Any],
+    weights: str,
+) -> dict[str, Any]:
+    """Return what summary.json says of a model whose `weights` ("raw" or "ema") had these `results`."""
+    settings = plan.settings
+    suffix = "_ema" if weights == "ema" else ""
+    lines = [line for line in metrics if RATES[0] in line]
+    return {
+        "data": settings.data or "digits",
+        "num_train_images": data.train.num_images,
+        "num_test_images": results["count"],
+        "num_labels": len(data.class_names),
+        "image_size": image_size,
+        "epochs": progress.epoch,
+        "steps": progress.step,
+        "batch_size": settings.batch_size,
+        "top1": results[f"top1{suffix}"],
+        "top5": results[f"top5{suffix}"],
+        "top1_raw": results["top1"],
+        "top1_ema": results.get("top1_ema"),
+        "weights": weights,
+        "best_epoch": progress.best["epoch"],
+        **{rate: statistics.median(line[rate] for line in lines) if lines else None for rate in RATES},
+        "peak_memory_gib": round(progress.peak_memory / 2**30, 2) if progress.peak_memory else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
+        "num_processes": plan.num_processes,
+        "precision": plan.precision,
+        "compiled": plan.compiled,
+        "started_from": settings.model,
+        "seed": settings.seed,
+        "skipped_updates": progress.skipped,
+        "skipped_images": len(progress.unreadable),
+        "seconds": round(progress.seconds, 1),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def score(results: dict[str, Any]) -> float:
+    """Return the better of the raw and the averaged weights' accuracies; -1 where nothing was evaluated."""
+    return max(results.get("top1", -1.0), results.get("top1_ema", -1.0))
+
+
+def best_weights(results: dict[str, Any]) -> str:
+    """Return "ema" if the averaged weights are more accurate than the raw ones, else "raw"."""
+    return "ema" if results.get("top1_ema", -1.0) > results["top1"] else "raw"
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and the packages that a result depends on; None for an absent one."""
+    numbers: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in PACKAGES:
+        try:
+            numbers[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            numbers[name] = None
+    return {**numbers, "flashkat_hf": __version__}
+
+
+def commit() -> str | None:
+    """Return the git commit of this package's checkout, with "-dirty" if files differ; None outside git."""
+    here = Path(__file__)
+    texts = []
+    for arguments in (
+        ["ls-files", "--error-unmatch", here.name],  # else it is installed somewhere below another repository
+        ["rev-parse", "HEAD"],
+        ["status", "--porcelain", "--untracked-files=no"],
+    ):
+        command = ["git", "-C", here.parent, *arguments]
+        try:
+            texts.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    return texts[1] + ("-dirty" if texts[2] else "")
