@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from operator import length_hint
 from typing import Any
 
@@ -31,19 +32,16 @@ def evaluate(
     The model keeps its mode, training or evaluation.
 
     Args:
-        model: returns logits `(batch, outputs)`, or an object with `logits`; prepared by `accelerator`, or
-            plain.
+        model: returns logits `(batch, outputs)` or an object with `logits`; prepared or plain.
         batches: this process's `EvalBatches`; no image may be in the batches of two processes.
         accelerator: the processes.
-        outputs: for each class of the data, the output of the model that stands for it; default: the same
-            number.
-        mixed_precision: in accelerate's precision, and compiled where the model is; default: in the model's
-            own dtype, as `pipeline` computes.
+        outputs: the model's output for each class of the data; default: the one of the same number.
+        mixed_precision: compute in accelerate's precision, and compiled where the model is; default: in the
+            model's own dtype, as `pipeline` does.
         progress: text of a progress bar on the main process; default: no bar.
 
     Returns:
-        `{"top1", "top5", "loss", "count"}`: parts of the images in [0, 1], mean over the images, number of
-        images.
+        `{"top1", "top5", "loss", "count"}`: parts of the images in [0, 1], mean loss, number of images.
 
     Raises:
         ValueError: there are no images, or a label has no output.
@@ -82,16 +80,14 @@ def _sums(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([loss.new_tensor(len(labels)), hits[:, 0].sum(), hits.sum(), loss])
 
 
-def _forward(model: nn.Module, accelerator: Accelerator, mixed_precision: bool):
+def _forward(model: nn.Module, accelerator: Accelerator, mixed_precision: bool) -> Callable[[Tensor], Tensor]:
+    """Return the function from images to logits, in accelerate's precision or in the model's own."""
     if mixed_precision or accelerator.distributed_type in SHARDED:
-        return lambda images: _logits(accelerator.unwrap_model(model)(images))
-    plain = accelerator.unwrap_model(model, keep_torch_compile=False)
-    # the class's own forward: accelerate wraps the object's in mixed precision
-    return lambda images: _logits(type(plain).forward(plain, images))
-
-
-def _logits(output) -> Tensor:
-    return getattr(output, "logits", output)
+        forward = accelerator.unwrap_model(model)
+    else:  # the class's own forward: accelerate wraps the object's in mixed precision
+        plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+        forward = partial(type(plain).forward, plain)
+    return lambda images: getattr(output := forward(images), "logits", output)
 
 
 def _in_step(batches: Iterable, accelerator: Accelerator) -> Iterator[tuple[dict[str, Tensor], bool]]:
@@ -123,10 +119,6 @@ def match_classes(class_names: Sequence[str], outputs: Sequence[str]) -> tuple[l
     The rules, in this order: the same names; WordNet ids as class names and a model of ImageNet's classes, by
     timm's table; names that agree but for case, underscores and synonyms ("tench, Tinca tinca" for "tench");
     as many outputs without names ("LABEL_0") as classes, in sorted order.
-
-    Args:
-        class_names: of the data.
-        outputs: names of the model's outputs, by index.
 
     Returns:
         The index of the output for each class, and the rule in words.

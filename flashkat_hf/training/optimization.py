@@ -55,13 +55,8 @@ def parameter_groups(
 def make_optimizer(model: nn.Module, settings: Settings, device: torch.device) -> torch.optim.Optimizer:
     """Return AdamW over the model's parameter groups, fused where PyTorch has it."""
     groups = parameter_groups(model, settings.weight_decay, settings.decay_coefficients, settings.layer_decay)
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=device.type in ("cuda", "cpu"),
-    )
+    options = {"betas": (settings.beta1, settings.beta2), "fused": device.type in ("cuda", "cpu")}
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, eps=settings.eps, **options)
 
 
 class Schedule:

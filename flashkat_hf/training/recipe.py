@@ -131,7 +131,8 @@ class Settings:
         if problem := self._contradiction():
             raise ValueError(problem)
         if self.output is None:
-            self.output = Path("runs", self.data_name)
+            name = "digits" if self.in_memory else Path(str(self.data)).resolve().name
+            self.output = Path("runs", name or "data")
         if self.model is None and self.size is None:
             self.size = "tiny"
         if self.learning_rate is None:
@@ -159,11 +160,6 @@ class Settings:
     def in_memory(self) -> bool:
         """True if the images are in memory and no file is read: the digits."""
         return self.data in (None, "digits")
-
-    @property
-    def data_name(self) -> str:
-        """A word for the data, for file names."""
-        return "digits" if self.in_memory else Path(str(self.data)).resolve().name or "data"
 
     def data_options(self) -> dict[str, Any]:
         """Return the options of `open_data` that are set."""
@@ -198,8 +194,7 @@ def parse(arguments: Sequence[str], recipe: str, recipes: Path, description: str
     """Return the settings of a command line; what it does not name comes from a recipe.
 
     Args:
-        arguments: the command line, less the script. `--recipe` names a file, or one in `recipes` without its
-            suffix.
+        arguments: the command line, less the script; its `--recipe` is a file or a name in `recipes`.
         recipe: the recipe where the command line names none.
         recipes: folder of the named recipes.
         description: for `--help`.
@@ -231,17 +226,14 @@ def parse(arguments: Sequence[str], recipe: str, recipes: Path, description: str
 def _add_augmentation(parser: HfArgumentParser) -> None:
     group = parser.add_argument_group("augmentation", "see flashkat_hf.data.augmentation.Augmentation")
     for item in fields(Augmentation):
+        numbers = isinstance(item.default, float | tuple)
         group.add_argument(
             f"--{item.name}",
             f"--{item.name.replace('_', '-')}",
             default=item.default,
-            type=float if isinstance(item.default, float | tuple) else _text_or_none,
+            type=float if numbers else lambda text: None if text.lower() == "none" else text,
             nargs=len(item.default) if isinstance(item.default, tuple) else None,
         )
-
-
-def _text_or_none(text: str) -> str | None:
-    return None if text.lower() == "none" else text
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -267,10 +259,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def _as_flags(values: dict[str, Any]) -> list[str]:
     """Return a recipe's values as the command line would give them, so that both are checked alike."""
-    optional = {item.name for item in fields(Settings)}  # whose None is the default
     flags = []
     for name, value in values.items():
-        if value != [] and not (value is None and name in optional):
+        if value != [] and (
+            value is not None or name not in Settings.__dataclass_fields__
+        ):  # None: the default
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags
 

@@ -77,8 +77,8 @@ def train(
     pushes = settings.push_to and main and not on_model
     with _pushing(settings, folder) if pushes else nullcontext(on_model) as on_model:
         seed_update(settings.seed, 2**31, 0)  # weights: alike in every process, and as no update
-        built, processor = (build or build_model)(plan.settings, data.class_names)
-        model = PreparedModel(plan, accelerator, built, processor)
+        network, processor = (build or build_model)(plan.settings, data.class_names)
+        model = PreparedModel(plan, accelerator, network, processor)
         feed = Feed(plan, accelerator, data, processor)
         trainer = Trainer(plan, accelerator, data, model, feed, folder, checkpoints, StopSignals(), on_model)
         if main:

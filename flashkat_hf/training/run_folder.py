@@ -96,11 +96,6 @@ class RunFolder:
             raise ValueError(f"--resume: {self.path} was made with other settings: {', '.join(changes)}")
         return earlier
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
     def lines(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl."""
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]

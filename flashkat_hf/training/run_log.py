@@ -1,5 +1,6 @@
 """The log of a run: a progress bar, lines of metrics.jsonl, and the same numbers to trackers."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ class RunLog:
     def note(self, line: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl, and its numbers to the trackers."""
         if self.main:
-            self.folder.log(line)
+            with self.folder.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         prefix = "train/" if "kind" in line else "epoch/"
         values = {prefix + name: value for name, value in line.items() if isinstance(value, int | float)}
         self.accelerator.log(values, step=line["step"])

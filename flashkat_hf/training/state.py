@@ -91,8 +91,8 @@ class Checkpoints:
             self._prune()
 
         try:
-            for action, everywhere in ((prepare, False), (write, True), (complete, False)):
-                _together(action if main or everywhere else lambda: None, agree)
+            for action, takes_part in ((prepare, main), (write, True), (complete, main)):
+                _together(action if takes_part else lambda: None, agree)
         except OSError:
             if main:
                 shutil.rmtree(new, ignore_errors=True)

@@ -86,16 +86,17 @@ def versions() -> dict[str, str | None]:
 
 def commit() -> str | None:
     """Return the git commit of this package's checkout, with "-dirty" if files differ; None outside git."""
-    here = Path(__file__)
-    texts = []
-    for arguments in (
-        ["ls-files", "--error-unmatch", here.name],  # else it is installed somewhere below another repository
-        ["rev-parse", "HEAD"],
-        ["status", "--porcelain", "--untracked-files=no"],
-    ):
-        command = ["git", "-C", here.parent, *arguments]
-        try:
-            texts.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
-        except (OSError, subprocess.CalledProcessError):
-            return None
-    return texts[1] + ("-dirty" if texts[2] else "")
+    file = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", file.parent, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git(
+            "ls-files", "--error-unmatch", file.name
+        )  # else it is installed somewhere below another repository
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -236,10 +236,9 @@ class Trainer:
         return accuracies
 
     def _summary(self, results: dict[str, Any], weights: str) -> dict[str, Any]:
-        size, metrics = self.model.processor.crop_size["height"], self.folder.lines()
-        return summarize(
-            self.plan, self.accelerator.device, self.data, self.progress, size, metrics, results, weights
-        )
+        device, size = self.accelerator.device, self.model.processor.crop_size["height"]
+        parts = (self.plan, device, self.data, self.progress, size, self.folder.lines())
+        return summarize(*parts, results, weights)
 
     def _write_model(self, name: str, module: nn.Module, results: dict[str, Any], weights: str) -> None:
         """Replace best/ or last/; the one place where a complete model has just appeared."""

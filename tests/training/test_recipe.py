@@ -1,5 +1,6 @@
 """Settings, the recipes of the repository, and what is refused."""
 
+import inspect
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import yaml
 from helpers import ROOT
 
 from flashkat_hf.data.augmentation import Augmentation
-from flashkat_hf.training.recipe import NAMES, Settings, parse, read_recipe
+from flashkat_hf.data.sources import open_data
+from flashkat_hf.training.recipe import DATA, FREE_NAMES, NAMES, Settings, parse, read_recipe
 
 RECIPES = ROOT / "examples" / "recipes"
 
@@ -84,6 +86,19 @@ def test_settings_are_saved_flat():
     values = Settings().to_dict()
     assert set(values) == set(NAMES)
     assert {item.name for item in fields(Augmentation)} <= set(values)
+
+
+def test_what_is_known_of_a_setting_stands_at_its_field():
+    marks = {item.name: item.metadata["marks"] for item in fields(Settings) if item.init}
+    taken = {name for name in marks if DATA in marks[name]}
+    assert taken <= set(inspect.signature(open_data).parameters)
+    assert {"output", "workers", "trackers", "push_to"} <= FREE_NAMES
+    assert not FREE_NAMES & (taken | {"seed", "batch_size", "learning_rate", "model"})
+    assert Settings(data="photos", subset="b", train_size=7).data_options() == {
+        "subset": "b",
+        "train_size": 7,
+        "shuffle_buffer": 1000,
+    }
 
 
 @pytest.mark.parametrize(
