@@ -26,12 +26,11 @@ import torch
 from small_runs import make_images, small_run
 from transformers.utils import logging
 
-import flashkat_hf.checkpoints.figures  # noqa: F401 - here, once, rather than in each child
 from flashkat_hf.training import train
 from flashkat_hf.training.recipe import Settings
 
 with contextlib.suppress(ImportError):
-    import matplotlib.figure  # noqa: F401 - likewise
+    import matplotlib.figure  # noqa: F401 - here, once, rather than in each child
 
 
 def settings(folder: Path, name: str, workers: int) -> Settings:

@@ -25,7 +25,6 @@ from accelerate.state import PartialState
 from small_runs import small_run
 from transformers.utils import logging
 
-import flashkat_hf.checkpoints.figures
 import flashkat_hf.training.run
 import flashkat_hf.training.trainer
 from flashkat_hf.training import train
