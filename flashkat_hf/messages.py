@@ -1,4 +1,4 @@
-"""What the package says to its user: errors in one line, warnings, missing packages. It knows no other file of it."""
+"""What the package says to its user: errors in one line, warnings, missing packages."""
 
 import importlib
 import sys
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def one_line(problem: object, longest: int = 300) -> str:
-    """Return an error or a text as one line: the system's reason of an OSError, else its text, else its class."""
+    """Return a text, or the reason of an error, as one line; the class of an error that says nothing."""
     text = getattr(problem, "strerror", None) or str(problem)
     line = " ".join(str(text).split()) or type(problem).__name__
     return line if len(line) <= longest else f"{line[:longest]}..."

@@ -14,7 +14,12 @@ from flashkat_hf.checkpoints.remote_code import CODE_FILES
 
 PACKAGE = ROOT / "flashkat_hf"
 TOP = {"__init__", "cli"}  # files beside the folders; they may import every folder
-SHARED = {"_version", "files", "hub_errors", "messages"}  # beside the folders; every folder but model may import them
+SHARED = {
+    "_version",
+    "files",
+    "hub_errors",
+    "messages",
+}  # beside the folders; every folder but model may import them
 MAY_IMPORT = {  # which other folders a folder may import
     "model": set(),
     "data": set(),
