@@ -9,7 +9,8 @@ A sequence is whole blocks and, where few tokens are left, a rest (`attention_bl
 edge, the rest or else the first tokens, before its loop over the others: with a rest that needs no masks, and
 it always starts from a product instead of zeros, or ptxas would serialize its matrix instructions. The rest's
 keys are too few for programs of their own, which cost nearly as much as others: each block of queries writes
-what it adds to their gradients, and short programs add that up.
+what it adds to their gradients, and short programs add that up. Why so: docs/notes/attention-layout.md and
+ptxas-serialized-products.md.
 """
 
 import torch
@@ -95,7 +96,7 @@ def packed_attention_forward_kernel(
     channel = tl.arange(0, HEAD_DIM)[None, :]
     query = tl.program_id(0) * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
     q = tl.load(qkv_ptr + tl.minimum(query, num_tokens - 1)[:, None] * 3 * width + channel)
-    scale = tl.cast(scale, tl.float32) * LOG2_E  # torch.compile passes float64
+    scale = tl.cast(scale, tl.float32) * LOG2_E  # torch.compile passes float64: docs/notes/float64-arguments.md
     largest = tl.full([TOKEN_BLOCK], float("-inf"), tl.float32)
     edge, start, end = walk(num_tokens, REST)
     sizes = num_tokens, width, scale
@@ -171,8 +172,7 @@ def queries_gradient(
         key = tl.arange(0, REST)[:, None]
         rest_ptr += ((head * tl.num_programs(0) + block) * 2 * REST + key) * HEAD_DIM + channel
         is_key = edge + key < num_tokens
-        # With both factors transposed instead, ptxas 12.8 (Triton 3.6) makes the first of these products
-        # wrong.
+        # both factors transposed would be wrong by a bug of ptxas: docs/notes/ptxas-wrong-product.md
         tl.store(rest_ptr, tl.dot(tl.trans(edge_score), q), mask=is_key)
         tl.store(rest_ptr + REST * HEAD_DIM, tl.dot(tl.trans(edge_p), grad_y), mask=is_key)
     for first in tl.range(start, end, STEP, num_stages=STAGES):

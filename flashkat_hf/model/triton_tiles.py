@@ -68,6 +68,8 @@ def norm_tile(
 ) -> NormTile:
     """Return a tile for kernels that reduce along a row: a row at a time, or as many as fill a warp.
 
+    Why so: docs/notes/norm-layout.md.
+
     A thread's segment lies in one group and has at most 12 channels, whose sums fit in registers; of those
     sizes the one that leaves the fewest threads idle, then the longest one. A row of 192, 384 or 768 channels
     takes 16, 32 or 64 threads, all of them busy. Programs walk over the rows, as many as a multiprocessor's
