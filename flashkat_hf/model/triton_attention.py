@@ -96,7 +96,7 @@ def packed_attention_forward_kernel(
     channel = tl.arange(0, HEAD_DIM)[None, :]
     query = tl.program_id(0) * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
     q = tl.load(qkv_ptr + tl.minimum(query, num_tokens - 1)[:, None] * 3 * width + channel)
-    scale = tl.cast(scale, tl.float32) * LOG2_E  # torch.compile passes float64: docs/notes/float64-arguments.md
+    scale = tl.cast(scale, tl.float32) * LOG2_E  # float64 when compiled: docs/notes/float64-arguments.md
     largest = tl.full([TOKEN_BLOCK], float("-inf"), tl.float32)
     edge, start, end = walk(num_tokens, REST)
     sizes = num_tokens, width, scale

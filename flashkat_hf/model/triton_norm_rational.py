@@ -69,7 +69,7 @@ def add_norm_rational_forward_kernel(
     lane, segment, column = row_layout(ROWS, SEGMENTS, PARTS, WIDTH)
     in_row = segment < segments_per_row
     hidden_size = segments_per_row * (PARTS * WIDTH)
-    eps = tl.cast(eps, tl.float32)  # torch.compile passes float64: docs/notes/float64-arguments.md
+    eps = tl.cast(eps, tl.float32)  # float64 when compiled: docs/notes/float64-arguments.md
     group = tl.where(in_row, segment // segments_per_group, 0)
     a = load_numerator(numerator_ptr + group * numerator_stride)
     b = load_denominator(denominator_ptr + group * denominator_stride)
