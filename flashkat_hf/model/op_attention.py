@@ -6,7 +6,7 @@ Self-attention of short sequences from the product that holds q, k and v.
 import torch
 from torch import Tensor
 
-from .operators import HALF, by_device, differentiable
+from .operators import HALF, by_device, by_formula, differentiable
 from .reference import packed_attention_gradients, packed_attention_value
 
 try:
@@ -78,6 +78,15 @@ def _gradients(ctx, backward, grad_y: Tensor, *_) -> tuple:
     return grad_qkv, None if ctx.bias_dtype is None else columns.to(ctx.bias_dtype), None, None
 
 
+def _formula_gradients(ctx, grad_y: Tensor) -> tuple:
+    qkv, _, lse = ctx.saved_tensors
+    (grad_qkv,) = by_formula(
+        lambda qkv: packed_attention_value(qkv, lse.shape[1], ctx.scale)[0], (qkv,), grad_y
+    )
+    columns = None if ctx.bias_dtype is None else grad_qkv.sum((0, 1)).to(ctx.bias_dtype)
+    return grad_qkv, columns, None, None
+
+
 _value = by_device(packed_attention_value, packed_attention_forward)
 packed_attention_operator = differentiable(
     "packed_attention",
@@ -85,5 +94,6 @@ packed_attention_operator = differentiable(
     (by_device(packed_attention_gradients, packed_attention_backward), _shapes_of_gradients),
     _save,
     _gradients,
+    _formula_gradients,
     num_outputs=1,
 )

@@ -1,11 +1,13 @@
 """The operators `add_norm_rational`, a residual addition with layer norm and rational, and `norm_beside`."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from .op_rational import check_arguments
-from .operators import by_device, decomposes, differentiable
+from .operators import by_device, by_formula, decomposes, differentiable, needs_formula
 from .reference import (
     add_norm_rational_gradients,
     add_norm_rational_value,
@@ -71,10 +73,10 @@ def add_norm_rational(
         if branch_bias is not None:
             branch = branch + _gradient_alone(branch_bias, branch.dtype)
         total = (residual + branch).to(residual.dtype)
-        normal = layer_norm(total.to(weight.dtype), weight.shape, weight, bias, eps)
+        y = _norm_rational(total, weight, bias, numerator, denominator, eps, branch.dtype)
         if later_bias is not None:
             total = total + _gradient_alone(later_bias, total.dtype)
-        return total, rational_decomposed(normal, numerator, denominator).to(branch.dtype)
+        return total, y
     summands = residual.contiguous(), branch.contiguous()
     tables = numerator.contiguous(), denominator.contiguous()
     return add_norm_rational_operator(*summands, weight, bias, *tables, eps, branch_bias, later_bias)
@@ -104,6 +106,15 @@ def norm_beside(
         shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
         raise ValueError(f"weight and bias must have shape {tuple(x.shape[-1:])}, not {shapes}")
     return _NormBeside.apply(x, weight, bias, eps, dtype)  # pyright: ignore[reportReturnType]
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps).to(dtype)
+
+
+def _norm_rational(total, weight, bias, numerator, denominator, eps: float, dtype: torch.dtype) -> Tensor:
+    x = _norm(total, weight, bias, eps, weight.dtype)
+    return rational_decomposed(x, numerator, denominator).to(dtype)
 
 
 def _gradient_alone(bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -137,7 +148,7 @@ def _shapes_of_gradients(grad_total, grad_y, total, mean, rstd, weight, bias, nu
 
 
 def _save(ctx, inputs, output) -> None:
-    _, branch, *parameters, _, branch_bias, later_bias = inputs
+    _, branch, *parameters, ctx.eps, branch_bias, later_bias = inputs
     total, _, mean, rstd = output
     ctx.save_for_backward(total, mean, rstd, *parameters)
     ctx.branch_dtype = branch.dtype
@@ -158,6 +169,19 @@ def _gradients(ctx, backward, grad_total: Tensor, grad_y: Tensor, *_) -> tuple:
     return grad, grad.to(ctx.branch_dtype), *norm, *grad_tables, None, *(grad_biases or (None, None))
 
 
+def _formula_gradients(ctx, grad_total: Tensor, grad_y: Tensor) -> tuple:
+    if len(ctx.vector_dtypes) == 4:  # total now goes elsewhere, too: into what is differentiated next
+        raise RuntimeError(
+            "second derivatives do not pass through a fused block: take them with torch.func (grad, jvp, "
+            "hessian), or with a forward hook on each block's drop_path"
+        )
+    total, _, _, weight, bias, numerator, denominator = ctx.saved_tensors
+    formula = partial(_norm_rational, eps=ctx.eps, dtype=ctx.branch_dtype)
+    grad, *grads = by_formula(formula, (total, weight, bias, numerator, denominator), grad_y)
+    grad = grad + grad_total
+    return grad, grad.to(ctx.branch_dtype), *grads, None, None, None
+
+
 _value = by_device(add_norm_rational_value, add_norm_rational_forward)
 add_norm_rational_operator = differentiable(
     "add_norm_rational",
@@ -165,6 +189,7 @@ add_norm_rational_operator = differentiable(
     (by_device(add_norm_rational_gradients, add_norm_rational_backward), _shapes_of_gradients),
     _save,
     _gradients,
+    _formula_gradients,
     num_outputs=2,
 )
 _norm_value = by_device(norm_value, norm_forward)
@@ -178,9 +203,14 @@ class _NormBeside(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps, dtype):
         y, mean, rstd = _norm_value(x, weight, bias, eps, dtype)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.eps = eps
         return x.view_as(x), y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total, grad_y):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if needs_formula(grad_y):
+            x, _, _, *parameters = ctx.saved_tensors
+            formula = partial(_norm, eps=ctx.eps, dtype=grad_y.dtype)
+            grad, *grads = by_formula(formula, (x, *parameters), grad_y)
+            return grad_total + grad, *grads, None, None
         return *_norm_gradients(grad_total.contiguous(), grad_y.contiguous(), *ctx.saved_tensors), None, None

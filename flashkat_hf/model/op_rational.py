@@ -1,9 +1,9 @@
-"""The operator `rational`: it checks its arguments, picks the kernel and differentiates."""
+"""The operator `rational`: it checks its arguments, picks the kernel and by_formulas."""
 
 import torch
 from torch import Tensor
 
-from .operators import by_device, decomposes, differentiable
+from .operators import by_device, by_formula, decomposes, differentiable
 from .reference import rational_decomposed, rational_gradients, rational_value
 
 try:
@@ -86,8 +86,12 @@ def _gradients(ctx, backward, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return backward(grad_y.contiguous(), *ctx.saved_tensors)
 
 
+def _formula_gradients(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    return by_formula(rational_decomposed, ctx.saved_tensors, grad_y)
+
+
 value = by_device(rational_value, rational_forward)
 gradients = by_device(rational_gradients, rational_backward)
 rational_operator = differentiable(
-    "rational", (value, _shape_of_y), (gradients, _shapes_of_gradients), _save, _gradients
+    "rational", (value, _shape_of_y), (gradients, _shapes_of_gradients), _save, _gradients, _formula_gradients
 )

@@ -5,7 +5,16 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .op_rational import check_arguments, value
-from .operators import HALF, by_device, called_directly, decomposes, has_kernel, register
+from .operators import (
+    HALF,
+    by_device,
+    by_formula,
+    called_directly,
+    decomposes,
+    has_kernel,
+    needs_formula,
+    register,
+)
 from .reference import rational_decomposed, rational_mlp_gradients
 
 try:
@@ -52,11 +61,15 @@ def rational_mlp(
             f"weights and biases of shapes {shapes} do not fit each other and x {tuple(x.shape)}"
         )
     if decomposes(x):
-        hidden = rational_decomposed(linear(x, weight, bias.to(x.dtype)), numerator, denominator)
-        return linear(hidden, out_weight, out_bias.to(x.dtype))
+        return _decomposed(x, weight, bias, numerator, denominator, out_weight, out_bias)
     tables = numerator.contiguous(), denominator.contiguous()
     parameters = weight.contiguous(), bias, *tables, out_weight, out_bias
     return _RationalMlp.apply(x.contiguous(), *parameters, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
+
+
+def _decomposed(x, weight, bias, numerator, denominator, out_weight, out_bias) -> Tensor:
+    hidden = rational_decomposed(linear(x, weight, bias.to(x.dtype)), numerator, denominator)
+    return linear(hidden, out_weight, out_bias.to(x.dtype))
 
 
 def _forward(
@@ -101,14 +114,15 @@ class _RationalMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, numerator, denominator, out_weight, out_bias, keep):
         y, product = forward_operator(x, weight, bias, numerator, denominator, keep)
-        ctx.save_for_backward(x, product, weight, numerator, denominator, out_weight)
-        ctx.bias_dtypes = bias.dtype, out_bias.dtype
+        ctx.save_for_backward(product, x, weight, bias, numerator, denominator, out_weight, out_bias)
         return linear(y, out_weight, out_bias.to(y.dtype))
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, product, weight, numerator, denominator, out_weight = ctx.saved_tensors
-        bias_dtype, out_bias_dtype = ctx.bias_dtypes
+        product, *inputs = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and needs_formula(grad):
+            return *by_formula(_decomposed, tuple(inputs), grad), None
+        x, weight, bias, numerator, denominator, out_weight, out_bias = inputs
         grad = grad.reshape(-1, grad.shape[-1])
         grad_y = (grad @ out_weight).view(product.shape)
         grad_product, y, columns, *grad_tables = backward_operator(grad_y, product, numerator, denominator)
@@ -117,9 +131,9 @@ class _RationalMlp(torch.autograd.Function):
         return (
             (grad_product @ weight).view(x.shape) if wants_x else None,
             grad_product.T @ x.view(-1, x.shape[-1]) if wants_weight else None,
-            columns.to(bias_dtype),
+            columns.to(bias.dtype),
             *grad_tables,
             grad.T @ y if wants_out_weight else None,
-            grad.sum(0, dtype=columns.dtype).to(out_bias_dtype) if wants_out_bias else None,
+            grad.sum(0, dtype=columns.dtype).to(out_bias.dtype) if wants_out_bias else None,
             None,
         )

@@ -14,12 +14,13 @@ it in the place of the first.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 
 PACKAGE = __name__.rpartition(".")[0]
@@ -99,12 +100,30 @@ def called_directly(operator: Callable, function: Callable) -> Callable:
     return call
 
 
+def by_formula(function: Callable, inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of `sum(grad * function(*inputs))`, which can be differentiated again.
+
+    The inputs count as independent of each other, also where autograd knows that one follows from another.
+    """
+    return torch.func.vjp(function, *inputs)[1](grad)
+
+
+def needs_formula(grad: Tensor) -> bool:
+    """Tell whether a backward is itself differentiated, transformed or batched: then no kernel serves it."""
+    return (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or is_legacy_batchedtensor(grad)  # torch.autograd.grad(..., is_grads_batched=True)
+    )
+
+
 def differentiable(
     name: str,
     forward: tuple[Callable, Callable],
     backward: tuple[Callable, Callable],
     save: Callable,
     gradients: Callable,
+    formula_gradients: Callable,
     num_outputs: int | None = None,
 ) -> Callable:
     """Build an operator with gradients, and return the function that calls it.
@@ -115,6 +134,8 @@ def differentiable(
         backward: likewise.
         save: `(ctx, inputs, output)` keeps on the autograd context what backward needs.
         gradients: `(ctx, backward, *grads)` returns a gradient for each input; it calls `backward`.
+        formula_gradients: `(ctx, *grads)` returns the same by operations that autograd differentiates, for
+            second derivatives in eager mode; `by_formula` helps.
         num_outputs: for a forward that returns a tuple, how many of it the caller gets; the rest is saved.
     """
     operator = register(name, *forward, open_to_compiler=True)
@@ -131,8 +152,9 @@ def differentiable(
             return output if num_outputs is None else output[:num_outputs]
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+            if needs_formula(grads[0]):
+                return formula_gradients(ctx, *grads)
             return gradients(ctx, backward[0], *grads)
 
     def call(x: Tensor, *others):

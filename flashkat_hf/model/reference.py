@@ -52,8 +52,9 @@ class _Rational(torch.autograd.Function):
         return rational_value(x, numerator, denominator)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():  # for a second derivative
+            return torch.func.vjp(rational_decomposed, *ctx.saved_tensors)[1](grad_y)
         return rational_gradients(grad_y, *ctx.saved_tensors)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import micro_config, relative_error, stored_model
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainingArguments
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
@@ -84,6 +85,58 @@ def test_what_is_listened_to_or_replaced_is_called(name, device, monkeypatch):
     monkeypatch.setattr(fusing, "TRITON_DEVICES", (device,))
     for way in (hooked, replaced):
         torch.testing.assert_close(inputs(way), plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_derivatives_of_the_model(kernels, device, monkeypatch):
+    """A Hessian's product with a vector and each sample's gradient, beside finite differences and a loop."""
+    model, _, stored = micro_model("flashkat", device)
+    model, images, labels = model.double(), stored["input"].double(), stored["labels"]
+    monkeypatch.setattr(fusing, "TRITON_DEVICES", (device,) if kernels else ())
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters, images=images, labels=labels):
+        with sdpa_kernel(SDPBackend.MATH):  # the others have no derivatives of these kinds
+            return torch.func.functional_call(model, parameters, (images,), {"labels": labels}).loss
+
+    gradient = torch.func.grad(loss)
+    # none for the denominators: some are 0, where |b| has a kink
+    vector = {n: torch.randn_like(p) * ("denominator" not in n) for n, p in parameters.items()}
+    _, product = torch.func.jvp(gradient, (parameters,), (vector,))
+    ahead, behind = (
+        gradient({name: p + step * vector[name] for name, p in parameters.items()}) for step in (1e-7, -1e-7)
+    )
+    batched = torch.func.vmap(gradient, (None, 0, 0))(parameters, images[:, None], labels[:, None])
+    single = [gradient(parameters, images[i : i + 1], labels[i : i + 1]) for i in range(len(images))]
+    for name in parameters:
+        torch.testing.assert_close(product[name], (ahead[name] - behind[name]) / 2e-7, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(batched[name], torch.stack([sample[name] for sample in single]))
+
+
+def test_second_derivatives_of_a_fused_block_are_refused(device, monkeypatch):
+    """Summed biases would be wrong; torch.func and a hook, which the message names, work."""
+    model, _, stored = micro_model("flashkat", device)
+    monkeypatch.setattr(fusing, "TRITON_DEVICES", (device,))
+    parameters = list(model.parameters())
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = model(stored["input"], labels=stored["labels"]).loss
+        with pytest.raises(RuntimeError, match=r"take them with torch\.func"):
+            torch.autograd.grad(loss, parameters, create_graph=True)
+        for layer in model.flashkat.layers:
+            layer.drop_path.register_forward_hook(lambda *arguments: None)
+        gradients = torch.autograd.grad(
+            model(stored["input"], labels=stored["labels"]).loss, parameters, create_graph=True
+        )
+        norm = sum(gradient.square().sum() for gradient in gradients)
+        assert all(second.isfinite().all() for second in torch.autograd.grad(norm, parameters))
+
+
+def test_one_label_is_regression_and_no_image_no_logits():
+    model = FlashKATForImageClassification(micro_config(num_labels=1)).eval()
+    images, targets = torch.randn(3, 3, 32, 32), torch.randn(3, 1)
+    outputs = model(images, labels=targets)
+    torch.testing.assert_close(outputs.loss, (outputs.logits - targets).square().mean())
+    assert model(images[:0]).logits.shape == (0, 1)
 
 
 @pytest.mark.parametrize("rates", [{"drop_path_rate": 0.5}, {"hidden_dropout_prob": 0.3}], ids=str)

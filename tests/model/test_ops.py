@@ -19,7 +19,7 @@ from helpers import (
 from torch.utils.checkpoint import checkpoint
 
 from flashkat_hf import rational
-from flashkat_hf.model.op_attention import packed_attention
+from flashkat_hf.model.op_attention import packed_attention, packed_attention_operator
 from flashkat_hf.model.op_norm_rational import add_norm_rational, norm_beside
 from flashkat_hf.model.op_rational_mlp import rational_mlp
 from flashkat_hf.model.reference import rational_decomposed, rational_reference
@@ -112,9 +112,24 @@ def test_double_precision(device):
         torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)
 
 
-def test_gradcheck():
+def test_derivatives():
+    """All kinds agree with finite differences, and the transforms with each other."""
     inputs = [tensor.double().requires_grad_() for tensor in random_inputs((3, 16), torch.float64, "cpu")[:3]]
-    assert torch.autograd.gradcheck(rational, inputs)
+    assert torch.autograd.gradcheck(rational, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(rational, inputs)
+    values = tuple(tensor.detach() for tensor in inputs)
+    tangents = tuple(torch.randn_like(value) for value in values)
+    y, forward = torch.func.jvp(rational, values, tangents)
+    reverse = torch.func.vjp(rational, *values)[1](torch.ones_like(y))
+    total = sum((gradient * tangent).sum() for gradient, tangent in zip(reverse, tangents, strict=True))
+    torch.testing.assert_close(forward.sum(), total)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced_at_another_batch_size():
+    x, numerator, denominator, _ = random_inputs((5, 16), torch.float32, "cpu")
+    traced = torch.jit.trace(lambda x: rational(x, numerator, denominator), torch.randn(2, 16))
+    torch.testing.assert_close(traced(x), rational(x, numerator, denominator))
 
 
 def test_autocast_keeps_the_dtype_of_x(device):
@@ -268,6 +283,33 @@ def test_fused_gradcheck(name):
     fused, _, shapes = FUSED[name]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(fused, inputs)
+
+
+@pytest.mark.parametrize("name", [name for name in FUSED if "biases" not in name])
+def test_second_derivatives_of_the_fused(name):
+    """A gradient's own gradient is that of the parts."""
+    fused, plain, shapes = FUSED[name]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    seconds = []
+    for function in (fused, plain):
+        outputs = function(*inputs)
+        total = sum(
+            output.square().sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,))
+        )
+        gradients = torch.autograd.grad(total, inputs, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), inputs))
+    for actual, expected in zip(*seconds, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_second_derivative_of_attention():
+    """The operator itself takes float64, which `packed_attention` refuses."""
+    qkv = torch.randn(2, 5, 96, dtype=torch.float64, requires_grad=True)
+
+    def attention(qkv):
+        return packed_attention_operator(qkv, None, 2, 0.25)[0]
+
+    assert torch.autograd.gradgradcheck(attention, [qkv], fast_mode=True)
 
 
 @pytest.mark.parametrize("shape", [(2, 17, 3 * 32), (1, 5, 3 * 64)], ids=str)
