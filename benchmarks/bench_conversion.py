@@ -30,8 +30,8 @@ from flashkat_hf import FlashKATForImageClassification, convert, make_image_proc
 from flashkat_hf.conversion.calibration import NUM_IMAGES
 from flashkat_hf.data.augmentation import SIGNS, evaluation_transform, training_transform
 from flashkat_hf.data.batches import TrainBatches
+from flashkat_hf.data.digits import load_digits
 from flashkat_hf.data.samples import ImageData
-from flashkat_hf.data.sources import load_digits
 
 MODELS: dict[str, dict[str, Any]] = {
     "64x6": {"embed_dim": 64, "depth": 6, "num_heads": 4},

@@ -23,7 +23,7 @@ from small_runs import metrics
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from flashkat_hf import FlashKATPreTrainedModel
-from flashkat_hf.data.sources import load_digits
+from flashkat_hf.data.digits import load_digits
 
 PYTHONPATH = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 ENVIRONMENT = {  # one thread: tests may share the cores with others

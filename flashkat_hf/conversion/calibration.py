@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..data.augmentation import evaluation_transform
+from ..data.digits import load_digits
 from ..data.samples import IMAGE_SUFFIXES, Encoded, open_image
-from ..data.sources import load_digits
 from ..model.coefficients import start_table
 from ..model.layers import GroupRational
 from ..model.reference import rational_value

@@ -1,12 +1,9 @@
-"""From an opened image to the model's input.
-
-Timm's transforms, with the image processor's sizes and statistics.
+"""From an opened image to the model's input: timm's transforms, with an image processor's settings.
 
 Evaluation is timm's evaluation transform to the pixel. Training is timm's training transform with the
 recipe's values, or small moves for digits and other signs. `docs/data.md` says how `pipeline` differs.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,10 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..messages import extra
-from .gpu.augmentation import BatchAugmentation, WorkerPart, in_batches
+from .gpu.augmentation import BatchAugmentation, missing_for_kernels
 from .gpu.decoding import decodes
+from .gpu.planning import WorkerPart, in_batches
+from .samples import Transform
 
-Transform = Callable[[Any], Any]
 CHOICES = {
     "crop": ("random", "moves"),
     "interpolation": ("random", "bilinear", "bicubic"),
@@ -64,9 +62,8 @@ class Augmentation:
         for name, largest in (("crop_area", 1.0), ("crop_ratio", float("inf"))):
             low, high = getattr(self, name)
             if not 0 < low <= high <= largest:
-                raise ValueError(
-                    f"{name} ({low}, {high}) must be two numbers above 0 and up to {largest}, least first"
-                )
+                expected = f"must be two numbers above 0 and up to {largest}, least first"
+                raise ValueError(f"{name} ({low}, {high}) {expected}")
             object.__setattr__(self, name, (float(low), float(high)))  # YAML has lists
         for name in ("flip", "erasing"):
             if not 0 <= (value := getattr(self, name)) <= 1:
@@ -79,14 +76,18 @@ class Augmentation:
             raise ValueError(f"on_device {self.on_device!r} knows neither the crop 'moves' nor color_jitter")
 
     def resolved(self, device: torch.device, in_memory: bool) -> "Augmentation":
-        """The same with "auto" decided.
+        """Return the same with "auto" decided: as much as possible; nothing for images in memory.
 
-        As much as possible on a GPU, unless the images are few and small in memory.
+        Raises:
+            ValueError: `on_device` asks for what the device cannot do.
         """
+        missing = missing_for_kernels(device)
         if self.on_device != "auto":
+            if self.on_device != "nothing" and missing:
+                raise ValueError(f"on_device {self.on_device!r} needs {missing}; use 'nothing'")
             return self
         unknown = self.crop == "moves" or self.color_jitter or not in_batches(self.rand_augment)
-        if device.type != "cuda" or in_memory or unknown:
+        if device.type != "cuda" or missing or in_memory or unknown:
             return replace(self, on_device="nothing")
         return replace(self, on_device="decoding" if decodes(device) else "augmentation")
 
@@ -104,11 +105,11 @@ def _check_rand_augment(config: str) -> None:
 
 
 def training_transform(processor, augmentation: Augmentation) -> Transform:
-    """The recipe's augmentation; draws from the global generators of random, numpy and torch.
+    """Return the recipe's augmentation, which draws from the global generators of random, numpy and torch.
 
     Args:
         processor: gives the crop size, mean and standard deviation.
-        augmentation: what is done.
+        augmentation: the recipe.
 
     Returns:
         A function of an RGB image that returns `(channels, height, width)` float32; where `on_device` leaves
@@ -126,11 +127,8 @@ def training_transform(processor, augmentation: Augmentation) -> Transform:
 def _timm_transform(
     processor, augmentation: Augmentation, size: tuple[int, int], separate: bool = False
 ) -> Any:
-    """The recipe as timm makes it.
-
-    Or its three parts: crop and flip, RandAugment, normalisation and erasing.
-    """
-    made = extra("timm.data").create_transform(
+    """Return timm's transform, or its three: crop and flip; RandAugment; normalisation and erasing."""
+    transform = extra("timm.data").create_transform(
         size,
         is_training=True,
         scale=augmentation.crop_area,
@@ -145,32 +143,32 @@ def _timm_transform(
         re_mode="pixel",
         separate=separate,
     )
-    for transform in made if separate else [made]:
-        for operation in (one for part in transform.transforms for one in getattr(part, "ops", ())):
-            if operation.aug_fn.__name__ == "posterize":
-                operation.aug_fn = posterize
-    return made
+    transforms = (step for part in (transform if separate else [transform]) for step in part.transforms)
+    for operation in (operation for step in transforms for operation in getattr(step, "ops", ())):
+        if operation.aug_fn.__name__ == "posterize":
+            operation.aug_fn = posterize
+    return transform
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    """timm's, and black where no bits are kept: Pillow 13 refuses that, and RandAugment can ask for it."""
+    """Posterize as timm does; black for no bits, which RandAugment can ask for and Pillow 13 refuses."""
     posterized = extra("timm.data.auto_augment").posterize
     return posterized(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 
 
 def _moves(processor, augmentation: Augmentation, size: tuple[int, int]) -> Transform:
-    """Scaled as evaluation scales, moved a little, then as the recipe goes on."""
+    """Scale as evaluation does, move a little, then go on with the recipe."""
     transforms = extra("torchvision.transforms")
     bilinear, bicubic = transforms.InterpolationMode.BILINEAR, transforms.InterpolationMode.BICUBIC
     scaled = transforms.Resize(processor.size["shortest_edge"], bicubic)
     moved = transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=bilinear)
     flip = transforms.RandomHorizontalFlip(augmentation.flip)
-    _, *rest = _timm_transform(processor, augmentation, size, separate=True)
-    return transforms.Compose([scaled, moved, transforms.CenterCrop(size), flip, *rest])
+    _, rand_augment, normalise = _timm_transform(processor, augmentation, size, separate=True)
+    return transforms.Compose([scaled, moved, transforms.CenterCrop(size), flip, rand_augment, normalise])
 
 
 def batch_transform(processor, augmentation: Augmentation) -> nn.Module | None:
-    """What is left to do with a whole batch, or None: then `training_transform` has done everything.
+    """Return what is to be done with a whole batch, or None: then `training_transform` has done everything.
 
     Otherwise call the module, moved to the device, with each batch as `TrainBatches` gives it, on the CPU; it
     returns `{"pixel_values", "labels"}` on the device.
@@ -182,23 +180,19 @@ def batch_transform(processor, augmentation: Augmentation) -> nn.Module | None:
 
 
 def evaluation_transform(processor) -> Transform:
-    """What evaluation sees: `(channels, height, width)` float32 of an RGB image.
+    """Return what evaluation does: `(channels, height, width)` float32 of an RGB image.
 
     For a processor that resizes (to a shorter side, or to height and width), may crop the center, and
     normalises, this is timm's evaluation transform with the same settings. Another processor does its work
     itself.
     """
-    if _WORK & vars(type(processor)).keys() or not all(hasattr(processor, name) for name in _SETTINGS):
+    if _METHODS & vars(type(processor)).keys() or not all(hasattr(processor, name) for name in _SETTINGS):
         return partial(_process, processor)
     size, crop = processor.size or {}, processor.crop_size
     plain = processor.do_resize and processor.do_rescale and processor.do_normalize and not processor.do_pad
+    plain = plain and not size.get("longest_edge") and processor.rescale_factor == 1 / 255
     resized = size.get("shortest_edge") or (size.get("height"), size.get("width"))
-    if (
-        not plain
-        or size.get("longest_edge")
-        or resized == (None, None)
-        or processor.rescale_factor != 1 / 255
-    ):
+    if not plain or resized == (None, None):
         return partial(_process, processor)
     transforms = extra("torchvision.transforms")
     interpolation = transforms.InterpolationMode(Image.Resampling(int(processor.resample)).name.lower())
@@ -207,27 +201,14 @@ def evaluation_transform(processor) -> Transform:
     return transforms.Compose([transforms.Resize(resized, interpolation), *cropped, *normalised])
 
 
-_WORK = {
-    "preprocess",
-    "_preprocess",
-    "resize",
-    "center_crop",
-    "rescale",
-    "normalize",
-}  # methods of a class of its own
+# A processor whose class has one of these methods, or lacks one of these settings, does its work itself.
+_METHODS = {"preprocess", "_preprocess", "resize", "center_crop", "rescale", "normalize"}
 _SETTINGS = (
-    "size",
-    "crop_size",
-    "do_pad",
-    "do_resize",
-    "do_center_crop",
-    "do_rescale",
-    "do_normalize",
-    "resample",
-)
+    "size", "crop_size", "do_pad", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "resample",
+)  # fmt: skip
 
 
 def _process(
     processor, image: Image.Image
-) -> Tensor:  # a module's function: workers started afresh can unpickle it
+) -> Tensor:  # of the module: workers started afresh can unpickle it
     return processor(image, return_tensors="pt")["pixel_values"][0]

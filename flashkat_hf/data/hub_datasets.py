@@ -1,7 +1,4 @@
-"""Data sets of Hugging Face's `datasets`.
-
-Saved in a folder or from the Hub, with random access or streamed.
-"""
+"""Data sets of Hugging Face's `datasets`, from a folder or the Hub, with random access or streamed."""
 
 import hashlib
 import inspect
@@ -13,12 +10,12 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..messages import extra
-from .samples import DataError, Examples, ImageData, Sample, Share, check_classes, check_labels
+from ..messages import extra, one_line
+from .samples import DataError, Examples, ImageData, Partition, Sample, check_classes, check_labels
 
 TEST_SPLITS = ("validation", "val", "test")
-LABELS = ("label", "labels", "fine_label", "class")  # where no column says that it has classes
-PARTS = 64  # of a saved data set that is streamed, for each process
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class")  # where no column says that it has classes
+STREAM_SHARDS = 64  # of a saved data set that is streamed, for each process
 
 
 @dataclass(frozen=True)
@@ -42,11 +39,12 @@ class DatasetStream:
     Attributes:
         dataset: `datasets.IterableDataset` of undecoded images and labels.
         columns: names of the image's and the label's column.
-        indices: of each class name; labels are looked up in it where they are texts.
-        num_images: over all processes, or None.
+        indices: index of each class name; labels are looked up in it where they are texts.
+        num_images: number of images over all processes, or None.
         name: what messages call it.
         skip_corrupt: as in `Examples`.
         buffer: images, not decoded, among which the shuffle draws.
+        start_method: as in `Stream`.
     """
 
     dataset: Any
@@ -61,44 +59,40 @@ class DatasetStream:
     )
 
     def most_workers(self, world_size: int) -> int:
-        """`datasets` gives each worker whole shards.
+        """Return how many workers can have a shard: `datasets` gives each of them whole ones.
 
         Processes have shards of their own where the numbers divide.
         """
         shards = self.dataset.num_shards
         return shards // world_size if shards % world_size == 0 else shards
 
-    def samples(self, shuffle: tuple[int, int] | None, share: Share) -> Iterator[Sample]:
+    def samples(self, shuffle: tuple[int, int] | None, partition: Partition) -> Iterator[Sample]:
         distributed, dataset = extra("datasets.distributed"), self.dataset
         if shuffle is not None:
             options = {}
             if "max_buffer_input_shards" in inspect.signature(dataset.shuffle).parameters:
-                # some releases count the shards that one buffer mixes as one, which leaves workers without
-                # any
-                options["max_buffer_input_shards"] = max(
-                    1, min(10, dataset.num_shards // (share.world_size * share.workers))
-                )
+                # some releases count the shards that one buffer mixes as one: workers would have none
+                shards = dataset.num_shards // (partition.world_size * partition.num_workers)
+                options["max_buffer_input_shards"] = max(1, min(10, shards))
             dataset = dataset.shuffle(seed=shuffle[0], buffer_size=self.buffer, **options)
-        dataset = distributed.split_dataset_by_node(dataset, share.rank, share.world_size)
+        dataset = distributed.split_dataset_by_node(dataset, partition.rank, partition.world_size)
         dataset.set_epoch(shuffle[1] if shuffle else 0)  # last: each step before makes a data set of epoch 0
-        for number, row in enumerate(
-            dataset
-        ):  # of a worker process's own part, which datasets takes by itself
-            image = _encoded(row[self.columns[0]])
-            name = image if isinstance(image, str) else row[self.columns[0]].get("path") or f"number {number}"
-            yield Sample(image, self._index(row[self.columns[1]], name), f"{name} of {self.name}")
+        image_column, label_column = self.columns
+        for number, row in enumerate(dataset):  # of a worker's own part, which datasets takes by itself
+            image = _encoded(row[image_column])
+            name = image if isinstance(image, str) else row[image_column].get("path") or f"number {number}"
+            yield Sample(image, self._index(row[label_column], name), f"{name} of {self.name}")
 
     def _index(self, label: Any, name: str) -> int:
         index = self.indices.get(label, -1) if isinstance(label, str) else -1 if label is None else int(label)
         if not 0 <= index < len(self.indices):
-            raise DataError(
-                f"{self.name}: label {label} of {name} is not one of the {len(self.indices)} classes"
-            )
+            known = f"one of the {len(self.indices)} classes"
+            raise DataError(f"{self.name}: label {label} of {name} is not {known}")
         return index
 
 
 def is_saved(path: Path) -> bool:
-    """Whether `datasets.save_to_disk` wrote this folder."""
+    """Return whether `datasets.save_to_disk` wrote this folder."""
     return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
@@ -119,23 +113,23 @@ def open_dataset(
     skip_corrupt: bool = False,
     buffer: int = 1000,
 ) -> ImageData[Examples] | ImageData[DatasetStream]:
-    """The splits of a folder that `save_to_disk` wrote, of a folder of Parquet files, or of a Hub id.
+    """Open the splits of a folder that `save_to_disk` wrote, of a folder of Parquet files, or of a Hub id.
 
     Args:
         source: folder or Hub id.
         subset: name of the data set's configuration.
         revision: branch, tag or commit on the Hub.
         streaming: read it from one end to the other, without downloading it first.
-        image_column: default: the only one that holds images.
-        label_column: default: the only one that holds classes, else one named "label".
-        class_names: by index, where the label column has no names; required for streams of texts or bare
+        image_column: name of the column; default: the only one that holds images.
+        label_column: likewise; default: the only one that holds classes, else one named "label".
+        class_names: names by index, where the label column has none; required for streams of texts or bare
             numbers.
-        train_split: default: train.
-        test_split: default: the first of validation, val and test that there is.
+        train_split: name of the split; default: train.
+        test_split: likewise; default: the first of validation, val and test that there is.
         train_size: number of training images, where a stream does not tell.
         test_size: the same for the test split.
         world_size: number of processes, for the number of parts that a saved data set is streamed in.
-        skip_corrupt: of the splits.
+        skip_corrupt: as in `Examples`.
         buffer: size of the shuffle buffer of streams.
 
     Raises:
@@ -143,30 +137,28 @@ def open_dataset(
             different classes; a label is outside the range.
     """
     whole = _load(source, subset, revision, streaming)
-    splits = _pick_splits(whole, source, train_split, test_split)
-    train, test = (whole[name] for name in splits)
+    names = _pick_splits(whole, source, train_split, test_split)
+    train, test = (whole[name] for name in names)
     fingerprint = _fingerprint(source, revision, (train, test))
-    sizes = [given or _size(part) for given, part in ((train_size, train), (test_size, test))]
+    sizes = train_size or _size(train), test_size or _size(test)
     if streaming:
-        train, test = (_resolved(part, world_size) for part in (train, test))
+        train, test = (_as_stream(part, world_size) for part in (train, test))
     columns = _columns(train.features, source, image_column, label_column)
     image = extra("datasets").Image(decode=False)
     train, test = (
         part.select_columns(list(columns)).cast_column(columns[0], image) for part in (train, test)
     )
-    classes = _classes(train, test, columns[1], source, splits, class_names)
-    if streaming:
-        indices = {name: index for index, name in enumerate(classes)}
-        streams = [
-            DatasetStream(part, columns, indices, size, f"{name} of {source}", skip_corrupt, buffer)
-            for part, size, name in zip((train, test), sizes, splits, strict=True)
-        ]
-        return ImageData(streams[0], streams[1], classes, fingerprint)
-    examples = [
-        _examples(part, columns, classes, f"{name} of {source}", skip_corrupt)
-        for part, name in zip((train, test), splits, strict=True)
-    ]
-    return ImageData(examples[0], examples[1], classes, fingerprint)
+    classes = _classes(train, test, columns[1], source, names, class_names)
+
+    def split(part: Any, size: int | None, name: str) -> Any:
+        if not streaming:
+            return _examples(part, columns, classes, name, skip_corrupt)
+        indices = {text: index for index, text in enumerate(classes)}
+        return DatasetStream(part, columns, indices, size, name, skip_corrupt, buffer)
+
+    train = split(train, sizes[0], f"{names[0]} of {source}")
+    test = split(test, sizes[1], f"{names[1]} of {source}")
+    return ImageData(train, test, classes, fingerprint)
 
 
 def _load(source: str, subset: str | None, revision: str | None, streaming: bool) -> Any:
@@ -176,7 +168,7 @@ def _load(source: str, subset: str | None, revision: str | None, streaming: bool
             return datasets.load_from_disk(source)
         return datasets.load_dataset(source, subset, revision=revision, streaming=streaming)
     except Exception as error:  # the Hub's, fsspec's and pyarrow's errors have no common class
-        raise DataError(f"cannot load the data set {source}: {' '.join(str(error).split())[:300]}") from error
+        raise DataError(f"cannot load the data set {source}: {one_line(error)}") from error
 
 
 def _pick_splits(whole: Any, source: str, train: str | None, test: str | None) -> tuple[str, str]:
@@ -190,10 +182,10 @@ def _pick_splits(whole: Any, source: str, train: str | None, test: str | None) -
     return train, test
 
 
-def _resolved(part: Any, world_size: int) -> Any:
-    """As a stream whose features are known."""
+def _as_stream(part: Any, world_size: int) -> Any:
+    """Return a split as a stream whose features are known."""
     if hasattr(part, "to_iterable_dataset"):  # saved on this machine
-        return part.to_iterable_dataset(num_shards=max(1, min(len(part), PARTS * world_size)))
+        return part.to_iterable_dataset(num_shards=max(1, min(len(part), STREAM_SHARDS * world_size)))
     return part._resolve_features() if part.features is None else part
 
 
@@ -202,14 +194,13 @@ def _columns(features: Any, source: str, image: str | None, label: str | None) -
     for name in (image, label):
         if name is not None and name not in features:
             raise DataError(f"{source} has no column {name}; it has {', '.join(features)}")
-    found = {kind: [name for name, feature in features.items() if isinstance(feature, kind)] for kind in
-             (datasets.Image, datasets.ClassLabel)}  # fmt: skip
-    images, labels = found[datasets.Image], found[datasets.ClassLabel]
-    labels = labels or [name for name in LABELS if name in features][:1]
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels = labels or [name for name in LABEL_COLUMNS if name in features][:1]
     for kind, given, names in (("image", image, images), ("label", label, labels)):
         if given is None and len(names) != 1:
-            which = f"several {kind} columns ({', '.join(names)})" if names else f"no {kind} column"
-            raise DataError(f"{source} has {which}; name one of {', '.join(features)} ({kind}_column)")
+            columns = f"several {kind} columns ({', '.join(names)})" if names else f"no {kind} column"
+            raise DataError(f"{source} has {columns}; name one of {', '.join(features)} ({kind}_column)")
     return image or images[0], label or labels[0]
 
 
@@ -219,16 +210,16 @@ def _classes(
     names = [getattr(part.features[column], "names", None) for part in (train, test)]
     if given is None and names[0] != names[1]:
         only = sorted(set(names[0] or ()) ^ set(names[1] or ()))
-        what = f": only one of them has {', '.join(only)}" if only else ", or in another order"
-        raise DataError(f"{splits[0]} and {splits[1]} of {source} have different classes{what}")
+        difference = f": only one of them has {', '.join(only)}" if only else ", or in another order"
+        raise DataError(f"{splits[0]} and {splits[1]} of {source} have different classes{difference}")
     if given is None and names[0] is None:
         if not hasattr(train, "to_iterable_dataset"):
             raise DataError(f"the column {column} of {source} has no class names; give them (class_names)")
-        found = set(train[column])
-        if None in found:
+        labels = set(train[column])
+        if None in labels:
             raise DataError(f"{splits[0]} of {source} has images without a label")
-        texts = all(isinstance(label, str) for label in found)
-        given = sorted(found) if texts else [str(i) for i in range(max(map(int, found), default=-1) + 1)]
+        texts = all(isinstance(label, str) for label in labels)
+        given = sorted(labels) if texts else [str(i) for i in range(max(map(int, labels), default=-1) + 1)]
     return check_classes(given or names[0] or (), source)
 
 
@@ -259,13 +250,11 @@ def _encoded(value: dict[str, Any]) -> bytes | str:
 
 
 def _fingerprint(source: str, revision: str | None, parts: tuple) -> str:
-    """The data set's own fingerprint; of a stream from the Hub the commit, of one from a folder its files."""
-    own = [getattr(part, "_fingerprint", None) for part in parts]
-    if None not in own:
-        return hashlib.sha256(repr(own).encode()).hexdigest()
-    if (path := Path(source)).is_dir():
+    """Return a hash of the data set's own fingerprint, or of its files, or the commit of a Hub stream."""
+    about = [getattr(part, "_fingerprint", None) for part in parts]
+    if None in about:
+        if not (path := Path(source)).is_dir():
+            return str(HfApi().dataset_info(source, revision=revision).sha)
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        return hashlib.sha256(
-            repr([(str(file), os.path.getsize(file)) for file in files]).encode()
-        ).hexdigest()
-    return str(HfApi().dataset_info(source, revision=revision).sha)
+        about = [(str(file), os.path.getsize(file)) for file in files]
+    return hashlib.sha256(repr(about).encode()).hexdigest()

@@ -22,14 +22,12 @@ def made_ahead(
     background: bool,
     decode: Callable[[Batch], Any] | None = None,
 ) -> Generator[Batch, None, None]:
-    """What `make` makes of each batch, in order.
-
-    In the background while the caller is busy with the ones before.
+    """Yield what `make` makes of each batch, in order; in the background while the caller uses earlier ones.
 
     On a GPU `decode`, which waits for the GPU more than it works, is applied before `make` in a thread of its
     own. There, the batches and `make` must draw nothing from this process's global generators. An error of
-    theirs comes where the batch would have come. Close the iterator when it is left early: that ends the
-    thread.
+    theirs comes where the batch would have come. Close the iterator when it is not read to its end: that ends
+    the thread.
     """
     if not background:
         yield from map(make, batches)
@@ -41,32 +39,32 @@ def made_ahead(
         if decode is not None:
             batches = threads.enter_context(closing(in_background(map(decode, batches), depth=1)))
         ready = threads.enter_context(closing(in_background(_on_a_stream(batches, make, _stream(device)))))
-        for made, event in ready:
+        for batch, event in ready:
             current = torch.cuda.current_stream(device)
             current.wait_event(event)
-            for tensor in made.values():
+            for tensor in batch.values():
                 tensor.record_stream(current)  # its memory is not reused before the step is done with it
-            yield made
+            yield batch
 
 
 def moved(device: torch.device, batch: Batch) -> Batch:
-    """The batch on the device; from pinned memory without waiting."""
+    """Return the batch on the device; from pinned memory without waiting."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def _on_a_stream(
     batches: Iterable[Batch], make: Callable[[Batch], Batch], stream: torch.cuda.Stream
 ) -> Iterator[tuple[Batch, torch.Event]]:
-    """Each made batch, and what tells that the GPU has it."""
+    """Yield what `make` makes of each batch, and the event after which the GPU has it."""
     for batch in batches:
         with torch.cuda.stream(stream):
-            made, event = make(batch), stream.record_event()
-        yield made, event
+            result, event = make(batch), stream.record_event()
+        yield result, event
 
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all epochs: memory is kept for each stream apart.
+    """Return the device's stream for all epochs: memory is kept for each stream apart.
 
     Its small kernels go before the step's large ones.
     """
@@ -74,25 +72,22 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def in_background(items: Iterable[Item], depth: int = DEPTH) -> Generator[Item, None, None]:
-    """The items, drawn in a thread that is `depth` ahead.
-
-    What is raised there is raised here, in its place.
-    """
+    """Yield the items, drawn in a thread that is `depth` ahead; its error is raised here, in its place."""
     ready: queue.Queue = queue.Queue(depth)
-    left = threading.Event()
+    closed = threading.Event()
 
-    def put(*found: object) -> None:
-        while not left.is_set():
+    def put(item: Any, error: BaseException | None = None) -> None:
+        while not closed.is_set():
             try:
-                return ready.put(found, timeout=0.1)
+                return ready.put((item, error), timeout=0.1)
             except queue.Full:
                 pass
 
     def draw() -> None:
         try:
             for item in items:
-                put(item, None)
-                if left.is_set():
+                put(item)
+                if closed.is_set():
                     return
             put(None, StopIteration())
         except BaseException as error:  # the caller's to handle
@@ -109,5 +104,5 @@ def in_background(items: Iterable[Item], depth: int = DEPTH) -> Generator[Item, 
                 raise error
             yield item
     finally:
-        left.set()
+        closed.set()
         thread.join()

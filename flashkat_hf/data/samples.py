@@ -3,15 +3,18 @@
 import io
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..messages import one_line
+
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+Transform = Callable[[Any], Any]  # from an RGB image, or a `Sample`, to what a batch has of it
 Encoded = str | Path | bytes | Image.Image  # a file's path, a file's bytes, or pixels
 
 
@@ -28,10 +31,7 @@ class Sample(NamedTuple):
 
 
 class Paths(Sequence[str]):
-    """Paths in one block of memory.
-
-    Worker processes share it, where a list's reference counts would copy it.
-    """
+    """Paths in one block of memory, which worker processes share; a list's reference counts would copy it."""
 
     def __init__(self, paths: Iterable[str]):
         self.encoded = numpy.array([os.fsencode(path) for path in paths], dtype=numpy.bytes_)
@@ -50,8 +50,7 @@ class Examples:
     Attributes:
         images: paths, or images in memory.
         labels: the index of each one's class.
-        skip_corrupt: training replaces an image that cannot be read by the next one, evaluation leaves it
-            out.
+        skip_corrupt: training replaces an image that cannot be read by the next one, evaluation omits it.
         name: what messages call the split, where the images have no names.
     """
 
@@ -69,44 +68,41 @@ class Examples:
 
     def __getitem__(self, index: int) -> Sample:
         image = self.images[index]
-        return Sample(
-            image,
-            int(self.labels[index]),
-            image if isinstance(image, str) else f"number {index} of {self.name}",
-        )
+        name = image if isinstance(image, str) else f"number {index} of {self.name}"
+        return Sample(image, int(self.labels[index]), name)
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which part of a stream one worker process reads.
+class Partition:
+    """The part of a stream that one worker process reads.
 
     Attributes:
-        rank: of its process.
+        rank: index of its process.
         world_size: number of processes.
         worker: its index within its process.
-        workers: number of worker processes of each process; 1 also where the process itself reads.
+        num_workers: number of worker processes of each process; 1 also where the process itself reads.
         batch_size: images of a micro-batch of one process; None for evaluation, which has to see every image.
     """
 
     rank: int = 0
     world_size: int = 1
     worker: int = 0
-    workers: int = 1
+    num_workers: int = 1
     batch_size: int | None = None
 
     def bounds(self, num_images: int) -> tuple[int, int]:
-        """First and last + 1 position of this part, where the positions of an order can be dealt out.
+        """Return the first and the last + 1 position of this part, if positions can be dealt out.
 
-        In training a worker makes batches number `worker`, `worker + workers`, ... of its process and has
+        In training a worker makes batches number `worker`, `worker + num_workers`, ... of its process and has
         just the images for them. In evaluation the parts are equal up to one image.
         """
         if self.batch_size is None:
-            part, parts = self.rank * self.workers + self.worker, self.world_size * self.workers
+            part, parts = self.rank * self.num_workers + self.worker, self.world_size * self.num_workers
             return part * num_images // parts, (part + 1) * num_images // parts
         batches = num_images // (self.batch_size * self.world_size)
-        before = sum(len(range(worker, batches, self.workers)) for worker in range(self.worker))
-        first = (self.rank * batches + before) * self.batch_size
-        return first, first + len(range(self.worker, batches, self.workers)) * self.batch_size
+        counts = [len(range(worker, batches, self.num_workers)) for worker in range(self.worker + 1)]
+        first = (self.rank * batches + sum(counts[:-1])) * self.batch_size
+        return first, first + counts[-1] * self.batch_size
 
 
 class Stream(Protocol):
@@ -114,7 +110,7 @@ class Stream(Protocol):
 
     @property
     def skip_corrupt(self) -> bool:
-        """As in `Examples`."""
+        """Training replaces an image that cannot be read by the next one, evaluation omits it."""
         ...
 
     @property
@@ -124,21 +120,21 @@ class Stream(Protocol):
 
     @property
     def start_method(self) -> str | None:
-        """Of worker processes, as `multiprocessing` calls it; None: the platform's."""
+        """How `multiprocessing` is to start worker processes; None: as the platform does."""
         ...
 
     def most_workers(self, world_size: int) -> int:
-        """How many worker processes of each process can have a share of the stream."""
+        """Return how many worker processes of each process can have a part of the stream."""
         ...
 
-    def samples(self, shuffle: tuple[int, int] | None, share: Share) -> Iterator[Sample]:
-        """One pass over a share.
+    def samples(self, shuffle: tuple[int, int] | None, partition: Partition) -> Iterator[Sample]:
+        """Yield the samples of one pass over a part.
 
-        The shares of all workers have every image once, or in training at most once.
+        The parts of all workers have every image once, or in training at most once.
 
         Args:
             shuffle: (seed, epoch) of the order; None keeps the files' order.
-            share: which part.
+            partition: the part.
         """
         ...
 
@@ -148,7 +144,7 @@ SplitKind = TypeVar("SplitKind", bound="Examples | Stream", covariant=True)
 
 @dataclass(frozen=True)
 class ImageData(Generic[SplitKind]):
-    """The two splits.
+    """The training and the test split of a source.
 
     Attributes:
         train: `Examples`, or a `Stream`.
@@ -164,7 +160,7 @@ class ImageData(Generic[SplitKind]):
 
 
 def open_image(image: Encoded, name: str | None = None) -> Image.Image:
-    """The whole image, upright and as RGB, as transformers' pipelines open it.
+    """Return the whole image, upright and as RGB, as transformers' pipelines open it.
 
     Args:
         image: path, the bytes of a file, or an image, which is returned as RGB.
@@ -181,42 +177,36 @@ def open_image(image: Encoded, name: str | None = None) -> Image.Image:
 
 
 def header(image: Encoded) -> Image.Image:
-    """The image with its size and mode, its pixels not decoded yet."""
+    """Return the image with its size and mode, its pixels not decoded yet."""
     if isinstance(image, Image.Image):
         return image.copy()  # the caller closes what it gets
     return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
 
 
 def unreadable(image: Encoded, name: str | None, error: Exception) -> DataError:
-    """The error that names an image which PIL could not read, and why."""
-    if isinstance(error, UnidentifiedImageError):
-        reason = "not a known image format"
-    else:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    """Return the error that names an image which PIL could not read, and says why."""
+    reason = "not a known image format" if isinstance(error, UnidentifiedImageError) else one_line(error)
     return DataError(f"cannot read the image {name or image}: {reason}")
 
 
-def check_classes(class_names: Sequence[str], where: str) -> list[str]:
-    """The names as a list.
+def check_classes(class_names: Sequence[str], source: str) -> list[str]:
+    """Return the names as a list.
 
     Raises:
         DataError: there are fewer than two, or two are the same.
     """
     names = [str(name) for name in class_names]
     if len(names) < 2:
-        found = f"only the class {names[0]}" if names else "no classes"
-        raise DataError(f"{where} holds {found}; at least two are needed")
-    if (
-        twice := sorted({name for name in names if names.count(name) > 1})
-        if len(set(names)) < len(names)
-        else []
-    ):
-        raise DataError(f"{where} names a class twice: {', '.join(twice)}")
+        classes = f"only the class {names[0]}" if names else "no classes"
+        raise DataError(f"{source} holds {classes}; at least two are needed")
+    if len(set(names)) < len(names):
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        raise DataError(f"{source} names a class twice: {', '.join(repeated)}")
     return names
 
 
-def check_labels(labels: Iterable[int], num_classes: int, where: str) -> array:
-    """The labels in one block of memory.
+def check_labels(labels: Iterable[int], num_classes: int, source: str) -> array:
+    """Return the labels in one block of memory.
 
     Raises:
         DataError: one is outside `[0, num_classes)`.
@@ -225,8 +215,11 @@ def check_labels(labels: Iterable[int], num_classes: int, where: str) -> array:
     values = numpy.asarray(checked)
     wrong = numpy.flatnonzero((values < 0) | (values >= num_classes))
     if len(wrong):
-        others = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise DataError(
-            f"{where}: label {checked[wrong[0]]} of image {wrong[0]} is not one of the {num_classes} classes{others}"
-        )
+        first = f"label {checked[wrong[0]]} of image {wrong[0]}"
+        raise DataError(f"{source}: {first} is not one of the {num_classes} classes{and_more(wrong)}")
     return checked
+
+
+def and_more(problems: Sized) -> str:
+    """Return the end of a message that names the first of several problems."""
+    return f", and {len(problems) - 1} more" if len(problems) > 1 else ""

@@ -12,19 +12,18 @@ import os
 import random
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-import numpy
+from ..messages import extra, one_line
+from .samples import IMAGE_SUFFIXES, DataError, ImageData, Partition, Sample, check_classes
+from .seeding import random_integer
 
-from ..messages import extra
-from .samples import IMAGE_SUFFIXES, DataError, ImageData, Sample, Share, check_classes
-
-SPLITS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test")}
-META = re.compile(r"__[^/]*__($|/)")  # webdataset passes over such names
+SPLIT_NAMES = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test")}
+SPECIAL = re.compile(r"__[^/]*__($|/)")  # webdataset passes over such names
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,12 @@ class Shards:
     """A split in tar files; a `Stream`.
 
     Attributes:
-        urls: of the tar files, in order: paths, or what webdataset's `gopen` opens.
+        urls: paths of the tar files, in order, or what webdataset's `gopen` opens.
         sizes: number of images in each.
-        class_names: in the order of the labels.
+        class_names: names in the order of the labels.
         skip_corrupt: as in `Examples`.
         buffer: images, not decoded, among which the shuffle draws.
+        start_method: as in `Stream`.
     """
 
     urls: Sequence[str]
@@ -53,36 +53,36 @@ class Shards:
     def most_workers(self, world_size: int) -> int:
         return max(1, self.num_images // world_size)
 
-    def samples(self, shuffle: tuple[int, int] | None, share: Share) -> Iterator[Sample]:
+    def samples(self, shuffle: tuple[int, int] | None, partition: Partition) -> Iterator[Sample]:
         order = list(range(len(self.urls)))
-        if shuffle is None:
-            yield from self._read(order, *share.bounds(self.num_images))
-            return
-        random.Random(_word(*shuffle)).shuffle(order)
-        samples = self._read(order, *share.bounds(self.num_images))
-        generator = random.Random(_word(*shuffle, share.rank * share.workers + share.worker))
-        yield from extra("webdataset").shuffle(self.buffer, initial=self.buffer, rng=generator)(samples)
+        if shuffle is not None:
+            random.Random(random_integer(*shuffle)).shuffle(order)
+        samples = self._read(order, *partition.bounds(self.num_images))
+        if shuffle is not None:
+            part = partition.rank * partition.num_workers + partition.worker
+            generator = random.Random(random_integer(*shuffle, part))
+            shuffled = extra("webdataset").shuffle(self.buffer, initial=self.buffer, rng=generator)
+            samples = shuffled(samples)
+        yield from samples
 
     def _read(self, order: list[int], first: int, last: int) -> Iterator[Sample]:
-        """Positions `[first, last)` of the shards in this order."""
+        """Yield the samples at the positions `[first, last)` of the shards in this order."""
         start = 0
         for shard in order:
-            size = self.sizes[shard]
+            url, size = self.urls[shard], self.sizes[shard]
             low, high = max(first - start, 0), min(last - start, size)
             start += size
             if low < high:
-                found = 0
-                for sample in islice(read_shard(self.urls[shard]), low, high):
-                    found += 1
+                missing = high - low
+                for sample in islice(read_shard(url), low, high):
+                    missing -= 1
                     yield labelled(sample, self.class_names)
-                if found < high - low:
-                    raise DataError(
-                        f"{self.urls[shard]} has fewer images than the {size} that it should have"
-                    )
+                if missing:
+                    raise DataError(f"{url} has fewer images than the {size} that it should have")
 
 
 def labelled(sample: dict[str, Any], class_names: Sequence[str]) -> Sample:
-    """The image of a sample, with the index of its class.
+    """Return the image of webdataset's sample, with the index of its class.
 
     Raises:
         DataError: it has no label, or none of these classes.
@@ -93,19 +93,17 @@ def labelled(sample: dict[str, Any], class_names: Sequence[str]) -> Sample:
         label = sample["cls"].decode().strip() if "cls" in sample else json.loads(sample["json"])["label"]
         index = int(label) if str(label).isdecimal() else list(class_names).index(label)
     except (KeyError, TypeError, ValueError) as error:
-        what = (
-            "its label is none of the class names" if "cls" in sample or "json" in sample else "it has none"
-        )
-        raise DataError(
-            f"no label for {name}: {what}, .cls or .json with the field label is expected"
-        ) from error
+        has_label = "cls" in sample or "json" in sample
+        problem = "its label is none of the class names" if has_label else "it has none"
+        expected = ".cls or .json with the field label is expected"
+        raise DataError(f"no label for {name}: {problem}, {expected}") from error
     if index >= len(class_names):
         raise DataError(f"label {index} of {name} is not one of the {len(class_names)} classes")
     return Sample(sample[image], index, name)
 
 
 def is_shards(source: str) -> bool:
-    """Whether this is a pattern of tar files, or a folder with some, also in `train/` and `val/`."""
+    """Return whether a source is a pattern of tar files, or a folder that has some, also in `train/`."""
     path = Path(source)
     if path.is_dir():
         return any(path.glob("*.tar")) or any(path.glob("train/*.tar"))
@@ -122,7 +120,7 @@ def open_shards(
     buffer: int = 1000,
     show: bool = True,
 ) -> ImageData[Shards]:
-    """The splits of a folder of shards, or of a brace pattern such as `data/{train-{000..146},val-{00..06}}.tar`.
+    """Open the splits of a folder of shards, or of a pattern: `data/{train-{000..146},val-{00..06}}.tar`.
 
     Shards belong to the split that their name begins with, or else that their folder is called. Class names
     come from `classes.json` (a list, or names by index, or indices by name) or `classes.txt` (one in each
@@ -131,50 +129,50 @@ def open_shards(
 
     Args:
         source: folder or pattern.
-        class_names: in place of a file.
+        class_names: names by index, in place of a file.
         train_split: what the names of training shards begin with; default: train.
         test_split: the same for the test split; default: val, validation or test.
-        skip_corrupt: of the splits.
+        skip_corrupt: as in `Examples`.
         buffer: size of the shuffle buffer.
-        show: a progress bar, where counting takes long.
+        show: show a progress bar, where counting takes long.
 
     Raises:
         DataError: there are no shards of a split, no class names, or no images; a shard is missing or no tar
             file, or, of those that are counted, has an image without a label of the classes.
     """
     path = Path(source)
-    folder = path.is_dir()
-    urls = (
-        sorted(map(str, path.rglob("*.tar")))
-        if folder
-        else extra("webdataset.shardlists").expand_urls(source)
-    )
-    names = {"train": (train_split,) if train_split else SPLITS["train"]}
-    names["test"] = (test_split,) if test_split else SPLITS["test"]
+    if path.is_dir():
+        urls, roots = sorted(map(str, path.rglob("*.tar"))), [str(path)]
+    else:
+        urls, roots = extra("webdataset.shardlists").expand_urls(source), []
+    names = {
+        "train": (train_split,) if train_split else SPLIT_NAMES["train"],
+        "test": (test_split,) if test_split else SPLIT_NAMES["test"],
+    }
     split_urls = {split: [url for url in urls if _belongs(url, names[split])] for split in names}
-    for split, found in split_urls.items():
-        if not found:
-            raise DataError(
-                f"{source} has no {split} shards: names that begin with {' or '.join(names[split])}"
-            )
-    roots = [str(path)] if folder else []
+    for split in names:
+        if not split_urls[split]:
+            beginnings = " or ".join(names[split])
+            raise DataError(f"{source} has no {split} shards: names that begin with {beginnings}")
     roots += list(dict.fromkeys(os.path.dirname(url) for url in urls))
     classes = check_classes(class_names or _class_names(roots, source), source)
-    known = _beside(roots, "sizes.json", json.loads) or {}
-    sizes = _sizes([url for found in split_urls.values() for url in found], known, classes, show)
-    splits = [
-        Shards(found, [sizes[url] for url in found], classes, skip_corrupt, buffer)
-        for found in split_urls.values()
-    ]
-    for split, found in zip(split_urls, splits, strict=True):
-        if not found.num_images:
+    known = _read_first(roots, "sizes.json", json.loads) or {}
+    sizes = _sizes([*split_urls["train"], *split_urls["test"]], known, classes, show)
+    splits = {
+        split: Shards(urls, [sizes[url] for url in urls], classes, skip_corrupt, buffer)
+        for split, urls in split_urls.items()
+    }
+    for split, shards in splits.items():
+        if not shards.num_images:
             raise DataError(f"the {split} shards of {source} have no images ({', '.join(IMAGE_SUFFIXES)})")
-    about = repr([classes, [(os.path.basename(url), size) for url, size in sizes.items()], _bytes(sizes)])
-    return ImageData(splits[0], splits[1], classes, hashlib.sha256(about.encode()).hexdigest())
+    counts = [(os.path.basename(url), size) for url, size in sizes.items()]
+    file_sizes = [os.path.getsize(url) for url in sizes if os.path.exists(url)]
+    fingerprint = hashlib.sha256(repr([classes, counts, file_sizes]).encode()).hexdigest()
+    return ImageData(splits["train"], splits["test"], classes, fingerprint)
 
 
 def read_shard(url: str) -> Iterator[dict[str, Any]]:
-    """The samples of a tar file that have an image, as webdataset has them: bytes by suffix.
+    """Yield the samples of a tar file that have an image, as webdataset has them: bytes by suffix.
 
     Raises:
         DataError: the file is missing or damaged.
@@ -205,19 +203,17 @@ def _sizes(urls: list[str], known: dict[str, int], class_names: list[str], show:
 
 
 def _count(path: str, class_names: list[str]) -> int:
-    """Number of samples with an image, as `read_shard` finds them, whose labels are checked.
-
-    Images are not read.
-    """
+    """Return the number of samples that `read_shard` finds, and check their labels; images are not read."""
     split, count = extra("webdataset.tariterators").base_plus_ext, 0
     try:
         with tarfile.open(path) as tar:
-            members = [(*split(one.name), one) for one in tar if one.isreg() and not META.match(one.name)]
-            for key, group in groupby((one for one in members if one[0]), key=lambda one: one[0]):
+            members = (file for file in tar if file.isreg() and not SPECIAL.match(file.name))
+            files = [(*split(member.name), member) for member in members]
+            for key, group in groupby((file for file in files if file[0]), key=lambda file: file[0]):
                 sample: dict[str, Any] = {"__url__": path, "__key__": key}
                 for _, suffix, member in group:
-                    suffix = suffix.lower()
-                    sample[suffix] = tar.extractfile(member).read() if suffix in ("cls", "json") else b""  # pyright: ignore[reportOptionalMemberAccess]
+                    content = tar.extractfile(member) if suffix.lower() in ("cls", "json") else None
+                    sample[suffix.lower()] = content.read() if content else b""
                 if any(f".{suffix}" in IMAGE_SUFFIXES for suffix in sample):
                     labelled(sample, class_names)
                     count += 1
@@ -228,8 +224,8 @@ def _count(path: str, class_names: list[str]) -> int:
 
 def _belongs(url: str, names: Sequence[str]) -> bool:
     parent, name = os.path.split(url)
-    known = [*names, *SPLITS["train"], *SPLITS["test"]]
-    if any(_begins(name, split) for split in known):  # what a file is called counts before its folder
+    known = [*names, *SPLIT_NAMES["train"], *SPLIT_NAMES["test"]]
+    if any(_begins(name, split) for split in known):  # a file's own name counts before its folder's
         return any(_begins(name, split) for split in names)
     return os.path.basename(parent) in names
 
@@ -239,52 +235,39 @@ def _begins(name: str, split: str) -> bool:
 
 
 def _class_names(roots: list[str], source: str) -> list[str]:
-    if (names := _beside(roots, "classes.json", json.loads)) is None:
-        names = _beside(
+    names = _read_first(roots, "classes.json", json.loads)
+    if names is None:
+        names = _read_first(
             roots, "classes.txt", lambda text: [line for line in text.splitlines() if line.strip()]
         )
     if names is None:
         raise DataError(f"{source} needs class names: classes.txt beside the shards, a name in each line")
     if isinstance(names, dict):
-        by_index = {
-            int(i): name for i, name in (names.items() if all(map(str.isdecimal, names)) else _turned(names))
-        }
+        by_index = names if all(map(str.isdecimal, names)) else {index: name for name, index in names.items()}
+        by_index = {int(index): name for index, name in by_index.items()}
         names = [by_index.get(i) for i in range(len(by_index))]  # a gap becomes None, which is refused
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(
-            f"classes.json beside {source} must be a list of names, or an object of names and indices"
-        )
+        expected = "a list of names, or an object of names and indices"
+        raise DataError(f"classes.json beside {source} must be {expected}")
     return [str(name) for name in names]
 
 
-def _turned(names: dict) -> list[tuple]:
-    return [(index, name) for name, index in names.items()]
-
-
-def _beside(roots: list[str], name: str, parse: Callable[[str], Any]) -> Any:
-    """What the first file of that name holds, or None."""
-    for root in roots:
+def _read_first(folders: Iterable[str], name: str, parse: Callable[[str], Any]) -> Any:
+    """Return what the first of the folders' files of that name holds, or None without such a file."""
+    for folder in folders:
         try:
-            with extra("webdataset").gopen(f"{root}/{name}" if root else name) as file:
+            with extra("webdataset").gopen(f"{folder}/{name}" if folder else name) as file:
                 text = file.read().decode()
         except OSError:
             continue
         try:
             return parse(text)
         except ValueError as error:
-            raise DataError(f"{root}/{name} is damaged: {_reason(error)}") from error
+            raise DataError(f"{folder}/{name} is damaged: {_reason(error)}") from error
     return None
 
 
-def _bytes(urls) -> list[int]:
-    return [os.path.getsize(url) for url in urls if os.path.exists(url)]
-
-
 def _reason(error: Exception) -> str:
-    """The first line's worth; webdataset adds the stream and the URL to an error's arguments."""
-    text = str(error.args[0] if error.args and not isinstance(error, OSError) else error).partition(" @ <")[0]
-    return getattr(error, "strerror", None) or " ".join(text.split()) or type(error).__name__
-
-
-def _word(*numbers: int) -> int:
-    return int(numpy.random.SeedSequence(numbers).generate_state(1, numpy.uint64)[0])
+    """Return an error's reason in one line, without the stream and the URL that webdataset adds to it."""
+    text = error if isinstance(error, OSError) or not error.args else error.args[0] or type(error).__name__
+    return one_line(text).partition(" @ <")[0]

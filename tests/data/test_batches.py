@@ -17,8 +17,9 @@ from PIL import Image
 
 from flashkat_hf.data import open_data
 from flashkat_hf.data.augmentation import SIGNS, Augmentation, training_transform
-from flashkat_hf.data.batches import EvalBatches, TrainBatches, seeded
+from flashkat_hf.data.batches import EvalBatches, TrainBatches
 from flashkat_hf.data.samples import DataError, Examples
+from flashkat_hf.data.seeding import seeded
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*use of fork:DeprecationWarning"

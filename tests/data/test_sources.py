@@ -9,8 +9,10 @@ from data_helpers import CLASSES, add, encoded, image_dataset, write_folder, wri
 from PIL import Image
 from transformers.image_utils import load_image
 
-from flashkat_hf.data.samples import DataError, Share, open_image
-from flashkat_hf.data.sources import load_digits, load_image_folder, open_data
+from flashkat_hf.data.digits import load_digits
+from flashkat_hf.data.image_folder import load_image_folder
+from flashkat_hf.data.samples import DataError, Partition, open_image
+from flashkat_hf.data.sources import open_data
 
 
 @pytest.fixture
@@ -186,7 +188,7 @@ def test_a_folders_fingerprint_changes_with_the_data_and_not_with_its_place(tmp_
 
 def test_a_large_folders_fingerprint_is_of_names_and_sizes(tmp_path, monkeypatch):
     root = write_folder(tmp_path, 6, 3)
-    monkeypatch.setattr("flashkat_hf.data.sources.CONTENTS", 10)
+    monkeypatch.setattr("flashkat_hf.data.image_folder.FINGERPRINT_BYTES", 10)
     before = load_image_folder(root).fingerprint
     (root / "train" / "bee" / "004.png").write_bytes(encoded(4, "BMP"))
     assert load_image_folder(root).fingerprint != before
@@ -203,7 +205,7 @@ def test_what_is_no_source(tmp_path, source):
 
 
 def opened(stream) -> list[int]:
-    return [open_image(sample.image).getpixel((0, 0))[0] for sample in stream.samples(None, Share())]
+    return [open_image(sample.image).getpixel((0, 0))[0] for sample in stream.samples(None, Partition())]
 
 
 @pytest.mark.parametrize("layout", ["folder", "pattern", "split folders", "sizes.json"])
@@ -364,7 +366,7 @@ def test_a_data_set(splits, tmp_path, form, streaming):
     assert data.class_names == CLASSES
     assert data.train.num_images == 7
     assert data.fingerprint == open_data(tmp_path, streaming=streaming).fingerprint
-    samples = list(data.test.samples(None, Share())) if streaming else [data.test[i] for i in range(5)]
+    samples = list(data.test.samples(None, Partition())) if streaming else [data.test[i] for i in range(5)]
     assert [open_image(sample.image).getpixel((0, 0))[0] for sample in samples] == list(range(7, 12))
     assert [sample.label for sample in samples] == [number % 3 for number in range(7, 12)]
     assert samples[2].name.endswith(f"number 2 of validation of {tmp_path}")
@@ -389,7 +391,7 @@ def test_columns_and_splits_by_name(splits, tmp_path):
     stream = open_data(
         tmp_path, label_column="note", class_names=list("0123456"), streaming=True, **names
     ).train
-    assert [sample.label for sample in stream.samples(None, Share())] == list(range(7))
+    assert [sample.label for sample in stream.samples(None, Partition())] == list(range(7))
 
 
 def bad_splits(kind, splits):
@@ -448,4 +450,4 @@ def test_a_data_set_without_splits_and_one_that_is_damaged(splits, tmp_path):
 def test_a_stream_names_an_image_without_a_class(splits, tmp_path):
     save(bad_splits("unlabelled", splits), tmp_path)
     with pytest.raises(DataError, match="label -1 of number 0 is not one of the 3 classes"):
-        list(open_data(tmp_path, streaming=True).test.samples(None, Share()))
+        list(open_data(tmp_path, streaming=True).test.samples(None, Partition()))

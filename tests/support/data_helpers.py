@@ -1,7 +1,4 @@
-"""Small labelled images whose pixels say which they are, in every form that `open_data` reads.
-
-And pictures.
-"""
+"""Small labelled images whose pixels say which they are, in every form that `open_data` reads; and pictures."""
 
 import io
 import json
@@ -16,8 +13,9 @@ from torch import Tensor
 
 from flashkat_hf import make_image_processor
 from flashkat_hf.data.augmentation import evaluation_transform, posterize
-from flashkat_hf.data.batches import seeded
-from flashkat_hf.data.gpu.augmentation import Draws, drawing
+from flashkat_hf.data.gpu.planning import Draws, _plain, drawing
+from flashkat_hf.data.gpu.records import NO_OPERATION, OPERATIONS, DecodedImages, EncodedFiles, Plan
+from flashkat_hf.data.seeding import seeded
 
 CLASSES = ["ant", "bee", "cow"]
 PROCESSOR = make_image_processor(8, crop=1.0)
@@ -91,9 +89,45 @@ def image_dataset(first: int, last: int, classes: list[str] | None = None):
 
 
 def smooth_picture(seed: int, size: tuple[int, int]) -> Image.Image:
-    """As photographs are, in full range; of width and height."""
+    """A picture of this width and height, as smooth as photographs are, in full range."""
     pixels = numpy.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=numpy.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+def encoded_picture(
+    seed: int, size: tuple[int, int], form: str = "JPEG", mode: str = "RGB", **options
+) -> bytes:
+    """The file of a `smooth_picture`."""
+    return image_file(smooth_picture(seed, size).convert(mode), form, **options)
+
+
+def image_file(image: Image.Image, form: str = "JPEG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def encoded_files(files: list[bytes]) -> EncodedFiles:
+    """Files as a batch has them."""
+    headers = [Image.open(io.BytesIO(file)) for file in files]
+    lengths = torch.tensor([len(file) for file in files])
+    heights, widths = (torch.tensor([getattr(h, name) for h in headers]) for name in ("height", "width"))
+    plain = torch.tensor([int(_plain(header)) for header in headers])
+    data = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8)
+    return EncodedFiles(lengths.cumsum(0) - lengths, lengths, heights, widths, plain, data)
+
+
+def images_of(decoded: DecodedImages) -> list[Tensor]:
+    """The pixels of decoded images, when they are there."""
+    decoded.wait()
+    images = []
+    for address, height, width in zip(
+        *(c.tolist() for c in (decoded.address, decoded.height, decoded.width))
+    ):
+        memory = next(block for block in decoded.memory if 0 <= address - block.data_ptr() < block.numel())
+        start = address - memory.data_ptr()
+        images.append(memory.flatten()[start : start + 3 * height * width].view(3, height, width))
+    return images
 
 
 def stacked(images: list[Image.Image]) -> Tensor:
@@ -102,12 +136,27 @@ def stacked(images: list[Image.Image]) -> Tensor:
     ).contiguous()
 
 
+def by_pil(image: Image.Image, row: Tensor, fill: list[int]) -> Image.Image:
+    """What timm's functions make of an image by a row of a `Plan`, less normalisation and erasing."""
+    plan = Plan.unpacked(row[None])
+    for number, argument, filter_ in torch.stack((plan.number, plan.argument, plan.filter), 2)[0].tolist():
+        if number == NO_OPERATION:
+            continue
+        name = OPERATIONS[int(number)]
+        function = posterize if name == "posterize" else getattr(auto_augment, name)
+        arguments = [] if name in ("auto_contrast", "equalize", "invert") else [argument]
+        if name in ("posterize", "solarize", "solarize_add"):
+            arguments = [int(argument)]
+        image = function(image, *arguments, resample=int(filter_), fillcolor=tuple(fill))
+    return image
+
+
 def one_operation(
     name: str, bicubic: bool, fill: list[int], size: tuple[int, int], count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures `(count, 3, height, width)` uint8, what timm's operation makes of them with PIL, and the plans for it.
+    """Pictures `(count, 3, height, width)` uint8, what timm's operation makes of them, and the plans for it.
 
-    At magnitudes over the whole range.
+    The magnitudes are spread over the whole range.
     """
     options = {"img_mean": tuple(fill), "magnitude_std": 4.0}
     options["interpolation"] = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR

@@ -20,10 +20,11 @@ from helpers import ROOT
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, make_image_processor
+from flashkat_hf.data import open_data
 from flashkat_hf.data.augmentation import evaluation_transform
 from flashkat_hf.data.batches import EvalBatches
+from flashkat_hf.data.digits import load_digits
 from flashkat_hf.data.samples import Examples, open_image
-from flashkat_hf.data.sources import load_digits, open_data
 from flashkat_hf.training.evaluation import evaluate, match_classes
 
 MICRO = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

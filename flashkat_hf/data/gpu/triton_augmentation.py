@@ -6,20 +6,17 @@ new pixels.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-try:  # transformers takes what checkpoint code imports elsewhere for a requirement
-    import triton
-    import triton.language as tl
-except ImportError:
-    raise
+from .records import GEOMETRIC, OPERATIONS
 
-# Numbers of the operations, as in batch_operations.OPERATIONS; those before are geometric.
+# Numbers of the operations that are not geometric.
 AUTO_CONTRAST, EQUALIZE, INVERT, SOLARIZE, SOLARIZE_ADD, POSTERIZE, CONTRAST, BRIGHTNESS, COLOR, SHARPNESS = (
-    map(tl.constexpr, range(5, 15))
+    map(tl.constexpr, range(len(GEOMETRIC), len(OPERATIONS)))
 )
-# What a plan on the device has: for each layer these, and at its end the erased box and the seed of its
-# noise.
+# A plan on the device has these for each layer, and at its end the erased box and the seed of its noise.
 OPERATION, ARGUMENT, FILTER, MAP, ENTRIES = map(tl.constexpr, (0, 1, 2, 3, 9))
 TOP, LEFT, ROWS, COLUMNS, SEED = map(tl.constexpr, range(5))
 BICUBIC = tl.constexpr(3)  # PIL's number
@@ -28,13 +25,13 @@ BLOCK = 1024  # pixels of a program
 
 @triton.jit
 def to_level(value):
-    """PIL rounds down."""
+    """Round down, as PIL does."""
     return tl.minimum(tl.maximum(value, 0.0), 255.0).to(tl.uint8)
 
 
 @triton.jit
 def away_from(start, value, argument):
-    """PIL's enhancements: away from a faded version, which is the result at factor 0."""
+    """Enhance as PIL does: away from a faded version, which is the result at factor 0."""
     return start + argument * (value - start)
 
 
@@ -55,7 +52,7 @@ def level_tables_kernel(
     num_pixels,
     BLOCK: tl.constexpr,
 ):
-    """What becomes of each level of a channel. Grid (3, count)."""
+    """Tabulate what becomes of each level of a channel. Grid (3, count)."""
     channel, number = tl.program_id(0), tl.program_id(1)
     plan_ptr += number * plan_stride
     operation, argument = tl.load(plan_ptr + OPERATION).to(tl.int32), tl.load(plan_ptr + ARGUMENT)
@@ -104,14 +101,14 @@ def level_tables_kernel(
 
 @triton.jit
 def tap(x_ptr, x, y, width, height):
-    """The pixel at a place, or the nearest one to it."""
+    """Return the pixel at a place, or the nearest one to it."""
     x, y = tl.minimum(tl.maximum(x, 0), width - 1), tl.minimum(tl.maximum(y, 0), height - 1)
     return tl.load(x_ptr + y * width + x).to(tl.float32)
 
 
 @triton.jit
 def cubic(a, b, c, d, at):
-    """Between b and c, as PIL's transformations have it."""
+    """Interpolate between b and c as PIL's transformations do."""
     return b + at * (c - a + at * (2.0 * (a - b) + c - d + at * (b - a + d - c)))
 
 
@@ -140,7 +137,7 @@ def operations_kernel(
     width,
     BLOCK: tl.constexpr,
 ):
-    """One operation for each image. Grid (pixel blocks, count)."""
+    """Carry out one operation for each image. Grid (pixel blocks, count)."""
     number, num_pixels = tl.program_id(1), height * width
     plan_ptr += number * plan_stride
     operation, argument = tl.load(plan_ptr + OPERATION).to(tl.int32), tl.load(plan_ptr + ARGUMENT)
@@ -218,7 +215,7 @@ def normalize_kernel(
     NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Normalised, with noise in the box, from a place that the seed gives. Grid (pixel blocks, 3, count)."""
+    """Normalise, with noise in the box, from a place that the seed gives. Grid (pixel blocks, 3, count)."""
     channel, number, num_pixels = tl.program_id(1), tl.program_id(2), height * width
     plan_ptr += number * plan_stride
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -236,6 +233,11 @@ def normalize_kernel(
     tl.store(y_ptr + there, y, mask=mask)
 
 
+def interpreted() -> bool:
+    """Return whether Triton's interpreter runs the kernels, which it does on any device."""
+    return triton.knobs.runtime.interpret
+
+
 def augmented(
     images: Tensor,
     plan: Tensor,
@@ -251,13 +253,13 @@ def augmented(
     Args:
         images: `(count, 3, height, width)` uint8, contiguous, on the device; it may be written over.
         plan: `(count, 9 * num_layers + 5)` float32 on the device: operation, argument, PIL's filter and the
-            map of each layer, and the erased box with its seed.
-        num_layers: of operations.
-        fill: `(3, 1, 1)` float32, levels.
-        mean: likewise.
-        std: likewise.
+            map of each layer, and the erased box with its seed (`Plan.for_kernels`).
+        num_layers: number of operations of each image.
+        fill: `(3, 1, 1)` float32: the color of what comes from outside, in levels.
+        mean: likewise: the mean of each channel.
+        std: likewise: the standard deviation of each channel.
         noise: `(length,)` float32.
-        stride: from one seed's place in the noise to the next.
+        stride: distance from one seed's place in the noise to the next.
 
     Returns:
         `(count, 3, height, width)` float32, normalised.
@@ -266,18 +268,30 @@ def augmented(
     blocks, num_pixels = triton.cdiv(height * width, BLOCK), height * width
     tables = torch.empty(count, 3, 256, dtype=torch.uint8, device=device)
     result = torch.empty(images.shape, device=device)
-    spare = torch.empty_like(images)
+    spare, plan_stride = torch.empty_like(images), plan.stride(0)
     exact = {"enable_fp_fusion": False}  # each product is rounded, as PIL's are
     with torch.accelerator.device_index(device.index):  # pyright: ignore[reportArgumentType]
         for layer in range(num_layers):
             part = plan[:, ENTRIES.value * layer :]
-            level_tables_kernel[3, count](images, part, tables, plan.stride(0), num_pixels, BLOCK, **exact)
+            level_tables_kernel[3, count](images, part, tables, plan_stride, num_pixels, BLOCK, **exact)
             operations_kernel[blocks, count](
-                images, part, tables, fill, spare, plan.stride(0), height, width, BLOCK, **exact
+                images, part, tables, fill, spare, plan_stride, height, width, BLOCK, **exact
             )
             images, spare = spare, images
+        part = plan[:, ENTRIES.value * num_layers :]
         normalize_kernel[blocks, 3, count](
-            images, plan[:, ENTRIES.value * num_layers :], mean, std, noise, result, plan.stride(0), height, width,
-            stride, len(noise), BLOCK, **exact,
-        )  # fmt: skip
+            images,
+            part,
+            mean,
+            std,
+            noise,
+            result,
+            plan_stride,
+            height,
+            width,
+            stride,
+            len(noise),
+            BLOCK,
+            **exact,
+        )
     return result

@@ -1,4 +1,4 @@
-"""Triton kernels that resize parts of images with antialiasing, all images of a batch at once, with their launcher.
+"""Triton kernels that resize parts of a batch's images with antialiasing, with their launcher.
 
 The images lie where a decoder has put them, each with a size of its own: a table holds their addresses. A
 pixel of the result is a weighted mean of the pixels around it, along the width first and then along the
@@ -6,13 +6,11 @@ height, as torchvision and PIL resize; the weights are made where they are neede
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-try:  # transformers takes what checkpoint code imports elsewhere for a requirement
-    import triton
-    import triton.language as tl
-except ImportError:
-    raise
+from .records import Crops, DecodedImages
 
 # What the table has for each image.
 ADDRESS, HEIGHT, WIDTH, TOP, LEFT, ROWS, COLUMNS, BICUBIC, MIRRORED, ENTRIES = map(tl.constexpr, range(10))
@@ -22,7 +20,7 @@ EXACT = tl.constexpr(2.0**23)  # float32 has no fractions from here on
 
 @triton.jit
 def filter_weight(distance, bicubic):
-    """A triangle, or Keys' cubic with -0.5, of distances >= 0."""
+    """Return the weight at a distance >= 0: a triangle, or Keys' cubic with -0.5."""
     near = (1.5 * distance - 2.5) * distance * distance + 1.0
     far = ((-0.5 * distance + 2.5) * distance - 4.0) * distance + 2.0
     cubic = tl.where(distance < 1.0, near, tl.where(distance < 2.0, far, 0.0))
@@ -31,7 +29,7 @@ def filter_weight(distance, bicubic):
 
 @triton.jit
 def taps(position, length, size, bicubic):
-    """First pixel of `length` that a result's pixel takes, how many at most, its center there, and their density."""
+    """Return the first pixel that a result's pixel takes, how many at most, its center, and their density."""
     density = length.to(tl.float32) / size
     center = (position + 0.5) * density
     radius = tl.where(bicubic, 2.0, 1.0) * tl.maximum(density, 1.0)
@@ -41,7 +39,7 @@ def taps(position, length, size, bicubic):
 
 @triton.jit
 def weigh(pixel, length, center, density, bicubic):
-    """A pixel's weight, 0 outside of `length`, and the nearest pixel inside."""
+    """Return a pixel's weight, 0 outside of `length`, and the nearest pixel inside."""
     weight = filter_weight(tl.abs(pixel + 0.5 - center) / density, bicubic)
     inside = tl.minimum(tl.maximum(pixel, 0), length - 1)
     return tl.where(pixel == inside, weight, 0.0), inside
@@ -56,7 +54,7 @@ def resize_width_kernel(
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """The rows of each image's part, resized to `size` columns. Grid (row blocks, 3, count)."""
+    """Resize the rows of each image's part to `size` columns. Grid (row blocks, 3, count)."""
     channel, number = tl.program_id(1), tl.program_id(2)
     table_ptr += number * ENTRIES
     rows, columns = tl.load(table_ptr + ROWS).to(tl.int32), tl.load(table_ptr + COLUMNS).to(tl.int32)
@@ -95,7 +93,7 @@ def resize_height_kernel(
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """The columns resized to `size` rows, rounded. Grid (row blocks, 3, count)."""
+    """Resize the columns to `size` rows, rounded. Grid (row blocks, 3, count)."""
     channel, number = tl.program_id(1), tl.program_id(2)
     table_ptr += number * ENTRIES
     rows, bicubic = tl.load(table_ptr + ROWS).to(tl.int32), tl.load(table_ptr + BICUBIC) != 0
@@ -117,30 +115,29 @@ def resize_height_kernel(
     )
 
 
-def resized_crops(places: Tensor, windows: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
+def resized_crops(images: DecodedImages, crops: Crops, size: tuple[int, int]) -> Tensor:
     """Launch both kernels.
 
     Args:
-        places: `(count, 3)` int64 on the CPU: address, height and width of images on the device, `(3, height,
-            width)` uint8, contiguous.
-        windows: `(count, 6)` int64 on the CPU: top, left, height and width of the part, bicubic, mirrored.
+        images: contiguous images on a device.
+        crops: a part of each.
         size: height and width of the result.
-        device: where the images are.
 
     Returns:
         `(count, 3, height, width)` uint8 on the device.
     """
-    (height, width), count = size, len(places)
-    table = torch.cat((places, windows), 1).to(device, non_blocking=True)
-    most_rows = int(windows[:, 2].max())
+    (height, width), count, device = size, len(images.address), images.memory[0].device
+    places = images.address, images.height, images.width, crops.top, crops.left, crops.height, crops.width
+    table = torch.stack((*places, crops.bicubic, crops.mirrored), 1).to(device, non_blocking=True)
+    most_rows = int(crops.height.max())
     narrow = torch.empty(count, 3, most_rows, width, device=device)
     result = torch.empty(count, 3, height, width, dtype=torch.uint8, device=device)
     padded = triton.next_power_of_2(width)
+    grid_width, grid_height = (
+        (triton.cdiv(most_rows, BLOCK), 3, count),
+        (triton.cdiv(height, BLOCK), 3, count),
+    )
     with torch.accelerator.device_index(device.index):  # pyright: ignore[reportArgumentType]
-        resize_width_kernel[triton.cdiv(most_rows, BLOCK), 3, count](
-            table, narrow, most_rows, width, BLOCK, padded
-        )
-        resize_height_kernel[triton.cdiv(height, BLOCK), 3, count](
-            table, narrow, result, most_rows, width, height, BLOCK, padded
-        )
+        resize_width_kernel[grid_width](table, narrow, most_rows, width, BLOCK, padded)
+        resize_height_kernel[grid_height](table, narrow, result, most_rows, width, height, BLOCK, padded)
     return result

@@ -1,10 +1,14 @@
-"""The kernels that resize parts of images, by their launcher."""
+"""The kernels that resize parts of images, by their launcher and in the groups that fit the memory."""
 
+import numpy
 import pytest
 import torch
+from data_helpers import encoded_files, encoded_picture, images_of
 from helpers import KERNEL_DEVICES
 from torchvision.transforms.v2 import InterpolationMode, functional
 
+from flashkat_hf.data.gpu import decoding
+from flashkat_hf.data.gpu.records import Crops, DecodedImages
 from flashkat_hf.data.gpu.triton_crops import resized_crops
 
 pytestmark = pytest.mark.parametrize("device", KERNEL_DEVICES)
@@ -30,7 +34,30 @@ def test_parts_are_torchvisions(bicubic, size, device):
         expected.append((crop.flip(-1) if number % 2 else crop).clamp(0, 255))
         images.append(image.to(device))
         windows.append((*window, bicubic, number % 2))
-    places = torch.tensor([(image.data_ptr(), *image.shape[1:]) for image in images])
-    made = resized_crops(places, torch.tensor(windows), size, torch.device(device))
+    made = resized_crops(DecodedImages.of(images), Crops.unpacked(torch.tensor(windows)), size)
     assert made.dtype == torch.uint8
     assert (made.cpu() - torch.stack(expected)).abs().max() <= 0.5 + 1e-4  # rounded once
+
+
+@pytest.mark.parametrize("bicubic", [False, True])
+@pytest.mark.parametrize("limit", [2**28, 20_000])
+def test_crops_of_a_batch_are_torchvisions(limit, bicubic, device, monkeypatch):
+    """Larger and smaller than the result, of files of all sizes, mirrored or not; few of them at once, or all."""
+    monkeypatch.setattr(decoding, "CROP_BYTES", limit)
+    mode = InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
+    generator = numpy.random.default_rng(0)
+    files, windows, expected = [], [], []
+    for seed in range(70):  # more than are decoded at once
+        width, height = generator.integers(20, 120, 2).tolist()
+        rows, columns = generator.integers(4, [height + 1, width + 1]).tolist()
+        top, left = generator.integers(0, [height - rows + 1, width - columns + 1]).tolist()
+        files.append(encoded_picture(seed, (width, height), quality=95))
+        windows.append([top, left, rows, columns, bicubic, seed % 2])
+    images = decoding.decode_files(encoded_files(files), torch.device(device))
+    for image, (*window, _, mirrored) in zip(images_of(images), windows, strict=True):
+        crop = functional.resized_crop(image.float(), *window, [32, 24], mode, antialias=True)
+        expected.append((crop.flip(-1) if mirrored else crop).round().clamp(0, 255))
+    made = decoding.crop_images(images, Crops.unpacked(torch.tensor(windows)), (32, 24))
+    error = (made - torch.stack(expected)).abs()
+    assert error.max() <= 1  # rounding at a half
+    assert (error > 0).float().mean() < 0.001
