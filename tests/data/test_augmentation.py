@@ -15,9 +15,17 @@ from transformers import ConvNextImageProcessor, ViTImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from flashkat_hf import make_image_processor
-from flashkat_hf.data.augmentation import SIGNS, Augmentation, evaluation_transform, training_transform
-from flashkat_hf.data.batches import seeded
+from flashkat_hf.data import augmentation
+from flashkat_hf.data.augmentation import (
+    SIGNS,
+    Augmentation,
+    batch_transform,
+    evaluation_transform,
+    training_transform,
+)
+from flashkat_hf.data.gpu import augmentation as gpu_augmentation
 from flashkat_hf.data.samples import Sample
+from flashkat_hf.data.seeding import seeded
 
 SIZES = [(500, 375), (333, 257), (257, 1001), (31, 45), (224, 224), (225, 227), (601, 402), (1, 1), (7, 300)]
 
@@ -114,7 +122,8 @@ def test_the_recipe_is_timms():
     """The same draws give the same image as timm's own transform with the arguments of KAT's training."""
     processor = make_image_processor(32)
     theirs = timm.data.create_transform(
-        32, is_training=True, auto_augment="rand-m9-mstd0.5", interpolation="random", re_prob=0.25, re_mode="pixel",
+        32, is_training=True, auto_augment="rand-m9-mstd0.5", interpolation="random", re_prob=0.25,
+        re_mode="pixel",
         color_jitter=None,
     )  # fmt: skip
     for seed in range(40):
@@ -206,8 +215,39 @@ def test_random_is_seeded_for_what_timm_draws():
 @pytest.mark.parametrize("on_device", ["nothing", "augmentation"])
 def test_posterize_without_bits(on_device):
     """Timm's increasing operations keep no bits at magnitude 10, which Pillow 13 refuses."""
-    augmentation = Augmentation(rand_augment="rand-m10-n4-p1.0-inc1", erasing=0, on_device=on_device)
-    transform, image = training_transform(make_image_processor(24), augmentation), noise(60, 50)
+    recipe = Augmentation(rand_augment="rand-m10-n4-p1.0-inc1", erasing=0, on_device=on_device)
+    transform, image = training_transform(make_image_processor(24), recipe), noise(60, 50)
     for seed in range(60):
         with seeded(seed):
             transform(Sample(image, 0, "") if on_device == "augmentation" else image)
+
+
+def test_auto_is_decided_by_device_recipe_and_source(monkeypatch):
+    monkeypatch.setattr(augmentation, "decodes", lambda device: device.index == 0)
+    cpu, gpu, other = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
+    resolved = [Augmentation().resolved(device, False).on_device for device in (cpu, gpu, other)]
+    assert resolved == ["nothing", "decoding", "augmentation"]
+    assert Augmentation().resolved(gpu, in_memory=True).on_device == "nothing"
+    for unknown in ({"crop": "moves"}, {"color_jitter": 0.4}, {"rand_augment": "rand-m9-t3a"}):
+        assert Augmentation(**unknown).resolved(gpu, False).on_device == "nothing"
+    for on_device in ("nothing", "augmentation", "decoding"):
+        assert Augmentation(on_device=on_device).resolved(gpu, False).on_device == on_device
+    assert batch_transform(make_image_processor(24), Augmentation()) is None  # not decided
+
+
+def test_kernels_are_needed_on_a_device(monkeypatch):
+    """Without them "auto" leaves all to the workers, and who asks for more is told what is missing."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
+    with pytest.raises(ValueError, match=r"^on_device 'decoding' needs a GPU; use 'nothing'$"):
+        Augmentation(on_device="decoding").resolved(cpu, False)
+    recipe = Augmentation(on_device="augmentation")
+    batch = {"plan": torch.zeros(1, 5)}
+    with pytest.raises(ValueError, match=r"^augmentation in batches needs a GPU; use on_device='nothing'$"):
+        batch_transform(make_image_processor(24), recipe)(batch)
+    monkeypatch.setattr(gpu_augmentation, "augmented", None)  # as without triton
+    assert Augmentation().resolved(gpu, False).on_device == "nothing"
+    with pytest.raises(
+        ValueError, match=r"^on_device 'augmentation' needs the package triton; use 'nothing'$"
+    ):
+        recipe.resolved(gpu, False)

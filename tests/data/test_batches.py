@@ -1,4 +1,4 @@
-"""Order, shares, resuming, seeds and corrupt images of the batches, for splits with random access and streams."""
+"""Order, parts, resuming, seeds and corrupt images of batches, for splits with random access and streams."""
 
 import multiprocessing
 import os

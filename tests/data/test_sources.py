@@ -407,8 +407,9 @@ def bad_splits(kind, splits):
     if kind == "empty":
         return {"train": train, "validation": test.select([])}
     if kind == "one":
-        return {name: part.select([0]).cast_column("kind", datasets.ClassLabel(names=["ant"])) for name, part in
-                (("train", image_dataset(0, 1)), ("validation", image_dataset(3, 4)))}  # fmt: skip
+        label = datasets.ClassLabel(names=["ant"])
+        parts = {"train": image_dataset(0, 1), "validation": image_dataset(3, 4)}
+        return {name: part.cast_column("kind", label) for name, part in parts.items()}
     if kind == "unlabelled":
         columns = {"picture": [{"bytes": encoded(1), "path": None}], "kind": [-1], "note": [""]}
         return {"train": train, "validation": datasets.Dataset.from_dict(columns, features=train.features)}

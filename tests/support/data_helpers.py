@@ -1,4 +1,7 @@
-"""Small labelled images whose pixels say which they are, in every form that `open_data` reads; and pictures."""
+"""Small labelled images whose pixels say which they are, in every form that `open_data` reads.
+
+And pictures.
+"""
 
 import io
 import json
@@ -121,9 +124,8 @@ def images_of(decoded: DecodedImages) -> list[Tensor]:
     """The pixels of decoded images, when they are there."""
     decoded.wait()
     images = []
-    for address, height, width in zip(
-        *(c.tolist() for c in (decoded.address, decoded.height, decoded.width))
-    ):
+    places = torch.stack((decoded.address, decoded.height, decoded.width), 1)
+    for address, height, width in places.tolist():
         memory = next(block for block in decoded.memory if 0 <= address - block.data_ptr() < block.numel())
         start = address - memory.data_ptr()
         images.append(memory.flatten()[start : start + 3 * height * width].view(3, height, width))

@@ -36,9 +36,7 @@ class TorchvisionDecoder:
         self.files: list[Tensor] = []
 
     def __call__(self, files: EncodedFiles) -> DecodedImages:
-        functions = extra("torchvision.io")
-        places = zip(files.start.tolist(), files.length.tolist(), strict=True)
-        parts = [files.data[start : start + length] for start, length in places]
+        functions, parts = extra("torchvision.io"), files.parts()
         try:
             return DecodedImages.of(functions.decode_jpeg(parts, functions.ImageReadMode.RGB, self.device))
         finally:

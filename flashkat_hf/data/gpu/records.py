@@ -87,7 +87,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Columns:
-    """A record of several images: an int64 tensor `(count,)` on the CPU for each name but the `shared` ones."""
+    """A record of several images: an int64 tensor `(count,)` on the CPU for each name not `shared`."""
 
     shared: ClassVar[tuple[str, ...]] = ()
 
@@ -141,6 +141,11 @@ class EncodedFiles(Columns):
     plain: Tensor
     data: Tensor
 
+    def parts(self) -> list[Tensor]:
+        """Return the bytes of each file."""
+        places = zip(self.start.tolist(), self.length.tolist(), strict=True)
+        return [self.data[start : start + length] for start, length in places]
+
 
 @dataclass(frozen=True)
 class EncodedCrops(Crops):
@@ -178,7 +183,8 @@ class DecodedImages(Columns):
 
     @classmethod
     def of(cls, images: list[Tensor]) -> "DecodedImages":
-        """Return the record of images that are there."""
+        """Return the record of images that are there, and make them contiguous (libjpeg's are not)."""
+        images = [image.contiguous() for image in images]
         places = torch.tensor([(image.data_ptr(), *image.shape[1:]) for image in images])
         return cls(places[:, 0], places[:, 1], places[:, 2], images)
 

@@ -26,7 +26,7 @@ def test_quartered_chroma_on_a_gpu(device):
 
 
 def test_files_of_all_kinds(device):
-    """Each in its place: of one or three components, of odd sizes, and progressive, which a GPU's decoders refuse."""
+    """Each in its place: one component or three, odd sizes, progressive ones that a GPU's decoders refuse."""
     kinds = ({"subsampling": 0}, {"subsampling": 0, "progressive": True}, {"mode": "L"})
     files = [encoded_picture(seed, (61 + seed, 45), quality=95, **kinds[seed % 3]) for seed in range(12)]
     for part in (files, files[1::3]):
@@ -37,7 +37,7 @@ def test_files_of_all_kinds(device):
 
 
 def test_each_decoder_has_its_files(monkeypatch):
-    """A GPU's own decoders, here libjpeg, get what they may know; torchvision gets what they refuse, and the rest."""
+    """Hardware decoders, here libjpeg, get what they may know; torchvision the rest and what they refuse."""
     files = [encoded_picture(seed, (61 + seed, 45), progressive=seed % 3 == 0) for seed in range(9)]
     expected, seen = images_of(decoded(files, "cpu")), []
     on_cpu = TorchvisionDecoder(torch.device("cpu"))
@@ -66,7 +66,7 @@ def test_each_decoder_has_its_files(monkeypatch):
 
 @pytest.mark.gpu
 def test_decoding_waits_for_nothing_and_spoils_nothing():
-    """Images that were freed while the GPU has still to read them are read as they were, though others are decoded."""
+    """Images that are freed before the GPU has read them are read as they were, though others are decoded."""
     bright, dark = ([image_file(Image.new("RGB", (500, 375), color))] * 64 for color in ("white", "black"))
     decoded(dark, "cuda")  # what is made at the first time
     for attempt in range(5):

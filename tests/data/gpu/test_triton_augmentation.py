@@ -66,5 +66,4 @@ def test_plans_are_carried_out_as_by_pil(num_layers, device):
     noise = MODULE.noise[(plans[:, -1].long()[:, None, None, None] * STRIDE + index) % NOISE]
     assert torch.equal(made.where(erased, 0), noise.where(erased, 0))
     error = (levels(made) - expected).abs().where(~erased, 0)
-    print(num_layers, [((error > t).float().mean().item()) for t in (1e-3, 0.5, 1.5, 2.5)], error.max())
     assert (error > 0.5).float().mean() < 1e-3 * num_layers + 1e-9
