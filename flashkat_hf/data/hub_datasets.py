@@ -115,22 +115,8 @@ def open_dataset(
 ) -> ImageData[Examples] | ImageData[DatasetStream]:
     """Open the splits of a folder that `save_to_disk` wrote, of a folder of Parquet files, or of a Hub id.
 
-    Args:
-        source: folder or Hub id.
-        subset: name of the data set's configuration.
-        revision: branch, tag or commit on the Hub.
-        streaming: read it from one end to the other, without downloading it first.
-        image_column: name of the column; default: the only one that holds images.
-        label_column: likewise; default: the only one that holds classes, else one named "label".
-        class_names: names by index, where the label column has none; required for streams of texts or bare
-            numbers.
-        train_split: name of the split; default: train.
-        test_split: likewise; default: the first of validation, val and test that there is.
-        train_size: number of training images, where a stream does not tell.
-        test_size: the same for the test split.
-        world_size: number of processes, for the number of parts that a saved data set is streamed in.
-        skip_corrupt: as in `Examples`.
-        buffer: size of the shuffle buffer of streams.
+    The arguments are those of `open_data`; streams of texts or bare numbers need `class_names`. `world_size`
+    sets the number of parts that a saved data set is streamed in.
 
     Raises:
         DataError: it cannot be loaded; a split, a column, class names or images are missing; the splits have

@@ -127,14 +127,7 @@ def open_shards(
     line) beside the shards. The numbers of images come from `sizes.json` beside them (by file name), else
     from the tar files, whose labels are checked then.
 
-    Args:
-        source: folder or pattern.
-        class_names: names by index, in place of a file.
-        train_split: what the names of training shards begin with; default: train.
-        test_split: the same for the test split; default: val, validation or test.
-        skip_corrupt: as in `Examples`.
-        buffer: size of the shuffle buffer.
-        show: show a progress bar, where counting takes long.
+    The arguments are those of `open_data`; `show` shows a progress bar, where counting takes long.
 
     Raises:
         DataError: there are no shards of a split, no class names, or no images; a shard is missing or no tar

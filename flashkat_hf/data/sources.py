@@ -65,14 +65,9 @@ def open_data(
         ImportError: a package of the extra `train` is missing.
     """
     named = {"class_names": class_names, "train_split": train_split, "test_split": test_split}
-    of_datasets = {
-        "subset": subset,
-        "revision": revision,
-        "image_column": image_column,
-        "label_column": label_column,
-        "train_size": train_size,
-        "test_size": test_size,
-    }
+    columns = {"image_column": image_column, "label_column": label_column}
+    sizes = {"train_size": train_size, "test_size": test_size}
+    of_datasets = {"subset": subset, "revision": revision, **columns, **sizes}
     of_any = of_datasets | named | {"streaming": streaming}
     if source is None or source == "digits":
         _refuse("the digits take", of_any)

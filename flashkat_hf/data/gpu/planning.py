@@ -113,7 +113,7 @@ class WorkerPart:
                 if self.decode and isinstance(encoded, bytes) and _decodable(image, encoded):
                     return self._undecoded(encoded, image, box, filter_)
                 # libjpeg leaves out what is not needed for a result at least as large as the crop's
-                least = width * self.size[1] // box[3], height * self.size[0] // box[2]
+                least = width * self.size[1] // box.width, height * self.size[0] // box.height
                 image.draft(None, (least[1], least[0]) if turned else least)
                 image = ImageOps.exif_transpose(image).convert("RGB")
         except Exception as error:  # PIL's decoders raise more than OSError for broken files
@@ -124,9 +124,7 @@ class WorkerPart:
         crop = EncodedCrops.row(length=pixels.numel())
         return {"pixel_values": pixels.flatten(), "plan": self._plan(), "crop": crop}
 
-    def _cropped(
-        self, image: Image.Image, box: tuple[int, int, int, int], x: float, y: float, filter_
-    ) -> Tensor:
+    def _cropped(self, image: Image.Image, box: Box, x: float, y: float, filter_) -> Tensor:
         """Crop and flip an image that is smaller than its header says by the factors x and y."""
         functions, (top, left, rows, columns) = extra("torchvision.transforms.functional"), box
         if x == y == 1:
@@ -139,15 +137,9 @@ class WorkerPart:
             image = part(image)
         return functions.pil_to_tensor(image)
 
-    def _undecoded(
-        self, encoded: bytes, image: Image.Image, box: tuple[int, int, int, int], filter_
-    ) -> dict[str, Tensor]:
-        top, left, height, width = box
+    def _undecoded(self, encoded: bytes, image: Image.Image, box: Box, filter_) -> dict[str, Tensor]:
         crop = EncodedCrops.row(
-            top=top,
-            left=left,
-            height=height,
-            width=width,
+            **box._asdict(),
             bicubic=filter_.value == "bicubic",
             mirrored=any(torch.rand(1) < part.p for part in self.flip),  # torchvision's draw
             length=len(encoded),
@@ -161,9 +153,9 @@ class WorkerPart:
     def _plan(self) -> Tensor:
         return Draws(self.rand_augment, self.erasing, self.size).plan()
 
-    def _box(self, width: int, height: int) -> tuple[int, int, int, int]:
+    def _box(self, width: int, height: int) -> Box:
         canvas = torch.empty(1, height, width, device="meta")  # only its size is asked for
-        return self.crop.get_params(canvas, self.crop.scale, self.crop.ratio)
+        return Box(*self.crop.get_params(canvas, self.crop.scale, self.crop.ratio))
 
     def _filter(self) -> Any:
         filters = self.crop.interpolation

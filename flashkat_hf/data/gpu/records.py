@@ -23,7 +23,7 @@ class Operation(NamedTuple):
 
 
 class Box(NamedTuple):
-    """The part of one image that is erased; none where its height is 0."""
+    """A part of one image: its crop, or what is erased of it; nothing if the height is 0."""
 
     top: int = 0
     left: int = 0

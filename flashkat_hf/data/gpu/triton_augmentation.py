@@ -148,8 +148,8 @@ def operations_kernel(
     row, column = index // width, index % width
     if operation < 0:
         for channel in tl.static_range(3):
-            there = channel * num_pixels + index
-            tl.store(y_ptr + there, tl.load(x_ptr + there, mask=mask), mask=mask)
+            offset = channel * num_pixels + index
+            tl.store(y_ptr + offset, tl.load(x_ptr + offset, mask=mask), mask=mask)
     elif operation < AUTO_CONTRAST:
         x, y = column + 0.5, row + 0.5
         plan_ptr += MAP
@@ -176,15 +176,15 @@ def operations_kernel(
             tl.store(y_ptr + channel * num_pixels + index, to_level(value), mask=mask)
     elif operation <= BRIGHTNESS:
         for channel in tl.static_range(3):
-            there = channel * num_pixels + index
-            level = tl.load(x_ptr + there, mask=mask, other=0).to(tl.int32)
-            tl.store(y_ptr + there, tl.load(table_ptr + (number * 3 + channel) * 256 + level), mask=mask)
+            offset = channel * num_pixels + index
+            level = tl.load(x_ptr + offset, mask=mask, other=0).to(tl.int32)
+            tl.store(y_ptr + offset, tl.load(table_ptr + (number * 3 + channel) * 256 + level), mask=mask)
     elif operation == COLOR:
         faded = gray(x_ptr, index, num_pixels, mask).to(tl.float32)
         for channel in tl.static_range(3):
-            there = channel * num_pixels + index
-            value = away_from(faded, tl.load(x_ptr + there, mask=mask, other=0).to(tl.float32), argument)
-            tl.store(y_ptr + there, to_level(value), mask=mask)
+            offset = channel * num_pixels + index
+            value = away_from(faded, tl.load(x_ptr + offset, mask=mask, other=0).to(tl.float32), argument)
+            tl.store(y_ptr + offset, to_level(value), mask=mask)
     else:
         inner = (row > 0) & (row < height - 1) & (column > 0) & (column < width - 1)  # the border stays
         for channel in tl.static_range(3):
@@ -220,8 +220,8 @@ def normalize_kernel(
     plan_ptr += number * plan_stride
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < num_pixels
-    there = (number.to(tl.int64) * 3 + channel) * num_pixels + index
-    y = tl.load(x_ptr + there, mask=mask, other=0).to(tl.float32)
+    offset = (number.to(tl.int64) * 3 + channel) * num_pixels + index
+    y = tl.load(x_ptr + offset, mask=mask, other=0).to(tl.float32)
     y = tl.div_rn(y - tl.load(mean_ptr + channel), tl.load(std_ptr + channel))
     rows, columns = tl.load(plan_ptr + ROWS).to(tl.int32), tl.load(plan_ptr + COLUMNS).to(tl.int32)
     if rows > 0:
@@ -230,7 +230,7 @@ def normalize_kernel(
         erased = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
         place = tl.load(plan_ptr + SEED).to(tl.int64) * STRIDE + channel * num_pixels + index
         y = tl.where(erased, tl.load(noise_ptr + place % NOISE, mask=erased & mask, other=0.0), y)
-    tl.store(y_ptr + there, y, mask=mask)
+    tl.store(y_ptr + offset, y, mask=mask)
 
 
 def interpreted() -> bool:

@@ -56,9 +56,8 @@ def test_crops_of_a_batch_are_torchvisions(limit, bicubic, device, monkeypatch):
         windows.append([top, left, rows, columns, bicubic, seed % 2])
     images = decoding.decode_files(encoded_files(files), torch.device(device))
     for image, (*window, _, mirrored) in zip(images_of(images), windows, strict=True):
-        crop = functional.resized_crop(image.float(), *window, [32, 24], mode, antialias=True)
-        expected.append((crop.flip(-1) if mirrored else crop).round().clamp(0, 255))
+        crop = functional.resized_crop(image.double(), *window, [32, 24], mode, antialias=True)
+        expected.append((crop.flip(-1) if mirrored else crop).clamp(0, 255))
     made = decoding.crop_images(images, Crops.unpacked(torch.tensor(windows)), (32, 24))
-    error = (made - torch.stack(expected)).abs()
-    assert error.max() <= 1  # rounding at a half
-    assert (error > 0).float().mean() < 0.001
+    assert made.dtype == torch.uint8
+    assert (made - torch.stack(expected)).abs().max() <= 0.5 + 1e-3  # rounded once
