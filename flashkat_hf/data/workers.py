@@ -166,7 +166,7 @@ def make_loader(
         options |= {"num_workers": workers, "persistent_workers": persistent, "worker_init_fn": _start_worker}
         options["multiprocessing_context"] = start_method
     if start_method == "forkserver":
-        multiprocessing.set_forkserver_preload([__name__, "datasets"])
+        multiprocessing.set_forkserver_preload([__name__, f"{__package__}.augmentation", "datasets"])
     # a generator of its own: otherwise each epoch would draw a seed from torch's global one
     return DataLoader(dataset, generator=torch.Generator(), **options)
 
