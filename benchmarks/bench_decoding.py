@@ -30,7 +30,8 @@ from flashkat_hf.data.gpu.decoding import FILES, TorchvisionDecoder, crop_images
 from flashkat_hf.data.gpu.nvjpeg import HardwareDecoder
 from flashkat_hf.data.gpu.records import Crops, DecodedImages, Decoder, EncodedFiles
 from flashkat_hf.messages import one_line
-from flashkat_hf.training.speed import commit, cores, device_name, versions
+from flashkat_hf.training.speed import cores, device_name
+from flashkat_hf.training.summary import commit, versions
 
 BATCH = 256  # images that host_ms and cpu_ms are for
 PRODUCT = 4096  # rows and columns of the matrices

@@ -155,7 +155,11 @@ def test_imports(path):
         ("hub/card.py", "from ..data import open_data", "hub/ may use checkpoints, conversion, model"),
         ("hub/card.py", "try:\n    from ..training import run\nexcept ImportError: pass", "hub/ may use"),
         # beside the folders
-        ("training/run.py", "from ..cli import main", "beside the folders only _version, files, messages"),
+        (
+            "training/run.py",
+            "from ..cli import main",
+            "beside the folders only _version, files, hub_errors, messages",
+        ),
         ("training/run.py", "from .. import cli", "beside the folders only"),
         ("training/run.py", "from .. import __version__", "beside the folders only"),
         ("messages.py", "from .cli import main", "beside the folders only"),
