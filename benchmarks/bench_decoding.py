@@ -30,7 +30,7 @@ from flashkat_hf.data.gpu.decoding import FILES, TorchvisionDecoder, crop_images
 from flashkat_hf.data.gpu.nvjpeg import HardwareDecoder
 from flashkat_hf.data.gpu.records import Crops, DecodedImages, Decoder, EncodedFiles
 from flashkat_hf.messages import one_line
-from flashkat_hf.training.speed import cores, device_name
+from flashkat_hf.training.speed import cores
 from flashkat_hf.training.summary import commit, versions
 
 BATCH = 256  # images that host_ms and cpu_ms are for
@@ -182,7 +182,7 @@ def package_versions() -> dict[str, str | None]:
 def main(settings: Settings) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     about = {
-        "gpu": device_name(device),
+        "gpu": torch.cuda.get_device_name(device),
         "cpu_cores": cores(),
         "file_size": f"{settings.width}x{settings.height}, quality {settings.quality}",
         **package_versions(),
