@@ -32,10 +32,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from flashkat_hf import FlashKATConfig, make_image_processor
 from flashkat_hf.model.modeling_flashkat import image_classification_loss
 from flashkat_hf.training import train
-from flashkat_hf.training.initial_model import MICRO_CONFIG
 from flashkat_hf.training.recipe import Settings, parse
-
-RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 
 
 @dataclass(frozen=True)
@@ -90,10 +87,7 @@ class ViT(VisionTransformer):
 
 def build_vit(settings: Settings, class_names: list[str]):
     fields = {"num_labels": len(class_names), "drop_path_rate": settings.drop_path}
-    if settings.size == "micro":
-        config = FlashKATConfig(**MICRO_CONFIG, **fields)
-    else:
-        config = FlashKATConfig.from_size(str(settings.size), **fields)
+    config = FlashKATConfig.from_size(str(settings.size), **fields)
     return ViT(config), make_image_processor(config.image_size, 1.0)
 
 
@@ -102,7 +96,7 @@ def measure(model: str, seed: int, arguments: Arguments) -> dict:
     flags = ["--size", arguments.size, "--seed", str(seed)]
     flags += [part for setting in arguments.settings for part in f"--{setting}".split("=", 1)]
     with tempfile.TemporaryDirectory() as folder:
-        settings = parse([*flags, "--output", f"{folder}/run"], "finetune-digits", RECIPES, "")
+        settings = parse([*flags, "--output", f"{folder}/run"])
         summary = train(settings, build=build_vit if model == "vit" else None)
         last = json.loads(Path(folder, "run", "last", "summary.json").read_text())["top1"]
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -30,7 +30,6 @@ import flashkat_hf  # noqa: F401 - registers the model
 from flashkat_hf.training import feed, train
 from flashkat_hf.training.recipe import parse
 
-RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -110,7 +109,7 @@ def work(arguments: Arguments) -> None:
     else:
         Synthetic.steps, feed.TrainBatches = arguments.steps, Synthetic
         flags += ["--workers", "0", "--on_device", "nothing"]
-    train(parse(flags, "pretrain-small", RECIPES, ""))
+    train(parse(["--recipe", "pretrain-small", *flags]))
 
 
 def measure(case: str, processes: int, data: str, arguments: Arguments, extra: dict[str, str]) -> dict:

@@ -1,19 +1,27 @@
-"""FlashKAT: the Kolmogorov-Arnold Transformer with fast group-rational kernels, as Hugging Face models."""
+"""FlashKAT: the Kolmogorov-Arnold Transformer with fast group-rational kernels, as Hugging Face models.
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
-from transformers.models.auto.image_processing_auto import (
-    AutoImageProcessor,
-)  # 5.17 hides it without torchvision
+The public names are imported when they are first used, so that `flashkat --help` needs no PyTorch.
+"""
 
+from typing import TYPE_CHECKING
+
+from . import registration
 from ._version import __version__
-from .checkpoints.image_processor import IMAGE_PROCESSOR_CLASSES, make_image_processor
-from .conversion.calibration import calibrate
-from .conversion.conversion import convert
-from .model.coefficients import START_TABLES
-from .model.configuration_flashkat import FlashKATConfig
-from .model.layers import GRKANMlp, GroupRational
-from .model.modeling_flashkat import FlashKATForImageClassification, FlashKATModel, FlashKATPreTrainedModel
-from .model.op_rational import rational
+from .lazy import imported_at_first_use
+
+if TYPE_CHECKING:
+    from .checkpoints.image_processor import make_image_processor
+    from .conversion.calibration import calibrate
+    from .conversion.conversion import convert
+    from .model.coefficients import START_TABLES
+    from .model.configuration_flashkat import FlashKATConfig
+    from .model.layers import GRKANMlp, GroupRational
+    from .model.modeling_flashkat import (
+        FlashKATForImageClassification,
+        FlashKATModel,
+        FlashKATPreTrainedModel,
+    )
+    from .model.op_rational import rational
 
 __all__ = [
     "START_TABLES",
@@ -29,8 +37,25 @@ __all__ = [
     "make_image_processor",
     "rational",
 ]
+__getattr__ = imported_at_first_use(
+    __name__,
+    {
+        "make_image_processor": ".checkpoints.image_processor",
+        "calibrate": ".conversion.calibration",
+        "convert": ".conversion.conversion",
+        "START_TABLES": ".model.coefficients",
+        "FlashKATConfig": ".model.configuration_flashkat",
+        "GRKANMlp": ".model.layers",
+        "GroupRational": ".model.layers",
+        "FlashKATForImageClassification": ".model.modeling_flashkat",
+        "FlashKATModel": ".model.modeling_flashkat",
+        "FlashKATPreTrainedModel": ".model.modeling_flashkat",
+        "rational": ".model.op_rational",
+    },
+)
 
-AutoConfig.register("flashkat", FlashKATConfig, exist_ok=True)
-AutoModel.register(FlashKATConfig, FlashKATModel, exist_ok=True)
-AutoModelForImageClassification.register(FlashKATConfig, FlashKATForImageClassification, exist_ok=True)
-AutoImageProcessor.register(FlashKATConfig, image_processor_classes=IMAGE_PROCESSOR_CLASSES, exist_ok=True)
+registration.watch()
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

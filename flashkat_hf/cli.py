@@ -1,54 +1,123 @@
-"""The `flashkat` command."""
+"""The `flashkat` command; each of its commands imports what it needs when it starts."""
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import constants
-from huggingface_hub.utils import enable_progress_bars
-from huggingface_hub.utils import logging as hub_logging
-from transformers.utils import logging
-
-from .checkpoints.description import describe
+from ._version import __version__
 from .checkpoints.published import PUBLISHED
-from .conversion.conversion import convert
-from .conversion.export import export_original
-from .conversion.source import TRANSFORMS
-from .hub import publish, push
-from .hub.upload import Push
-from .messages import warn
+from .files import check_model_path
+from .messages import one_line, warn
+
+if TYPE_CHECKING:
+    from .hub.upload import Push
+
+TRAINING = {  # commands whose own parsers know the settings of a run
+    "finetune": "fine-tune a FlashKAT on images, or train a micro one on scikit-learn's digits",
+    "pretrain": "train a FlashKAT from scratch by the paper's recipe",
+    "evaluate": "top-1 and top-5 accuracy of a FlashKAT or a ViT",
+}
+TRANSFORMS = ("imagenet", "augreg")  # of `conversion.source`, which needs PyTorch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 1 after one line on the standard error about what is wrong."""
+    """Run the command.
+
+    Returns:
+        0, or what is wrong: 1 after one line on the standard error, 130 after Ctrl-C, and 141 without a word
+        when nobody reads the standard output any more.
+    """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+        return 141
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
-        prog="flashkat", description="FlashKAT models: conversion, inspection and the Hub."
+        prog="flashkat",
+        description="FlashKAT models: training, evaluation, conversion, inspection and the Hub.",
+        epilog="On several devices: accelerate launch -m flashkat_hf COMMAND ...",
     )
+    parser.add_argument("--version", action="version", version=f"flashkat_hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in TRAINING.items():
+        commands.add_parser(name, help=text, add_help=False, allow_abbrev=False)
+    _add_classify(commands)
     _add_convert(commands)
     _add_info(commands)
     _add_push(commands)
     _add_publish(commands)
-    options = parser.parse_args(arguments)
-    sends = options.command in ("push", "publish")
-    show_bars = sends and not constants.HF_HUB_DISABLE_PROGRESS_BARS and sys.stderr.isatty()
+    options, unknown = parser.parse_known_args(arguments)
+    trains = options.command in TRAINING
+    if unknown and not trains:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of any library in a log file
+    name, sends = f"flashkat {options.command}", options.command in ("push", "publish")
+    try:
+        if trains:
+            from .training import commands as training
+
+            text = getattr(training, options.command)(unknown)
+        else:
+            text = options.run(options)
+        if text:
+            print(text)
+    except BrokenPipeError:
+        raise
+    except (ValueError, ImportError, OSError) as error:
+        new_line = "\n" * (sends and _shows_bars())  # a bar may have been cut short
+        warn(f"{new_line}{name}: {one_line(str(error), longest=2000)}")
+        return 1
+    except KeyboardInterrupt:
+        again = "" if trains else "; the same command again finishes it"
+        warn(f"{name}: interrupted{again}")
+        return 130
+    return 0
+
+
+def _quieten(sends: bool = False) -> None:
+    """Turn off what libraries report of their own accord, less the bars of uploads."""
+    from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
-    if show_bars:
+    if sends and _shows_bars():
         enable_progress_bars()  # huggingface_hub's own, of uploads and downloads
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()  # less its lines about each attempt to reach the network
-    try:
-        print(options.run(options))
-    except ValueError as error:
-        new_line = "\n" * show_bars  # a bar may have been cut short
-        warn(f"{new_line}flashkat {options.command}: {error}")
-        return 1
-    except KeyboardInterrupt:
-        warn(f"flashkat {options.command}: interrupted; the same command again finishes it")
-        return 130
-    return 0
+
+
+def _shows_bars() -> bool:
+    from huggingface_hub import constants
+
+    return sys.stderr.isatty() and not constants.HF_HUB_DISABLE_PROGRESS_BARS
+
+
+def _add_classify(commands) -> None:
+    text = "name what is in image files"
+    parser = commands.add_parser("classify", help=text, description=text)
+    parser.add_argument("model", help="folder or Hub id of a FlashKAT")
+    parser.add_argument("images", type=Path, nargs="+", metavar="image", help="image file")
+    text = "labels to name for each image (default: 3)"
+    parser.add_argument("--top-k", "--top_k", type=int, default=3, metavar="N", help=text)
+    parser.set_defaults(run=_classify)
+
+
+def _classify(options: argparse.Namespace) -> str:
+    from .training.commands import classify
+
+    return classify(options.model, options.images, options.top_k)
 
 
 def _add_convert(commands) -> None:
@@ -88,9 +157,16 @@ def _convert(options: argparse.Namespace) -> str:
         for name in others.split():
             if getattr(options, name):
                 raise ValueError(f"--{name.replace('_', '-')} has no meaning with --to-original")
+        check_model_path(source)
+        _quieten()
+        from .conversion.export import export_original
+
         return f"{output}: {export_original(source, output, naming=options.naming, overwrite=overwrite)}"
     if options.naming:
         raise ValueError("--naming has no meaning without --to-original")
+    _quieten()
+    from .conversion.conversion import convert
+
     same = ("image_size", "num_labels", "transform", "revision", "calibrate")
     report = convert(
         source,
@@ -128,7 +204,15 @@ def _add_info(commands) -> None:
     text = "say what a FlashKAT folder or Hub id is, and how far its activations have moved"
     parser = commands.add_parser("info", help=text, description=text)
     parser.add_argument("model", help="folder or Hub id")
-    parser.set_defaults(run=lambda options: describe(options.model))
+    parser.set_defaults(run=_info)
+
+
+def _info(options: argparse.Namespace) -> str:
+    check_model_path(options.model)
+    _quieten()
+    from .checkpoints.description import describe
+
+    return describe(options.model)
 
 
 def _add_push(commands) -> None:
@@ -148,6 +232,10 @@ def _add_push(commands) -> None:
 
 
 def _push(options: argparse.Namespace) -> str:
+    check_model_path(options.folder)
+    _quieten(sends=True)
+    from .hub import push
+
     result = push(
         options.folder,
         options.repo,
@@ -174,6 +262,9 @@ def _add_publish(commands) -> None:
 
 
 def _publish(options: argparse.Namespace) -> str:
+    _quieten(sends=True)
+    from .hub import publish
+
     private, what_if = options.private or None, options.what_if
     results = publish(options.name, options.namespace, private=private, what_if=what_if, report=_say)
     return "\n".join(_outcome(result, what_if) for result in results)
@@ -189,7 +280,7 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _outcome(result: Push, what_if: bool) -> str:
+def _outcome(result: "Push", what_if: bool) -> str:
     if what_if:
         return f"{result.repo_id}: nothing was sent (--what-if)"
     return f"{result.repo_id} has all of it already: {result.url}" if result.empty else result.url

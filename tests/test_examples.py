@@ -1,15 +1,14 @@
-"""The example scripts as a user runs them, with small budgets."""
+"""The commands that train, evaluate and classify, and the example scripts, with small budgets."""
 
-import importlib.util
 import json
 import os
 import random
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy
 import pytest
@@ -23,6 +22,7 @@ from small_runs import metrics
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from flashkat_hf import FlashKATPreTrainedModel
+from flashkat_hf.cli import main
 from flashkat_hf.data.digits import load_digits
 
 PYTHONPATH = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -30,16 +30,6 @@ ENVIRONMENT = {  # one thread: tests may share the cores with others
     **os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
 }  # fmt: skip
 EPOCHS = 8  # of 45 steps: ten seconds
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-finetune, pretrain, classify = (load_script(name) for name in ("finetune", "pretrain", "classify"))
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +42,9 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def train() -> Iterator:
-    """The training script, or another, in this process, with all that it seeds and sets put back."""
+    """A command in this process, with all that it seeds and sets put back; returns its exit code."""
     states = random.getstate(), numpy.random.get_state()
-    yield lambda *arguments, script=finetune: script.main([str(argument) for argument in arguments])
+    yield lambda *arguments, name="finetune": main([name, *map(str, arguments)])
     random.setstate(states[0])
     numpy.random.set_state(states[1])
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -109,6 +99,15 @@ def test_it_learns(trained):
     assert [line["step"] for line in lines] == [44 * (epoch + 1) for epoch in range(EPOCHS)]
 
 
+def test_a_log_file_has_a_line_an_epoch(trained):
+    """The standard error is no terminal here: no bar of any library, no carriage return."""
+    _, result = trained
+    lines = [line for line in result.stdout.splitlines() if line.startswith("epoch ")]
+    assert [line.partition(":")[0] for line in lines] == [f"epoch {epoch + 1}" for epoch in range(EPOCHS)]
+    assert result.stderr == ""
+    assert "\r" not in result.stdout
+
+
 def test_the_saved_folder_gives_the_printed_accuracy(trained):
     output, result = trained
     assert_accuracy_is_the_pipelines(output, result.stdout)
@@ -121,9 +120,9 @@ def test_the_saved_folder_gives_the_printed_accuracy(trained):
 def test_the_next_command_is_printed_and_works(trained):
     output, result = trained
     line = result.stdout.splitlines()[-1]
-    assert line.startswith("python examples/classify.py ")
+    assert line.startswith("flashkat classify ")
     _, *rest = shlex.split(line)
-    answer = command(sys.executable, *rest)
+    answer = command(sys.executable, "-m", "flashkat_hf", *rest)
     assert answer.returncode == 0, answer.stderr
     image = Path(rest[-1])
     best = pipeline("image-classification", model=str(output / "best"))(str(image), top_k=1)[0]
@@ -134,7 +133,7 @@ def test_classify_names_what_the_pipeline_names(trained, capsys):
     output, _ = trained
     samples = sorted((output / "samples").iterdir())
     assert [path.name[:2] for path in samples] == [f"{digit}_" for digit in range(10)]
-    classify.main(str(output / "best"), samples, top_k=2)
+    assert main(["classify", str(output / "best"), *map(str, samples), "--top-k", "2"]) == 0
     answers = pipeline("image-classification", model=str(output / "best"))(
         [str(path) for path in samples], top_k=2
     )
@@ -157,7 +156,8 @@ def test_accelerates_launcher_with_two_processes_and_mixed_precision(tmp_path):
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
         "--num_processes", 2, "--num_machines", 1,
         "--mixed_precision", "bf16", "--dynamo_backend", "no", "--main_process_port", 0,
-        "examples/finetune.py", "--output", output, "--epochs", 2, "--max_steps", 8, "--batch_size", 50,
+        "-m", "flashkat_hf", "finetune", "--output", output, "--epochs", 2, "--max_steps", 8,
+        "--batch_size", 50,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("test accuracy") == 1 + 1  # the main process alone prints
@@ -189,7 +189,7 @@ def test_fine_tuning_photos_from_a_saved_model(train, trained, photos, tmp_path,
     }
     printed = capsys.readouterr().out
     assert "on 6 images" in printed
-    assert printed.rstrip().endswith(f"classify.py {output / 'best'} IMAGE")
+    assert printed.rstrip().endswith(f"flashkat classify {output / 'best'} IMAGE")
 
 
 def test_pretraining_by_the_recipe(train, photos, tmp_path, capsys):
@@ -197,7 +197,7 @@ def test_pretraining_by_the_recipe(train, photos, tmp_path, capsys):
     output = tmp_path / "tiny"
     train(
         "--data", photos, "--size", "tiny", "--image_size", 32, "--batch_size", 8, "--micro_batch", 4,
-        "--max_steps", 2, "--output", output, script=pretrain,
+        "--max_steps", 2, "--output", output, name="pretrain",
     )  # fmt: skip
     settings, summary = (
         json.loads((output / f"{name}.json").read_text()) for name in ("settings", "summary")
@@ -214,12 +214,11 @@ def test_pretraining_by_the_recipe(train, photos, tmp_path, capsys):
     assert (summary["steps"], summary["precision"]) == (2, "bf16")
     assert summary["top1_ema"] is not None
     assert "top-1 " in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"^pretrain.py: --data is needed: [^\n]*$"):
-        train(script=pretrain)
-    with pytest.raises(
-        SystemExit, match=r"^pretrain.py: --recipe: pretrain-micro is no file and none of [^\n]*$"
-    ):
-        train("--size", "micro", "--data", photos, script=pretrain)
+    assert train(name="pretrain") == 1
+    assert re.fullmatch(r"flashkat pretrain: --data is needed: [^\n]*\n", capsys.readouterr().err)
+    assert train("--size", "micro", "--data", photos, name="pretrain") == 1
+    message = r"flashkat pretrain: --recipe: pretrain-micro is no file and none of [^\n]*\n"
+    assert re.fullmatch(message, capsys.readouterr().err)
 
 
 def test_finetune_and_classify_fail_in_one_line(tmp_path, photos):
@@ -228,7 +227,7 @@ def test_finetune_and_classify_fail_in_one_line(tmp_path, photos):
     for arguments, message in (
         (["finetune.py", "--data", photos, "--output", tmp_path / "out"], f"{photos / 'train'} has classes "),
         (
-            ["classify.py", tmp_path / "nowhere", ROOT / "README.md"],
+            ["classify.py", photos, ROOT / "README.md"],
             f"cannot read the image {ROOT / 'README.md'}: ",
         ),
     ):
@@ -254,21 +253,20 @@ def test_accelerate_knows_the_configs(name, distributed_type):
         )
 
 
-def test_an_unknown_flag_is_answered_with_the_nearest(train):
-    with pytest.raises(SystemExit, match=r"^finetune.py: unknown arguments: --epoch 3; perhaps epochs$"):
-        train("--epoch", 3)
+def test_an_unknown_flag_is_answered_with_the_nearest(train, capsys):
+    assert train("--epoch", 3) == 1
+    assert capsys.readouterr().err == "flashkat finetune: unknown arguments: --epoch 3; perhaps --epochs\n"
 
 
 @pytest.fixture
-def use(train, trained, tmp_path):
-    """Start a script with a model's folder."""
+def use(train, trained, tmp_path, capsys):
+    """Start a command with a model's folder that does not serve; return what it says."""
     sample = next((trained[0] / "samples").iterdir())
 
-    def use(script: str, folder: Path) -> None:
-        if script == "classify":
-            classify.main(str(folder), [sample], top_k=1)
-        else:
-            train("--model", folder, "--output", tmp_path / "out", "--max_steps", 1)
+    def use(name: str, folder: Path) -> str:
+        rest = [sample] if name == "classify" else ["--output", tmp_path / "out", "--max_steps", 1]
+        assert train(*([folder] if name == "classify" else ["--model", folder]), *rest, name=name) == 1
+        return capsys.readouterr().err
 
     return use
 
@@ -305,26 +303,31 @@ def break_weights(folder: Path, change) -> None:
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "processor"),
     ],
 )
-@pytest.mark.parametrize("script", ["classify", "finetune"])
-def test_broken_checkpoints(use, trained, tmp_path, script, damage, message):
+@pytest.mark.parametrize("name", ["classify", "finetune"])
+def test_broken_checkpoints(use, trained, tmp_path, name, damage, message):
     folder = tmp_path / "model"
     folder.mkdir()
     for path in (trained[0] / "best").glob("*.*"):
         (folder / path.name).write_bytes(path.read_bytes())
     damage(folder)
-    with pytest.raises(SystemExit, match=f"cannot load {folder}: [^\n]*({message})[^\n]*$"):
-        use(script, folder)
+    assert re.fullmatch(f"[^\n]*cannot load {folder}: [^\n]*({message})[^\n]*\n", use(name, folder))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", ["classify", "finetune"])
-def test_missing_model_folder(use, tmp_path, script):
-    with pytest.raises(SystemExit, match=f"{tmp_path / 'missing'} is not a folder$"):
-        use(script, tmp_path / "missing")
+@pytest.mark.parametrize("name", ["classify", "finetune"])
+def test_missing_model_folder(use, tmp_path, name):
+    assert use(name, tmp_path / "missing").endswith(f"{tmp_path / 'missing'} is not a folder\n")
 
 
-def test_classify_checks_the_images_before_the_model(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(classify, "load_checkpoint", None)
+@pytest.mark.parametrize("name", ["classify", "finetune"])
+def test_the_folder_of_a_run_is_not_its_model(use, trained, name):
+    folder = trained[0]
+    message = f"{folder} is the folder of a run, not of a model; try {folder / 'best'}\n"
+    assert use(name, folder).endswith(message)
+
+
+def test_classify_checks_the_images_before_the_model(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("flashkat_hf.checkpoints.loading.load_checkpoint", None)
     good = next((trained[0] / "samples").iterdir())
     broken = tmp_path / "broken.png"
     broken.write_bytes(good.read_bytes()[:60])
@@ -333,7 +336,8 @@ def test_classify_checks_the_images_before_the_model(trained, tmp_path, monkeypa
         (tmp_path / "none.png", "No such file"),
         (tmp_path, "directory"),
     ):
-        with pytest.raises(SystemExit, match=rf"^classify.py: cannot read the image {image}: .*{reason}"):
-            classify.main(str(trained[0] / "best"), [good, image], top_k=1)
-    with pytest.raises(SystemExit, match="--top-k: 0 must be at least 1"):
-        classify.main(str(trained[0] / "best"), [good], top_k=0)
+        assert main(["classify", str(trained[0] / "best"), str(good), str(image)]) == 1
+        message = rf"flashkat classify: cannot read the image {image}: .*{reason}[^\n]*\n"
+        assert re.fullmatch(message, capsys.readouterr().err)
+    assert main(["classify", str(trained[0] / "best"), str(good), "--top-k", "0"]) == 1
+    assert "--top-k: 0 must be at least 1" in capsys.readouterr().err

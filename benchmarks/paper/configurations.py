@@ -1,11 +1,11 @@
-"""Tables 6 and 7: sizes of the models and settings of the recipes, from the package and examples/recipes."""
+"""Tables 6 and 7: sizes of the models and settings of the recipes, from the package."""
 
 import torch
 import yaml
 
 from flashkat_hf import FlashKATConfig, FlashKATForImageClassification
+from flashkat_hf.training.recipe import RECIPES
 
-from . import BENCHMARKS
 from .published import HYPERPARAMETERS, IMAGE_SIZE, MODELS, PATCH_SIZE
 
 
@@ -27,7 +27,7 @@ def model(size: str) -> dict:
 
 def recipe(size: str) -> dict:
     """Return the settings of our recipe for a size."""
-    return yaml.safe_load((BENCHMARKS.parent / f"examples/recipes/pretrain-{size}.yaml").read_text())
+    return yaml.safe_load((RECIPES / f"pretrain-{size}.yaml").read_text())
 
 
 def measure() -> list[dict]:

@@ -276,7 +276,7 @@ def table7(results: Results) -> str:
             ", ".join(str(results.last("recipe", size=size).get("drop_path")) for size in SIZES),
         ]
     )
-    return table(["hyperparameter", "published", "`examples/recipes/pretrain-*.yaml`"], rows)
+    return table(["hyperparameter", "published", "`training/recipes/pretrain-*.yaml`"], rows)
 
 
 def picture(results: Results, name: str, text: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoImageProcessor
 
+from ..files import check_model_path
 from ..messages import one_line
 from ..model.modeling_flashkat import FlashKATForImageClassification
 from .downloads import check_cached_weights
@@ -25,8 +26,7 @@ def load_checkpoint(name_or_path: str, **overrides):
             kind; weights or a processor that do not fit the config.
     """
     path = Path(name_or_path)
-    if path.exists() != path.is_dir() or (len(path.parts) > 1 and path.parent.is_dir() and not path.is_dir()):
-        raise ValueError(f"{name_or_path} is not a folder")  # sooner than the Hub says so
+    check_model_path(name_or_path)  # sooner than the Hub says so
     hint = f"a KAT, ViT or DeiT is converted first: flashkat convert {name_or_path} OUTPUT"
     with _one_line_errors(name_or_path, hint):
         config = AutoConfig.from_pretrained(name_or_path)

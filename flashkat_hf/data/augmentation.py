@@ -4,104 +4,19 @@ Evaluation is timm's evaluation transform to the pixel. Training is timm's train
 recipe's values, or small moves for digits and other signs. `docs/data.md` says how `pipeline` differs.
 """
 
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from ..messages import extra
-from .gpu.augmentation import BatchAugmentation, missing_for_kernels
-from .gpu.decoding import decodes
-from .gpu.planning import WorkerPart, in_batches
+from .gpu.augmentation import BatchAugmentation
+from .gpu.planning import WorkerPart
+from .options import SIGNS, Augmentation
 from .samples import Transform
 
-CHOICES = {
-    "crop": ("random", "moves"),
-    "interpolation": ("random", "bilinear", "bicubic"),
-    "on_device": ("auto", "nothing", "augmentation", "decoding"),
-}
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What training does to an image; the defaults are KAT's recipe.
-
-    Attributes:
-        crop: "random": a random part of the image, resized. "moves": shifts of up to a tenth, turns of up to
-            10 degrees and scalings of up to a tenth, for digits and other signs; the next three fields have
-            no meaning then.
-        crop_area: least and largest part of the image's area that a crop keeps.
-        crop_ratio: least and largest width / height of a crop.
-        interpolation: "bilinear", "bicubic", or "random": one of these two for each image.
-        flip: probability of a mirror image.
-        rand_augment: timm's RandAugment, as its configuration string; None for none.
-        color_jitter: strength for brightness, contrast and saturation; timm leaves it out beside RandAugment.
-        erasing: probability that a box of 0.02 to 1/3 of the area becomes noise.
-        on_device: what `batch_transform` does for whole batches: "nothing": worker processes do everything,
-            with PIL. "augmentation": RandAugment, normalisation and erasing. "decoding": that, and decoding
-            and cropping JPEGs. "auto": as much as the device and the recipe allow (`resolved`).
-    """
-
-    crop: str = "random"
-    crop_area: tuple[float, float] = (0.08, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: str = "random"
-    flip: float = 0.5
-    rand_augment: str | None = "rand-m9-mstd0.5"
-    color_jitter: float = 0.0
-    erasing: float = 0.25
-    on_device: str = "auto"
-
-    def __post_init__(self):
-        for name, known in CHOICES.items():
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
-        for name, largest in (("crop_area", 1.0), ("crop_ratio", float("inf"))):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= largest:
-                expected = f"must be two numbers above 0 and up to {largest}, least first"
-                raise ValueError(f"{name} ({low}, {high}) {expected}")
-            object.__setattr__(self, name, (float(low), float(high)))  # YAML has lists
-        for name in ("flip", "erasing"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ValueError(f"{name} ({value}) must be a probability")
-        if self.color_jitter < 0:
-            raise ValueError(f"color_jitter ({self.color_jitter}) must not be negative")
-        if self.rand_augment:
-            _check_rand_augment(self.rand_augment)
-        if self.on_device in ("augmentation", "decoding") and (self.crop == "moves" or self.color_jitter):
-            raise ValueError(f"on_device {self.on_device!r} knows neither the crop 'moves' nor color_jitter")
-
-    def resolved(self, device: torch.device, in_memory: bool) -> "Augmentation":
-        """Return the same with "auto" decided: as much as possible; nothing for images in memory.
-
-        Raises:
-            ValueError: `on_device` asks for what the device cannot do.
-        """
-        missing = missing_for_kernels(device)
-        if self.on_device != "auto":
-            if self.on_device != "nothing" and missing:
-                raise ValueError(f"on_device {self.on_device!r} needs {missing}; use 'nothing'")
-            return self
-        unknown = self.crop == "moves" or self.color_jitter or not in_batches(self.rand_augment)
-        if device.type != "cuda" or missing or in_memory or unknown:
-            return replace(self, on_device="nothing")
-        return replace(self, on_device="decoding" if decodes(device) else "augmentation")
-
-
-SIGNS = Augmentation(crop="moves", flip=0.0, rand_augment=None, erasing=0.0)  # for digits: never mirrored
-
-
-def _check_rand_augment(config: str) -> None:
-    if not config.startswith("rand-"):
-        raise ValueError(f"rand_augment {config!r} must be timm's, such as 'rand-m9-mstd0.5'")
-    try:
-        extra("timm.data.auto_augment").rand_augment_transform(config, {})
-    except (AssertionError, ValueError) as error:
-        raise ValueError(f"rand_augment {config!r} is not timm's form, such as 'rand-m9-mstd0.5'") from error
+__all__ = ["SIGNS", "Augmentation", "batch_transform", "evaluation_transform", "training_transform"]
 
 
 def training_transform(processor, augmentation: Augmentation) -> Transform:

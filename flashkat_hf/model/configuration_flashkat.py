@@ -18,6 +18,14 @@ AUTO_MAP = {  # where a checkpoint's own code has what each Auto class makes
     "AutoModelForImageClassification": "modeling_flashkat.FlashKATForImageClassification",
 }
 SIZES = {
+    "micro": {  # for small images and tests
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "image_size": 16,
+        "patch_size": 4,
+    },
     "tiny": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},
     "small": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
     "base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
@@ -88,7 +96,17 @@ class FlashKATConfig(PreTrainedConfig):
 
     @classmethod
     def from_size(cls, size: str, **overrides) -> "FlashKATConfig":
-        """Return the config of "tiny", "small" or "base": 5.7, 22 and 87 million parameters."""
+        """Return the config of a size; `overrides` are fields of the config.
+
+        Args:
+            size: "tiny", "small" or "base": 5.7, 22 and 87 million parameters for 224 pixels; or "micro":
+                0.1 million, for images of 16 pixels in patches of 4.
+            **overrides: fields of the config.
+
+        Raises:
+            ValueError: the size is unknown.
+            StrictDataclassError: a field does not serve.
+        """
         if size not in SIZES:
             raise ValueError(f"unknown size {size!r}; known sizes: {', '.join(SIZES)}")
         return cls(**{**SIZES[size], **overrides})

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..messages import extra
+from .progress import progress_bar
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # their forward passes wait for each other
 
@@ -108,9 +109,13 @@ def _in_step(batches: Iterable, accelerator: Accelerator) -> Iterator[tuple[dict
 
 def _progress(steps: Iterator, batches: Iterable, accelerator: Accelerator, text: str | None) -> Iterator:
     if text is None or not accelerator.is_main_process:
-        return steps
+        yield from steps
+        return
     total = length_hint(batches) or None  # a stream does not know it
-    return iter(extra("tqdm").tqdm(steps, desc=text, total=total, unit="batch"))
+    with progress_bar(total, "batch", text=text) as bar:
+        for step in steps:
+            yield step
+            bar.update()
 
 
 def match_classes(class_names: Sequence[str], outputs: Sequence[str]) -> tuple[list[int], str]:

@@ -15,14 +15,6 @@ from ..model.configuration_flashkat import FlashKATConfig
 from ..model.modeling_flashkat import FlashKATForImageClassification
 from .recipe import Settings
 
-MICRO_CONFIG = {
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-    "image_size": 16,
-    "patch_size": 4,
-}
 LORA_MODULES = ["qkv", "proj", "fc1", "fc2"]  # linear maps whose updates have a low rank with LoRA
 FULL_MODULES = ["act1", "act2", "classifier"]  # learned in full with LoRA
 
@@ -52,15 +44,13 @@ def build_model(settings: Settings, class_names: list[str]) -> tuple[nn.Module, 
 
 def _fresh(settings: Settings, class_names: list[str]) -> tuple[FlashKATForImageClassification, Any]:
     overrides = _labels(class_names) | {"drop_path_rate": settings.drop_path}
-    if settings.image_size:
-        overrides["image_size"] = settings.image_size
+    sizes = {"image_size": settings.image_size, "patch_size": settings.patch_size}
+    overrides |= {name: value for name, value in sizes.items() if value}
     try:
-        if settings.size == "micro":
-            config = FlashKATConfig(**{**MICRO_CONFIG, **overrides})
-        else:
-            config = FlashKATConfig.from_size(str(settings.size), **overrides)
+        config = FlashKATConfig.from_size(str(settings.size), **overrides)
     except StrictDataclassClassValidationError as error:
-        raise ValueError(f"--image_size: {error.__cause__}") from error
+        flag = "--patch_size" if settings.patch_size else "--image_size"
+        raise ValueError(f"{flag}: {error.__cause__}") from error
     crop = 1.0 if settings.augmentation.crop == "moves" else 0.875  # a sign fills its image
     return FlashKATForImageClassification(config), make_image_processor(config.image_size, crop)
 

@@ -1,18 +1,18 @@
 """The settings of a training run: one dataclass, read from a recipe and the command line, then checked."""
 
+import argparse
 import difflib
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
-
-from ..data.augmentation import Augmentation
+from ..data.options import Augmentation
 from ..messages import extra, one_line
 
+RECIPES = Path(__file__).with_name("recipes")  # the named ones: YAML files
 TRACKERS = ("tensorboard", "trackio", "wandb")
 # Marks of settings: their ranges (the least value, and one that all are below), and where they go.
 COUNT = (1, math.inf)
@@ -27,9 +27,9 @@ DATA = "data"  # `open_data` takes it
 
 def setting(default: Any, text: str, *marks: Any) -> Any:
     """Return the field of a setting, which holds all that is known of it: its default, help and marks."""
-    metadata = {"limits": next((mark for mark in marks if isinstance(mark, tuple)), None), "marks": marks}
+    limits = next((mark for mark in marks if isinstance(mark, tuple)), None)
     kind: dict[str, Any] = {"default_factory": list} if default == [] else {"default": default}
-    return HfArg(help=text, metadata=metadata, **kind)
+    return field(metadata={"help": text, "limits": limits, "marks": marks}, **kind)
 
 
 @dataclass
@@ -68,6 +68,7 @@ class Settings:
     model: str | None = setting(None, "FlashKAT folder or Hub id to start from; default: a fresh model")
     size: Literal["micro", "tiny", "small", "base"] | None = setting(None, "of a fresh model; default: tiny")
     image_size: int | None = setting(None, "height and width in pixels; default: the model's", COUNT)
+    patch_size: int | None = setting(None, "height and width of a patch; default: the size's", COUNT)
     head: Literal["auto", "fresh", "keep"] = setting("auto", "of --model; auto: fresh where labels differ")
     drop_path: float = setting(0.0, "stochastic depth of the last block", BELOW_ONE)
     freeze_backbone: bool = setting(False, "train the classifier only")
@@ -130,9 +131,13 @@ class Settings:
             self.warmup_epochs = min(5.0, self.epochs / 10)
         if problem := self._contradiction():
             raise ValueError(problem)
+        for name in ("data", "model"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, os.path.expanduser(value))  # of --data=~/photos the shell does not
         if self.output is None:
             name = "digits" if self.in_memory else Path(str(self.data)).resolve().name
             self.output = Path("runs", name or "data")
+        self.output = self.output.expanduser()
         if self.model is None and self.size is None:
             self.size = "tiny"
         if self.learning_rate is None:
@@ -142,6 +147,10 @@ class Settings:
         """Return what is wrong with two settings together, or None."""
         if self.model is not None and self.size is not None:
             return f"--size: {self.size} is for a fresh model, but --model {self.model} has a size of its own"
+        if self.model is not None and self.patch_size is not None:
+            return (
+                f"--patch_size: {self.patch_size} is for a fresh model, but --model {self.model} has its own"
+            )
         if self.model is None and self.head != "auto":
             return f"--head: {self.head} is for --model; a fresh model has a fresh head"
         if self.freeze_backbone and self.lora_rank:
@@ -179,61 +188,129 @@ FREE_NAMES = frozenset(item.name for item in FIELDS if FREE in item.metadata.get
 LISTS = {item.name for item in FIELDS if item.default_factory is list or isinstance(item.default, tuple)}
 
 
-class _Parser(HfArgumentParser):
-    def add_argument(self, *names: str, **options: Any) -> Any:
-        """Add a flag; of a field's metadata argparse gets what it knows."""
-        return super().add_argument(
-            *names, **{name: options[name] for name in options.keys() - {"limits", "marks"}}
-        )
+TYPES = {item: kind for cls in (Settings, Augmentation) for item, kind in get_type_hints(cls).items()}
+GROUPS = {  # the first setting of each group of `--help`
+    "data": "data and output",
+    "model": "model",
+    "epochs": "optimisation",
+    "evaluate_epochs": "what is shown and kept",
+    "crop": "augmentation",
+}
+NICKNAMES = {"lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size", "ema": "ema_decay"}
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Help that adds the default to each text which states none, and has one spelling of each flag."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        known = action.default in (None, False, argparse.SUPPRESS) or action.default == []
+        return text if known or "default:" in text else f"{text} (default: %(default)s)"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.dest == "help":
+            return super()._format_action_invocation(action)
+        values = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{action.option_strings[0]} {values}".rstrip()
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X", _truth: "true|false"}.get(action.type, "VALUE")  # pyright: ignore[reportArgumentType]
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser of all settings, whose errors are exceptions."""
+
+    def __init__(self, command: str, description: str):
+        spelling = {"usage": f"flashkat {command} [--SETTING VALUE ...]", "formatter_class": _Formatter}
+        super().__init__(description=description, allow_abbrev=False, **spelling)
+        group: Any = self
+        for item in FIELDS:
+            if item.name in GROUPS:
+                group = self.add_argument_group(GROUPS[item.name])
+            group.add_argument(*_spellings(item.name), help=item.metadata["help"], **_options(item))
+            if item.default is True:
+                opposite = {"dest": item.name, "action": "store_false", "default": argparse.SUPPRESS}
+                text = f"--{item.name} false"
+                group.add_argument(*_spellings(f"no_{item.name}"), help=text, **opposite)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
-def parse(arguments: Sequence[str], recipe: str, recipes: Path, description: str) -> Settings:
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
+
+
+def _options(item: Field) -> dict[str, Any]:
+    """Return what argparse needs to know of a setting: how its value is read, and its default."""
+    kind = TYPES[item.name]
+    if type(None) in get_args(kind):
+        kind = next(one for one in get_args(kind) if one is not type(None))
+    default = [] if item.default_factory is list else item.default
+    if kind is bool:
+        return {"default": default, "type": _truth, "nargs": "?", "const": True}
+    if get_origin(kind) is Literal:
+        return {"default": default, "choices": get_args(kind)}
+    if get_origin(kind) is list:
+        return {"default": default, "nargs": "+", "metavar": "NAME"}
+    if get_origin(kind) is tuple:
+        return {"default": default, "nargs": len(get_args(kind)), "type": float}
+    if item.name == "rand_augment":
+        return {"default": default, "type": _text_or_none}
+    return {"default": default, "type": kind}  # of text, a number or a path
+
+
+def _truth(text: str) -> bool:
+    word = text.lower()
+    if word not in ("true", "yes", "y", "t", "1", "false", "no", "n", "f", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return word in ("true", "yes", "y", "t", "1")
+
+
+def _text_or_none(text: str) -> str | None:
+    return None if text.lower() == "none" else text
+
+
+def parse(arguments: Sequence[str], command: str = "finetune", description: str = "") -> Settings:
     """Return the settings of a command line; what it does not name comes from a recipe.
 
     Args:
-        arguments: the command line, less the script; its `--recipe` is a file or a name in `recipes`.
-        recipe: the recipe where the command line names none.
-        recipes: folder of the named recipes.
+        arguments: the command line, less the command; its `--recipe` is a file or a name in `RECIPES`.
+        command: "finetune" or "pretrain"; decides which recipe is taken where the command line names none.
         description: for `--help`.
 
     Raises:
         ValueError: in one line: an unknown recipe, key or flag, a value of the wrong type or out of range.
     """
-    known = sorted(path.stem for path in recipes.glob("*.yaml"))
-    parser = _Parser(Settings, description=description, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
-    parser.add_argument("--recipe", default=recipe, help=f"YAML file, or one of {', '.join(known)}")
-    _add_augmentation(parser)
+    known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    parser = _Parser(command, description)
+    parser.add_argument(
+        "--recipe", help=f"YAML file, or one of {', '.join(known)}; default: by --data, --size"
+    )
     named = parser.parse_known_args(list(arguments))[0]
-    path = recipes / f"{named.recipe}.yaml" if named.recipe in known else Path(named.recipe)
+    recipe = named.recipe or _default_recipe(command, named.data, named.size)
+    path = RECIPES / f"{recipe}.yaml" if recipe in known else Path(recipe).expanduser()
     if not path.is_file():
-        raise ValueError(f"--recipe: {named.recipe} is no file and none of {', '.join(known)}")
+        raise ValueError(f"--recipe: {recipe} is no file and none of {', '.join(known)}")
     values = read_recipe(path)
     if named.model:
         values.pop("size", None)  # of the fresh model that the recipe is for
-    settings, namespace, unknown = parser.parse_args_into_dataclasses(
-        [*_as_flags(values), *arguments], return_remaining_strings=True, look_for_args_file=False
-    )
+    options, unknown = parser.parse_known_args([*_as_flags(values), *arguments])
     if unknown:
-        raise ValueError(f"unknown arguments: {' '.join(unknown)}{_suggestion(unknown[0].lstrip('-'))}")
-    augmentation = {item.name: getattr(namespace, item.name) for item in fields(Augmentation)}
-    settings.augmentation = Augmentation(**augmentation)
+        raise ValueError(f"unknown arguments: {' '.join(unknown)}{_suggestion(unknown[0], '--')}")
+    augmentation = Augmentation(**{item.name: getattr(options, item.name) for item in fields(Augmentation)})
+    settings = Settings(**{item.name: getattr(options, item.name) for item in fields(Settings) if item.init})
+    settings.augmentation = augmentation
     return settings
 
 
-def _add_augmentation(parser: HfArgumentParser) -> None:
-    group = parser.add_argument_group("augmentation", "see flashkat_hf.data.augmentation.Augmentation")
-    for item in fields(Augmentation):
-        numbers = isinstance(item.default, float | tuple)
-        group.add_argument(
-            f"--{item.name}",
-            f"--{item.name.replace('_', '-')}",
-            default=item.default,
-            type=float if numbers else lambda text: None if text.lower() == "none" else text,
-            nargs=len(item.default) if isinstance(item.default, tuple) else None,
-        )
+def _default_recipe(command: str, data: str | None, size: str | None) -> str:
+    if command == "pretrain":
+        return f"pretrain-{size or 'small'}"
+    return "finetune-digits" if data in (None, "digits") else "finetune"
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -268,6 +345,9 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
     return flags
 
 
-def _suggestion(name: str) -> str:
-    close = difflib.get_close_matches(name, NAMES, 1)
-    return f"; perhaps {close[0]}" if close else ""
+def _suggestion(name: str, dashes: str = "") -> str:
+    """Return the end of a message that names the setting which was probably meant, or nothing."""
+    name = name.lstrip("-").partition("=")[0].replace("-", "_")
+    close = [NICKNAMES[name]] if name in NICKNAMES else difflib.get_close_matches(name, NAMES, 1)
+    close = close or sorted((known for known in NAMES if known in name), key=len)[-1:]  # num_train_epochs
+    return f"; perhaps {dashes}{close[0]}" if close else ""

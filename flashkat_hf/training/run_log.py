@@ -1,14 +1,14 @@
-"""The log of a run: a progress bar, lines of metrics.jsonl, and the same numbers to trackers."""
+"""The log of a run: its progress, lines of metrics.jsonl, and the same numbers to trackers."""
 
 import json
-import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from ..files import write_text
-from ..messages import extra
+from .progress import progress_bar
 from .recipe import Settings
 from .run_folder import RunFolder
 
@@ -32,21 +32,17 @@ class RunLog:
             self.accelerator.init_trackers("flashkat", config)
 
     def show(self, step: int, num_steps: int) -> Any:
-        """Return the progress bar, which closes itself as a context manager."""
-        self.bar = extra("tqdm").tqdm(
-            total=num_steps,
-            initial=step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,
-            disable=not self.main,
-        )
+        """Return the progress of the run, a context manager."""
+        self.bar = progress_bar(num_steps, "step", initial=step, shown=self.main)
         return self.bar
 
     def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
+        """Print a line above the progress."""
         if self.main:
-            self.bar.write(text)
+            self.bar.clear()
+            with suppress(BrokenPipeError):  # of `| head`: training goes on
+                print(text, flush=True)
+            self.bar.refresh()
 
     def note(self, line: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl, and its numbers to the trackers."""

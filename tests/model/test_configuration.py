@@ -20,8 +20,19 @@ def test_named_sizes(size, hidden_size, heads, intermediate_size):
     assert (config.num_hidden_layers, config.num_labels, config.pooling) == (12, 7, "mean")
 
 
+def test_the_micro_size():
+    config = FlashKATConfig.from_size("micro")
+    assert (config.image_size, config.patch_size, config.num_hidden_layers, config.hidden_size) == (
+        16,
+        4,
+        4,
+        64,
+    )
+    assert FlashKATConfig.from_size("micro", image_size=32, patch_size=8).patch_size == 8
+
+
 def test_unknown_size():
-    with pytest.raises(ValueError, match="unknown size 'huge'; known sizes: tiny, small, base"):
+    with pytest.raises(ValueError, match="unknown size 'huge'; known sizes: micro, tiny, small, base"):
         FlashKATConfig.from_size("huge")
 
 

@@ -41,6 +41,10 @@ def test_a_fresh_model():
     model, processor = build_model(settings, NAMES)
     assert (model.config.image_size, processor.size["shortest_edge"]) == (24, 24)
     assert model(torch.zeros(1, 3, 24, 24)).logits.shape == (1, 3)
+    model, _ = build_model(Settings(size="micro", image_size=24, patch_size=8), NAMES)
+    assert (model.config.patch_size, model.flashkat.embeddings.position_embeddings.shape[1]) == (8, 9 + 1)
+    with pytest.raises(ValueError, match=r"^--patch_size: image_size must be a multiple of patch_size; got"):
+        build_model(Settings(size="tiny", patch_size=15), NAMES)
 
 
 def test_other_labels_get_a_fresh_head_and_nothing_else(checkpoint):

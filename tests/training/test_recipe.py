@@ -6,17 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT
 
-from flashkat_hf.data.augmentation import Augmentation
+from flashkat_hf.data.options import Augmentation
 from flashkat_hf.data.sources import open_data
-from flashkat_hf.training.recipe import DATA, FREE_NAMES, NAMES, Settings, parse, read_recipe
-
-RECIPES = ROOT / "examples" / "recipes"
+from flashkat_hf.training.recipe import DATA, FREE_NAMES, NAMES, RECIPES, Settings, parse, read_recipe
 
 
 def parsed(*arguments, recipe: str = "finetune-digits") -> Settings:
-    return parse([str(argument) for argument in arguments], recipe, RECIPES, "")
+    return parse(["--recipe", recipe, *map(str, arguments)])
 
 
 @pytest.mark.parametrize(("size", "drop_path"), [("tiny", 0.1), ("small", 0.1), ("base", 0.4)])
@@ -82,6 +79,46 @@ def test_defaults_that_depend_on_others(tmp_path):
     assert [parsed("--epochs", n).warmup_epochs for n in (1, 20, 300)] == [0.1, 2, 5]
 
 
+def test_flags_without_a_value():
+    assert parsed("--compile", "--resume", "--no_cuda_graphs").compile is True
+    settings = parsed("--compile", "false", "--resume", "--no-cuda-graphs")
+    assert (settings.compile, settings.resume, settings.cuda_graphs) == (False, True, False)
+    assert (parsed().compile, parsed().resume, parsed().cuda_graphs) == (None, False, True)
+
+
+def test_the_users_home_is_found(monkeypatch, tmp_path):
+    """A shell expands `--output ~/x`, and not `--output=~/x`, nor what a recipe has."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("data: ~/photos")
+    settings = parsed("--recipe=~/mine.yaml", "--output=~/runs/x", "--model=~/best")
+    assert (settings.output, settings.data) == (tmp_path / "runs/x", str(tmp_path / "photos"))
+    assert settings.model == str(tmp_path / "best")
+
+
+@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+def test_help_has_every_setting_in_a_group_and_each_default_once(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # one line for each setting
+    with pytest.raises(SystemExit) as end:
+        parse(["--help"], command, "Some words.")
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: flashkat {command} ")
+    groups = dict(part.split(":\n", 1) for part in text.split("\n\n")[2:])
+    assert list(groups) == [
+        "options", "data and output", "model", "optimisation", "what is shown and kept", "augmentation"
+    ]  # fmt: skip
+    lines = {line.split()[0]: line for part in groups.values() for line in part.splitlines()}
+    assert {f"--{name}" for name in NAMES} <= lines.keys()
+    for line in lines.values():
+        assert line.count("default:") <= 1
+        assert "None" not in line
+    assert lines["--learning_rate"].endswith(
+        "the highest; default: 1e-4 for --model, 3e-3 for a micro one, else 5e-4"
+    )
+    assert lines["--epochs"].endswith("passes over the training images (default: 50)")
+    assert "  --epochs N  " in groups["optimisation"]
+
+
 def test_settings_are_saved_flat():
     values = Settings().to_dict()
     assert set(values) == set(NAMES)
@@ -121,13 +158,22 @@ def test_what_is_known_of_a_setting_stands_at_its_field():
         (["--resume", "--overwrite"], "--resume contradicts --overwrite"),
         (["--trackers", "pigeon"], "--trackers: pigeon is unknown"),
         (["--micro_batch", "5"], "--batch_size: 64 must be a multiple of --micro_batch 5"),
-        (["--learning_rat", "3"], "unknown arguments: --learning_rat 3; perhaps learning_rate"),
+        (
+            ["--model", "a", "--patch_size", "4"],
+            "--patch_size: 4 is for a fresh model, but --model a has its own",
+        ),
+        (["--compile", "perhaps"], "argument --compile: 'perhaps' is neither true nor false"),
+        (["--lr", "3"], "unknown arguments: --lr 3; perhaps --learning_rate$"),
+        (["--num-train-epochs=3"], "unknown arguments: --num-train-epochs=3; perhaps --epochs$"),
+        (["--per_device_train_batch_size", "3"], "3; perhaps --batch_size$"),
+        (["--zzz"], "unknown arguments: --zzz$"),
+        (["--learning_rat", "3"], "unknown arguments: --learning_rat 3; perhaps --learning_rate"),
         (
             ["--recipe", "fine"],
             "--recipe: fine is no file and none of finetune, finetune-digits, pretrain-base,",
         ),
         (["--rand_augment", "much"], "rand_augment 'much' must be timm's"),
-        (["--crop", "none"], "crop None is not one of"),
+        (["--crop", "none"], "crop 'none' is not one of random, moves"),
         (["--crop_area", "0.5"], "argument --crop_area.*: expected 2 arguments"),
     ],
 )

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -45,7 +46,8 @@ def seen(monkeypatch, see) -> None:
     monkeypatch.setattr(assembly, "build_model", built)
 
 
-def test_the_bar_says_where_a_run_stands(run, capsys):
+def test_the_bar_says_where_a_run_stands(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     run()
     bar = capsys.readouterr().err.splitlines()[-1]
     assert re.search(

@@ -1,0 +1,101 @@
+"""What training does to an image, as options; reading them needs no PyTorch."""
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ..messages import extra
+
+if TYPE_CHECKING:
+    import torch
+
+CHOICES = {
+    "crop": ("random", "moves"),
+    "interpolation": ("random", "bilinear", "bicubic"),
+    "on_device": ("auto", "nothing", "augmentation", "decoding"),
+}
+
+
+def option(default: Any, text: str) -> Any:
+    """Return the field of an option, which holds all that is known of it: its default and help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What training does to an image; the defaults are KAT's recipe, and each field says what it does."""
+
+    crop: str = option(
+        "random",
+        "random: a random part of the image, resized; moves: shifts of up to a tenth, turns of up to 10 "
+        "degrees and scalings of up to a tenth, for digits and signs; the next three have no meaning then",
+    )
+    crop_area: tuple[float, float] = option(
+        (0.08, 1.0), "least and largest part of the area that a crop keeps"
+    )
+    crop_ratio: tuple[float, float] = option((3 / 4, 4 / 3), "least and largest width / height of a crop")
+    interpolation: str = option("random", "bilinear, bicubic, or random: one of these two for each image")
+    flip: float = option(0.5, "probability of a mirror image")
+    rand_augment: str | None = option("rand-m9-mstd0.5", "timm's configuration of RandAugment, or none")
+    color_jitter: float = option(
+        0.0, "strength for brightness, contrast and saturation; timm leaves it out beside RandAugment"
+    )
+    erasing: float = option(0.25, "probability that a box of 0.02 to 1/3 of the area becomes noise")
+    on_device: str = option(
+        "auto",
+        "what is done for whole batches. nothing: worker processes do everything, with PIL; augmentation: "
+        "RandAugment, normalisation and erasing; decoding: that, and decoding and cropping JPEGs; auto: as "
+        "much as the device and the recipe allow",
+    )
+
+    def __post_init__(self):
+        for name, known in CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
+        for name, largest in (("crop_area", 1.0), ("crop_ratio", float("inf"))):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= largest:
+                raise ValueError(
+                    f"{name} ({low}, {high}) must be two numbers above 0 and up to {largest}, least first"
+                )
+            object.__setattr__(self, name, (float(low), float(high)))  # YAML has lists
+        for name in ("flip", "erasing"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} ({value}) must be a probability")
+        if self.color_jitter < 0:
+            raise ValueError(f"color_jitter ({self.color_jitter}) must not be negative")
+        if self.rand_augment and self.rand_augment != type(self).rand_augment:  # importing timm takes seconds
+            _check_rand_augment(self.rand_augment)
+        if self.on_device in ("augmentation", "decoding") and (self.crop == "moves" or self.color_jitter):
+            raise ValueError(f"on_device {self.on_device!r} knows neither the crop 'moves' nor color_jitter")
+
+    def resolved(self, device: "torch.device", in_memory: bool) -> "Augmentation":
+        """Return the same with "auto" decided: as much as possible; nothing for images in memory.
+
+        Raises:
+            ValueError: `on_device` asks for what the device cannot do.
+        """
+        from .gpu.augmentation import missing_for_kernels
+        from .gpu.decoding import decodes
+        from .gpu.planning import in_batches
+
+        missing = missing_for_kernels(device)
+        if self.on_device != "auto":
+            if self.on_device != "nothing" and missing:
+                raise ValueError(f"on_device {self.on_device!r} needs {missing}; use 'nothing'")
+            return self
+        unknown = self.crop == "moves" or self.color_jitter or not in_batches(self.rand_augment)
+        if device.type != "cuda" or missing or in_memory or unknown:
+            return replace(self, on_device="nothing")
+        return replace(self, on_device="decoding" if decodes(device) else "augmentation")
+
+
+SIGNS = Augmentation(crop="moves", flip=0.0, rand_augment=None, erasing=0.0)  # for digits: never mirrored
+
+
+def _check_rand_augment(config: str) -> None:
+    if not config.startswith("rand-"):
+        raise ValueError(f"rand_augment {config!r} must be timm's, such as 'rand-m9-mstd0.5'")
+    try:
+        extra("timm.data.auto_augment").rand_augment_transform(config, {})
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"rand_augment {config!r} is not timm's form, such as 'rand-m9-mstd0.5'") from error
