@@ -10,22 +10,23 @@ from ..messages import extra
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PANELS = (  # title, and the label of each curve by its name in metrics.jsonl
-    ("loss", {"loss": "training"}),
-    ("learning rate", {"learning_rate": "learning rate"}),
-    ("top-1 accuracy in %", {"top1": "weights", "top1_ema": "averaged weights"}),
+PANELS = (  # title, and of each curve label, name in metrics.jsonl, and whether it is of single batches
+    ("loss", (("single batches", "loss", True), ("mean of an epoch", "loss", False))),
+    ("learning rate", (("learning rate", "learning_rate", None),)),
+    ("top-1 accuracy in %", (("weights", "top1", False), ("averaged weights", "top1_ema", False))),
 )
 
 
-def plot_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+def plot_curves(metrics: Sequence[Mapping[str, Any]], rates: Sequence[tuple[int, float]] = ()) -> Figure:
     """Draw loss, learning rate and accuracy of a training run over its steps, a panel each.
 
     A curve that no line has is left out.
 
     Args:
-        metrics: lines of a metrics.jsonl, in any order: "step" and any of "epoch", "loss", "learning_rate",
-            "top1" and "top1_ema"; the accuracies as parts of 1. The loss is taken from the lines without
-            "top1" if there are any.
+        metrics: lines of a metrics.jsonl, in any order: "step" and any of "kind", "epoch", "loss",
+            "learning_rate", "top1" and "top1_ema"; the accuracies as parts of 1. Lines with the kind "step"
+            are of single batches, the others of epochs, whose mean loss is drawn in their middle.
+        rates: (step, learning rate) instead of those of the metrics, which are too few to show a warm-up.
 
     Raises:
         ValueError: matplotlib is not installed, or there is nothing to draw.
@@ -36,7 +37,11 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         raise ValueError(f"a figure needs matplotlib: {error}") from error
     panels = []
     for title, names in PANELS:
-        curves = {label: points for name, label in names.items() if (points := _points(metrics, name))}
+        curves = {
+            label: points for label, name, single in names if (points := _points(metrics, name, single))
+        }
+        if title == "learning rate" and rates:
+            curves = {title: sorted(rates)}
         if curves:
             panels.append((title, curves))
     if not panels:
@@ -46,8 +51,9 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         for label, points in curves.items():
             steps, values = zip(*points, strict=True)
             scale = 100 if "accuracy" in title else 1
-            markers = {"marker": ".", "markersize": 4} if len(points) <= 60 else {}
-            panel.plot(steps, [scale * value for value in values], label=label, linewidth=1.2, **markers)
+            style: dict[str, Any] = {"marker": ".", "markersize": 4} if len(points) <= 60 else {}
+            style |= {"alpha": 0.4, "linewidth": 0.8} if label == "single batches" else {"linewidth": 1.4}
+            panel.plot(steps, [scale * value for value in values], label=label, **style)
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("step")
         panel.set_xlim(left=0)
@@ -57,9 +63,17 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _points(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
-    """Return (step, value) of the lines that have both, in order."""
+def _points(
+    metrics: Sequence[Mapping[str, Any]], name: str, single: bool | None
+) -> list[tuple[float, float]]:
+    """Return (step, value) of the lines that have both: of single batches, of epochs, or of both."""
     lines = [line for line in metrics if line.get("step") is not None and line.get(name) is not None]
-    if name == "loss" and (training := [line for line in lines if line.get("top1") is None]):
-        lines = training
-    return sorted((line["step"], line[name]) for line in lines)
+    points = sorted(
+        (line["step"], line[name])
+        for line in lines
+        if single is None or (line.get("kind") == "step") is single
+    )
+    if name == "loss" and not single:  # a mean over the steps since the line before
+        starts = [0.0, *(step for step, _ in points)]
+        points = [((start + step) / 2, loss) for start, (step, loss) in zip(starts, points, strict=False)]
+    return points

@@ -1,10 +1,13 @@
 """Accuracy of a classifier over any number of processes, exact: every image counts once."""
 
+import queue
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from operator import length_hint
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +18,13 @@ from torch.nn import functional
 from ..messages import extra
 from .progress import progress_bar
 
+
+class Stopped(Exception):
+    """An evaluation was ended early."""
+
+
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # their forward passes wait for each other
+STOP = -(2**20)  # a process's vote that outweighs all others
 
 
 @torch.no_grad()
@@ -27,6 +36,8 @@ def evaluate(
     outputs: Sequence[int] | None = None,
     mixed_precision: bool = False,
     progress: str | None = None,
+    keep_progress: bool = True,
+    stop: Callable[[], int] | None = None,
 ) -> dict[str, Any]:
     """Return top-1 and top-5 accuracy and mean cross-entropy; all processes' sums are added once, at the end.
 
@@ -40,34 +51,40 @@ def evaluate(
         mixed_precision: compute in accelerate's precision, and compiled where the model is; default: in the
             model's own dtype, as `pipeline` does.
         progress: text of a progress bar on the main process; default: no bar.
+        keep_progress: leave the bar there; otherwise it goes at the end, and a log file gets none.
+        stop: is asked every half second; when it is not 0 in any process, all of them end the evaluation.
 
     Returns:
         `{"top1", "top5", "loss", "count"}`: parts of the images in [0, 1], mean loss, number of images.
 
     Raises:
         ValueError: there are no images, or a label has no output.
+        Stopped: `stop` said so.
     """
     forward = _forward(model, accelerator, mixed_precision)
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    sums = torch.zeros(4, dtype=exact, device=accelerator.device)
+    sums = torch.zeros(5, dtype=exact, device=accelerator.device)
     translate = None if outputs is None else torch.tensor(list(outputs))
     training = model.training
     model.eval()
     try:
-        steps = _in_step(batches, accelerator)
-        for batch, counts in _progress(steps, batches, accelerator, progress):
+        steps = _in_step(_until(stop, batches) if stop else batches, accelerator, stop)
+        for batch, counts in _progress(steps, batches, accelerator, progress, keep_progress):
             labels = batch["labels"] if translate is None else translate[batch["labels"]]
             logits = forward(batch["pixel_values"].to(accelerator.device, non_blocking=True)).float()
             low, high = labels.min(), labels.max()  # on the CPU: a GPU would have to be waited for
             if low < 0 or high >= logits.shape[-1]:
                 raise ValueError(f"label {low} or {high} has no output of the {logits.shape[-1]}")
             if counts:
-                sums += _sums(logits, labels.to(accelerator.device, non_blocking=True)).to(exact)
+                sums[:4] += _sums(logits, labels.to(accelerator.device, non_blocking=True)).to(exact)
     finally:
         model.train(training)
+    sums[4] = stop() if stop else 0
     total = accelerator.reduce(sums, "sum")
     assert isinstance(total, Tensor)
-    count, top1, top5, loss = total.tolist()
+    count, top1, top5, loss, stopped = total.tolist()
+    if stopped:
+        raise Stopped
     if not count:
         raise ValueError("there are no images to evaluate")
     return {"top1": top1 / count, "top5": top5 / count, "loss": loss / count, "count": int(count)}
@@ -91,7 +108,45 @@ def _forward(model: nn.Module, accelerator: Accelerator, mixed_precision: bool) 
     return lambda images: getattr(output := forward(images), "logits", output)
 
 
-def _in_step(batches: Iterable, accelerator: Accelerator) -> Iterator[tuple[dict[str, Tensor], bool]]:
+def _until(stop: Callable[[], int], batches: Iterable) -> Iterator[dict[str, Tensor]]:
+    """Yield the batches until `stop` says so; they are made in a thread, so that it is asked meanwhile."""
+    ready: queue.Queue = queue.Queue(1)
+    left = threading.Event()
+
+    def put(*item: Any) -> None:
+        while not left.is_set():
+            with suppress(queue.Full):
+                return ready.put(item, timeout=0.5)
+
+    def make() -> None:
+        try:
+            for batch in batches:
+                put(batch, None)
+                if left.is_set():
+                    return
+            put(None, None)
+        except BaseException as error:  # the caller's to handle
+            put(None, error)
+
+    threading.Thread(target=make, name="evaluation", daemon=True).start()
+    try:
+        while not stop():
+            try:
+                batch, error = ready.get(timeout=0.5)
+            except queue.Empty:
+                continue
+            if error is not None:
+                raise error
+            if batch is None:
+                return
+            yield batch
+    finally:
+        left.set()
+
+
+def _in_step(
+    batches: Iterable, accelerator: Accelerator, stop: Callable[[], int] | None
+) -> Iterator[tuple[dict[str, Tensor], bool]]:
     """Yield each batch, and whether it counts; sharded processes make equally many forward passes."""
     if accelerator.distributed_type not in SHARDED:
         yield from ((batch, True) for batch in batches)
@@ -99,7 +154,9 @@ def _in_step(batches: Iterable, accelerator: Accelerator) -> Iterator[tuple[dict
     iterator, last = iter(batches), None
     while True:
         batch = next(iterator, None)
-        if not accelerator.reduce(torch.tensor(int(batch is not None), device=accelerator.device), "sum"):
+        vote = STOP if stop and stop() else int(batch is not None)
+        votes = accelerator.reduce(torch.tensor(vote, device=accelerator.device), "sum")
+        if cast(Tensor, votes).item() <= 0:
             return
         last = batch or last
         if last is None:
@@ -107,12 +164,14 @@ def _in_step(batches: Iterable, accelerator: Accelerator) -> Iterator[tuple[dict
         yield last, batch is not None
 
 
-def _progress(steps: Iterator, batches: Iterable, accelerator: Accelerator, text: str | None) -> Iterator:
+def _progress(
+    steps: Iterator, batches: Iterable, accelerator: Accelerator, text: str | None, keep: bool
+) -> Iterator:
     if text is None or not accelerator.is_main_process:
         yield from steps
         return
     total = length_hint(batches) or None  # a stream does not know it
-    with progress_bar(total, "batch", text=text) as bar:
+    with progress_bar(total, "batch", text=text, keep=keep) as bar:
         for step in steps:
             yield step
             bar.update()

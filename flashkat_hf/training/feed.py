@@ -1,6 +1,7 @@
 """The batches of a run: from its data to the device of a process."""
 
-from collections.abc import Generator
+import os
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -14,6 +15,8 @@ from ..data.prefetch import made_ahead, moved
 from ..data.samples import ImageData
 from .plan import Plan
 from .speed import loading_rate
+
+KEPT_BYTES = 2**30  # of batches that are read before training, to measure how fast that is
 
 
 class Feed:
@@ -38,21 +41,46 @@ class Feed:
         self.to_device = remainder.to(self.device) if remainder else partial(moved, self.device)
         # Without workers, batches draw from the generators of this process, and so does the step.
         self.in_background = remainder is not None and self.device.type == "cuda" and plan.workers > 0
+        self.size = (processor.crop_size["height"], processor.crop_size["width"])
+        self.begun: tuple[tuple[int, int], Generator[dict[str, Tensor], None, None]] | None = None
         self.updates_per_epoch = len(self.train) // plan.accumulate
 
     def epoch(self, epoch: int, update: int) -> Generator[dict[str, Tensor], None, None]:
         """Return the micro-batches of an epoch from an update on, on the device; close what is left early."""
+        if self.begun and self.begun[0] == (epoch, update):
+            batches, self.begun = self.begun[1], None
+            return batches
         batches = self.train.epoch(epoch, update * self.plan.accumulate)
         decode = getattr(self.to_device, "decode", None)
         return made_ahead(batches, self.to_device, self.device, self.in_background, decode)
 
-    def loading_rate(self, epoch: int, update: int) -> float | None:
-        """Return the images per second that workers give while nothing trains; None without workers."""
+    def loading_rate(self, epoch: int, update: int, stop: Callable[[], int]) -> float | None:
+        """Return the images per second that workers give while nothing trains, if it is soon known.
+
+        The batches are kept, on the CPU, for the `epoch` that follows; `stop` ends it early.
+        """
         if not self.plan.workers:
             return None
-        with closing(self.epoch(epoch, update)) as batches:
-            return loading_rate(batches, self.plan.workers)
+        batches, kept = self.epoch(epoch, update), []
+
+        def noted() -> Iterator[dict[str, Tensor]]:
+            for batch in batches:
+                kept.append({name: tensor.cpu() for name, tensor in batch.items()})
+                yield batch
+                if stop() or sum(tensor.nbytes for each in kept for tensor in each.values()) > KEPT_BYTES:
+                    return
+
+        rate = loading_rate(noted(), self.plan.workers)
+        self.begun = (epoch, update), self._after(kept, batches)
+        return rate
+
+    def _after(self, kept: list, batches: Generator) -> Generator[dict[str, Tensor], None, None]:
+        with closing(batches):
+            while kept:
+                yield moved(self.device, kept.pop(0))
+            yield from batches
 
     def unreadable(self) -> list[str]:
-        """Return the names of the images that this process has left out so far."""
-        return [*self.train.corrupt, *self.test.corrupt]
+        """Return the names of the images that this process has left out, less the folder of the data."""
+        root = f"{self.plan.settings.data}{os.sep}"  # which may be another one when the run goes on
+        return [name.removeprefix(root) for name in (*self.train.corrupt, *self.test.corrupt)]

@@ -10,20 +10,23 @@ from torch import nn
 
 from ..checkpoints.image_processor import make_image_processor
 from ..checkpoints.loading import load_checkpoint
-from ..messages import extra
+from ..messages import extra, one_line
 from ..model.configuration_flashkat import FlashKATConfig
 from ..model.modeling_flashkat import FlashKATForImageClassification
 from .recipe import Settings
 
 LORA_MODULES = ["qkv", "proj", "fc1", "fc2"]  # linear maps whose updates have a low rank with LoRA
 FULL_MODULES = ["act1", "act2", "classifier"]  # learned in full with LoRA
+CLASSES = "single_label_classification"  # the problem that runs are about
 
 
 def build_model(settings: Settings, class_names: list[str]) -> tuple[nn.Module, Any]:
     """Return the model with a head for these classes, and its image processor; random weights are torch's.
 
+    The weights are float32, whatever the checkpoint has.
+
     Raises:
-        ValueError: in one line, the checkpoint or the image size does not serve.
+        ValueError: in one line, the checkpoint, its head or the image size does not serve.
     """
     if settings.model is None:
         model, processor = _fresh(settings, class_names)
@@ -36,10 +39,26 @@ def build_model(settings: Settings, class_names: list[str]) -> tuple[nn.Module, 
     if settings.freeze_backbone:
         model.flashkat.requires_grad_(False)
     if settings.lora_rank:
-        peft, ranks = extra("peft"), {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha}
-        lora = peft.LoraConfig(**ranks, target_modules=LORA_MODULES, modules_to_save=FULL_MODULES)
-        model = peft.get_peft_model(model, lora)
+        model = _with_lora(model, settings)
     return model, processor
+
+
+def _with_lora(model: nn.Module, settings: Settings) -> Any:
+    """Return the peft model whose maps have low-rank updates, and whose rationals and head learn in full."""
+    peft, ranks = extra("peft"), {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha}
+    full = [name for name in FULL_MODULES if name not in settings.lora_modules]
+    targets = settings.lora_modules or LORA_MODULES
+    if targets == ["all-linear"]:
+        maps = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        targets = sorted(name for name in maps if name not in full)
+    names = [f".{name}" for name, _ in model.named_modules()]
+    if unknown := [target for target in targets if not any(name.endswith(f".{target}") for name in names)]:
+        raise ValueError(f"--lora_modules: {unknown[0]} is no map of the model; qkv and patch_embeddings are")
+    options = {"target_modules": targets, "modules_to_save": full}
+    try:
+        return peft.get_peft_model(model, peft.LoraConfig(**ranks, **options))
+    except ValueError as error:
+        raise ValueError(f"--lora_modules: {one_line(error)}") from error
 
 
 def _fresh(settings: Settings, class_names: list[str]) -> tuple[FlashKATForImageClassification, Any]:
@@ -60,14 +79,20 @@ def _pretrained(settings: Settings, class_names: list[str]) -> tuple[FlashKATFor
         model, processor = load_checkpoint(str(settings.model), drop_path_rate=settings.drop_path)
     except ValueError as error:
         raise ValueError(f"--model: {error}") from error
+    model.float()  # half-precision weights would lose AdamW's small steps in their rounding
     config = model.config
     same = [config.id2label.get(index) for index in range(config.num_labels)] == class_names
     before, num_labels = config.num_labels, len(class_names)
     if settings.head == "keep" and before != num_labels:
         raise ValueError(f"--head: keep, but {settings.model} has {before} labels, not {num_labels}")
+    fresh = settings.head == "fresh" or (settings.head == "auto" and not same)
+    if not fresh and config.problem_type not in (None, CLASSES):
+        kept = f"--head: {settings.model} was made for {config.problem_type}, which is not trained here"
+        raise ValueError(f"{kept}; --head fresh learns classes")
+    config.problem_type = None
     for name, value in _labels(class_names).items():
         setattr(config, name, value)
-    if settings.head == "fresh" or (settings.head == "auto" and not same):
+    if fresh:
         model.num_labels = num_labels
         model.classifier = nn.Linear(config.hidden_size, num_labels)
         nn.init.trunc_normal_(model.classifier.weight, std=config.initializer_range)

@@ -65,6 +65,7 @@ class Schedule:
     def __init__(self, optimizer: torch.optim.Optimizer, settings: Settings, updates_per_epoch: int):
         self.optimizer = optimizer
         self.by_epoch = settings.schedule == "epoch"
+        self.updates_per_epoch = updates_per_epoch
         self.unit = 1 if self.by_epoch else updates_per_epoch  # steps of the cosine in an epoch
         self.cosine = extra("timm.scheduler").CosineLRScheduler(
             optimizer,
@@ -78,6 +79,11 @@ class Schedule:
         """Set every group's learning rate for update `update` of epoch `epoch`, and return the highest."""
         self.cosine.step(epoch * self.unit + (0 if self.by_epoch else update))
         return self.rate
+
+    def curve(self, num_steps: int) -> list[tuple[int, float]]:
+        """Return step and rate of at most 2,000 updates of a run that has ended."""
+        steps = range(0, num_steps, -(-num_steps // 2000))
+        return [(step + 1, self.set(*divmod(step, self.updates_per_epoch))) for step in steps]
 
     @property
     def rate(self) -> float:

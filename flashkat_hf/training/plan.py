@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator, DistributedType
 
 from ..data.samples import Examples, ImageData
+from .launch import accumulation, dynamo
 from .recipe import Settings
 from .speed import cores
 
@@ -44,7 +45,13 @@ class Plan:
 
 def resolve(settings: Settings, accelerator: Accelerator) -> Plan:
     """Return the plan of a run, if its batches can be shared out; the settings stay as they are."""
-    micro_batch, accumulate = micro_batches(settings, accelerator.num_processes)
+    micro_batch, accumulate = micro_batches(settings, accelerator.num_processes, accumulation())
+    told, mode = dynamo()
+    compiled = told or accelerator.device.type == "cuda" if settings.compile is None else settings.compile
+    if mode != "default" and not compiled:
+        raise ValueError(
+            f"accelerate's dynamo_mode {mode} is for a compiled run, which this is not; --compile true"
+        )
     settings = copy.deepcopy(settings)
     settings.augmentation = settings.augmentation.resolved(accelerator.device, settings.in_memory)
     return Plan(
@@ -55,19 +62,24 @@ def resolve(settings: Settings, accelerator: Accelerator) -> Plan:
         accumulate=accumulate,
         workers=worker_processes(settings),
         sharded=accelerator.distributed_type == DistributedType.FSDP,
-        compiled=accelerator.device.type == "cuda" if settings.compile is None else settings.compile,
-        compile_mode=compile_mode(settings, accelerator, accumulate),
+        compiled=compiled,
+        compile_mode=compile_mode(settings, accelerator, accumulate, mode),
     )
 
 
-def micro_batches(settings: Settings, num_processes: int) -> tuple[int, int]:
+def micro_batches(settings: Settings, num_processes: int, told: int | None = None) -> tuple[int, int]:
     """Return the images of a process at a time, and how many such micro-batches an update accumulates.
+
+    `told` is the latter number as accelerate was told it.
 
     Raises:
         ValueError: the batch cannot be shared out so, or mixing cannot pair its images.
     """
     batch_size = settings.batch_size
-    micro_batch = settings.micro_batch or batch_size // num_processes
+    micro_batch = settings.micro_batch or batch_size // (num_processes * (told or 1))
+    if told and micro_batch * num_processes * told != batch_size:
+        wanted = f"accelerate's gradient_accumulation_steps {told} on {num_processes} processes"
+        raise ValueError(f"--batch_size: {batch_size} is not {wanted} with micro-batches of {micro_batch}")
     if not micro_batch or batch_size % (micro_batch * num_processes):
         share = f" with --micro_batch {micro_batch}" if settings.micro_batch else ""
         raise ValueError(
@@ -88,11 +100,25 @@ def worker_processes(settings: Settings) -> int:
     return min(1, max(0, share - 1)) if settings.in_memory else min(16, max(1, share))
 
 
-def compile_mode(settings: Settings, accelerator: Accelerator, accumulate: int) -> str | None:
+def compile_mode(
+    settings: Settings, accelerator: Accelerator, accumulate: int, told: str = "default"
+) -> str | None:
     """Return torch.compile's mode, with CUDA graphs where they serve: the host has time for the batches then.
 
-    They do not serve where gradients accumulate: a replay writes where those of the replay before are.
+    They do not serve where gradients accumulate: a replay writes where those of the replay before are. `told`
+    is the mode that accelerate was told.
+
+    Raises:
+        ValueError: accelerate was told to use graphs where they do not serve.
     """
     replicated = accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
     serve = replicated and accelerator.device.type == "cuda" and accumulate == 1
-    return "reduce-overhead" if serve and settings.cuda_graphs else None
+    graphs = serve and settings.cuda_graphs
+    if told == "max-autotune":
+        return told if graphs else "max-autotune-no-cudagraphs"
+    if told == "reduce-overhead" and not graphs:
+        raise ValueError(
+            "accelerate's dynamo_mode reduce-overhead replays CUDA graphs, which need a GPU, no accumulation,"
+            " no FSDP and --cuda_graphs true"
+        )
+    return "reduce-overhead" if graphs else None

@@ -20,7 +20,9 @@ class PreparedModel:
         settings, device = plan.settings, accelerator.device
         self.accelerator = accelerator
         self.processor = processor
-        self.unsharded = copy.deepcopy(model).to(device) if plan.sharded else None
+        dtype = getattr(torch, settings.save_dtype)
+        copied = plan.sharded or dtype != torch.float32
+        self.result = copy.deepcopy(model).to(device, dtype) if copied else None  # filled by `whole`
         self.average = AveragedWeights(model, settings.ema_decay) if settings.ema_decay else None
         optimizer = make_optimizer(model, settings, device)
         accelerator.gradient_accumulation_steps = plan.accumulate
@@ -28,10 +30,11 @@ class PreparedModel:
             config = cast(Any, accelerator.state.deepspeed_plugin).deepspeed_config
             config["train_micro_batch_size_per_gpu"] = plan.micro_batch
             config["gradient_accumulation_steps"] = plan.accumulate
+            config["gradient_clipping"] = settings.clip_norm or 0.0
         if plan.compiled and plan.sharded:  # block by block: the gathering of shards stays outside
             for block in model.modules():
                 if isinstance(block, FlashKATLayer):
-                    block.compile()
+                    block.compile(mode=plan.compile_mode)
         self.module, self.optimizer = accelerator.prepare(model, optimizer)
         for name in (
             "forward",
@@ -45,15 +48,18 @@ class PreparedModel:
             self.forward = torch.compile(self.module, dynamic=False, mode=plan.compile_mode)
 
     def whole(self, module: nn.Module) -> nn.Module:
-        """Return the model itself with a module's weights, whole in every process; all of them must ask."""
-        if self.unsharded is None:
+        """Return the model as it is saved, with a module's weights; all processes must ask.
+
+        It is whole in every process, and in the dtype of `save_dtype`.
+        """
+        if self.result is None:
             return self.accelerator.unwrap_model(module)
-        self.unsharded.load_state_dict(whole_weights(module))
-        return self.unsharded
+        self.result.load_state_dict(whole_weights(module))
+        return self.result
 
     def gradient_is_finite(self) -> bool:
         """Return False if the norm of this process's gradient is NaN or infinite; waits for the device."""
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm: Any = torch.nn.utils.get_total_norm(gradients)
-        norm = norm if self.unsharded is None else norm.full_tensor()
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return math.isfinite(norm.item())

@@ -10,7 +10,7 @@ SECONDS = 60.0  # between lines
 
 
 def progress_bar(
-    total: int | None, unit: str, *, text: str = "", initial: int = 0, shown: bool = True
+    total: int | None, unit: str, *, text: str = "", initial: int = 0, shown: bool = True, keep: bool = True
 ) -> Any:
     """Return a bar, a context manager with the methods of `Lines`.
 
@@ -20,13 +20,13 @@ def progress_bar(
         text: what is done.
         initial: steps that were done before.
         shown: False for processes that say nothing.
+        keep: whether the bar stays on the terminal when all is done.
     """
     if shown and not sys.stderr.isatty():
         return Lines(total, unit, text, initial)
     tqdm = extra("tqdm").tqdm
-    return tqdm(
-        total=total, unit=unit, desc=text or None, initial=initial, dynamic_ncols=True, disable=not shown
-    )
+    options = {"initial": initial, "dynamic_ncols": True, "disable": not shown, "leave": keep}
+    return tqdm(total=total, unit=unit, desc=text or None, **options)
 
 
 class Lines:

@@ -4,12 +4,13 @@ import argparse
 import difflib
 import math
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from ..data.options import Augmentation
+from ..data.options import SIGNS, Augmentation
 from ..messages import extra, one_line
 
 RECIPES = Path(__file__).with_name("recipes")  # the named ones: YAML files
@@ -21,6 +22,7 @@ FROM_ZERO = (0, math.inf)
 BELOW_ONE = (0, 1)
 PROBABILITY = (0, 1 + 1e-12)
 SEED = (0, 2**31)
+PHOTOGRAPHS = Augmentation(rand_augment=None, erasing=0.0)  # how they are fine-tuned: crops and mirrored ones
 FREE = "free"  # it cannot change the weights, so that a resumed run may have another value
 DATA = "data"  # `open_data` takes it
 
@@ -66,7 +68,9 @@ class Settings:
     push_private: bool = setting(False, "make that repository private, if it is new", FREE)
     # model
     model: str | None = setting(None, "FlashKAT folder or Hub id to start from; default: a fresh model")
-    size: Literal["micro", "tiny", "small", "base"] | None = setting(None, "of a fresh model; default: tiny")
+    size: Literal["micro", "tiny", "small", "base"] | None = setting(
+        None, "of a fresh model; default: micro for the digits, else tiny"
+    )
     image_size: int | None = setting(None, "height and width in pixels; default: the model's", COUNT)
     patch_size: int | None = setting(None, "height and width of a patch; default: the size's", COUNT)
     head: Literal["auto", "fresh", "keep"] = setting("auto", "of --model; auto: fresh where labels differ")
@@ -75,6 +79,7 @@ class Settings:
     lora_rank: int | None = setting(
         None, "train low-rank updates of the linear maps, and the rationals in full", COUNT
     )
+    lora_modules: list[str] = setting([], "maps with such updates, or all-linear; default: qkv proj fc1 fc2")  # noqa: RUF009
     lora_alpha: float = setting(16.0, "scale of the low-rank updates, divided by their rank", POSITIVE)
     gradient_checkpointing: bool = setting(False, "compute activations twice to save memory")
     # optimisation
@@ -110,15 +115,23 @@ class Settings:
     seed: int = setting(0, "of weights, order, augmentation, mixing and stochastic depth", SEED)
     # what is shown and kept
     evaluate_epochs: int = setting(1, "evaluate after so many epochs, and after the last", COUNT)
-    log_steps: int = setting(50, "updates between lines of metrics; each waits for the device", COUNT, FREE)
+    log_steps: int = setting(
+        None,
+        "updates between lines of metrics; each waits for the device; default: 10, 50 with --data",
+        COUNT,
+        FREE,
+    )
     trackers: list[str] = setting([], f"accelerate's, beside metrics.jsonl: {', '.join(TRACKERS)}", FREE)  # noqa: RUF009
     checkpoint_steps: int | None = setting(None, "updates between checkpoints; default: by time", COUNT, FREE)
     checkpoint_minutes: float = setting(10.0, "minutes between checkpoints", POSITIVE, FREE)
     keep_checkpoints: int = setting(1, "older ones are removed when a new one is complete", COUNT, FREE)
+    save_dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "of the weights in best/ and last/, which are evaluated so; training is in float32"
+    )
     keep_after_success: bool = setting(False, "keep checkpoints when the run is complete", FREE)
     skip_nonfinite: bool = setting(False, "skip updates whose loss or gradient is not finite", FREE)
 
-    augmentation: Augmentation = field(default_factory=Augmentation, init=False)
+    augmentation: Augmentation = field(default=PHOTOGRAPHS, init=False)  # of the digits `SIGNS`
 
     def __post_init__(self):
         for item in fields(self):
@@ -139,7 +152,10 @@ class Settings:
             self.output = Path("runs", name or "data")
         self.output = self.output.expanduser()
         if self.model is None and self.size is None:
-            self.size = "tiny"
+            self.size = "micro" if self.in_memory else "tiny"
+        if self.log_steps is None:
+            self.log_steps = 10 if self.in_memory else 50
+        self.augmentation = SIGNS if self.in_memory else PHOTOGRAPHS
         if self.learning_rate is None:
             self.learning_rate = 1e-4 if self.model else 3e-3 if self.size == "micro" else 5e-4
 
@@ -155,6 +171,8 @@ class Settings:
             return f"--head: {self.head} is for --model; a fresh model has a fresh head"
         if self.freeze_backbone and self.lora_rank:
             return f"--freeze_backbone contradicts --lora_rank {self.lora_rank}"
+        if self.lora_modules and not self.lora_rank:
+            return f"--lora_modules: {' '.join(self.lora_modules)} are for --lora_rank, which is not given"
         if self.warmup_epochs and self.warmup_epochs >= self.epochs:
             return f"--warmup_epochs: {self.warmup_epochs:g} must be below --epochs {self.epochs}"
         if self.resume and self.overwrite:
@@ -185,6 +203,7 @@ class Settings:
 FIELDS = [item for cls in (Settings, Augmentation) for item in fields(cls) if item.init]
 NAMES = [item.name for item in FIELDS]
 FREE_NAMES = frozenset(item.name for item in FIELDS if FREE in item.metadata.get("marks", ()))
+TEXTS = {item.name for item in FIELDS if not {bool, int, float} & {item.type, *get_args(item.type)}}
 LISTS = {item.name for item in FIELDS if item.default_factory is list or isinstance(item.default, tuple)}
 
 
@@ -230,7 +249,10 @@ class _Parser(argparse.ArgumentParser):
         for item in FIELDS:
             if item.name in GROUPS:
                 group = self.add_argument_group(GROUPS[item.name])
-            group.add_argument(*_spellings(item.name), help=item.metadata["help"], **_options(item))
+            options = _options(item)
+            if item.name in Augmentation.__dataclass_fields__:
+                options["default"] = argparse.SUPPRESS  # then it is that of the settings
+            group.add_argument(*_spellings(item.name), help=item.metadata["help"], **options)
             if item.default is True:
                 opposite = {"dest": item.name, "action": "store_false", "default": argparse.SUPPRESS}
                 text = f"--{item.name} false"
@@ -301,9 +323,9 @@ def parse(arguments: Sequence[str], command: str = "finetune", description: str 
     options, unknown = parser.parse_known_args([*_as_flags(values), *arguments])
     if unknown:
         raise ValueError(f"unknown arguments: {' '.join(unknown)}{_suggestion(unknown[0], '--')}")
-    augmentation = Augmentation(**{item.name: getattr(options, item.name) for item in fields(Augmentation)})
     settings = Settings(**{item.name: getattr(options, item.name) for item in fields(Settings) if item.init})
-    settings.augmentation = augmentation
+    given = {item.name for item in fields(Augmentation)} & vars(options).keys()
+    settings.augmentation = replace(settings.augmentation, **{name: getattr(options, name) for name in given})
     return settings
 
 
@@ -314,24 +336,37 @@ def _default_recipe(command: str, data: str | None, size: str | None) -> str:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Return the names and values of a YAML recipe.
+    """Return the names and values of a YAML recipe; of a setting that is text, as it is written.
 
     Raises:
         ValueError: it is no YAML mapping, or has a key that is no setting; the message names it.
     """
     yaml = extra("yaml")
+    loader = type("Texts", (yaml.SafeLoader,), {"yaml_implicit_resolvers": {}})  # no, on, 010 are texts, too
+    loader.add_implicit_resolver(
+        "tag:yaml.org,2002:null", re.compile(r"~|null|Null|NULL|$"), ["~", "n", "N", ""]
+    )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), loader)
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold names and values, one setting a line")
+        for name, value in values.items():
+            if name not in NAMES:
+                raise ValueError(f"{path}: {name} is no setting{_suggestion(str(name))}")
+            if name not in TEXTS:  # YAML says what number or truth value is meant
+                parts = [yaml.safe_load(part) if isinstance(part, str) else part for part in _list(value)]
+                values[name] = value = parts if isinstance(value, list) else parts[0]
+            if isinstance(value, dict) or (isinstance(value, list) and name not in LISTS):
+                raise ValueError(f"{path}: {name} is one value, not {value}")
+            if isinstance(value, list) and None in value:
+                raise ValueError(f"{path}: {name} has an empty entry; null and ~ as names need quotes")
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold names and values, one setting a line")
-    for name, value in values.items():
-        if name not in NAMES:
-            raise ValueError(f"{path}: {name} is no setting{_suggestion(str(name))}")
-        if isinstance(value, dict) or (isinstance(value, list) and name not in LISTS):
-            raise ValueError(f"{path}: {name} is one value, not {value}")
     return values
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _as_flags(values: dict[str, Any]) -> list[str]:
@@ -341,7 +376,7 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
         if value != [] and (
             value is not None or name not in Settings.__dataclass_fields__
         ):  # None: the default
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            flags += [f"--{name}", *map(str, _list(value))]
     return flags
 
 

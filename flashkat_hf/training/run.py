@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import ProjectConfiguration, TorchDynamoPlugin, parse_flag_from_env
 from torch import nn
 from transformers.utils import logging
 
@@ -19,12 +19,14 @@ from ..hub.background import BackgroundPusher
 from ..messages import warn
 from .feed import Feed
 from .initial_model import build_model
+from .launch import check_launch
 from .optimization import seed_update
 from .plan import resolve
 from .prepared_model import PreparedModel
 from .processes import StopSignals
 from .recipe import Settings
 from .run_folder import RunFolder
+from .run_log import describe_data
 from .state import Checkpoints
 from .trainer import Trainer
 
@@ -52,11 +54,21 @@ def train(
         SystemExit: with 143 or 130, after SIGTERM or Ctrl-C, when the state is saved.
     """
     logging.disable_progress_bar()  # of writing small files
-    folder = RunFolder(settings.output)
-    folder.check(settings)
     if missing := [name for name in settings.trackers if importlib.util.find_spec(name) is None]:
         raise ValueError(f"--trackers: {missing[0]} is missing: pip install {missing[0]}")
     accelerator = make_accelerator(settings)
+    folder = RunFolder(settings.output)
+    with folder.claimed(settings, accelerator):
+        return _train(settings, accelerator, folder, on_model, build or build_model)
+
+
+def _train(
+    settings: Settings,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    on_model: Callable[[Path], None] | None,
+    build: Callable[[Settings, list[str]], tuple[nn.Module, Any]],
+) -> dict[str, Any] | None:
     main = accelerator.is_main_process
     plan = resolve(settings, accelerator)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
@@ -64,6 +76,8 @@ def train(
     num_images = data.train.num_images
     if num_images is not None and num_images < settings.batch_size:
         raise ValueError(f"--batch_size: {settings.batch_size} is more than the {num_images} training images")
+    if main:
+        print(describe_data(settings, data), flush=True)
     checkpoints = Checkpoints(folder.checkpoints, settings.keep_checkpoints)
     description = plan.describe(data)
     resuming = settings.resume and folder.settings.exists()
@@ -77,7 +91,10 @@ def train(
     pushes = settings.push_to and main and not on_model
     with _pushing(settings, folder) if pushes else nullcontext(on_model) as on_model:
         seed_update(settings.seed, 2**31, 0)  # weights: alike in every process, and as no update
-        network, processor = (build or build_model)(plan.settings, data.class_names)
+        network, processor = build(plan.settings, data.class_names)
+        outputs = getattr(getattr(network, "config", None), "num_labels", len(data.class_names))
+        if outputs != len(data.class_names):
+            raise ValueError(f"the model has {outputs} outputs, but the data {len(data.class_names)} classes")
         model = PreparedModel(plan, accelerator, network, processor)
         feed = Feed(plan, accelerator, data, processor)
         trainer = Trainer(plan, accelerator, data, model, feed, folder, checkpoints, StopSignals(), on_model)
@@ -119,20 +136,26 @@ def make_accelerator(settings: Settings) -> Accelerator:
     """Return accelerate's, in the precision of the settings, of `accelerate launch`, or bfloat16 on a GPU.
 
     Raises:
-        ValueError: the device does not have the precision.
+        ValueError: the precision, or another setting of accelerate's, is not supported.
     """
+    check_launch(settings)
     cpu = without_accelerator()  # said aloud: otherwise accelerate does not see torchrun's other processes
     gpu = cast(torch.device, PartialState(cpu=cpu).device).type == "cuda"
-    precision = settings.precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    precision = settings.precision or (told or "no").lower()
     if precision not in ("no", "bf16"):
         raise ValueError(f"--precision: {precision} is not supported, no or bf16 are")
     if settings.precision is None and gpu and torch.cuda.is_bf16_supported():
+        if told and precision == "no" and PartialState().is_main_process:  # its default, too
+            warn("accelerate says mixed_precision no, its default: this is bf16; --precision no is float32")
         precision = "bf16"
     if gpu:
         torch.set_float32_matmul_precision("high")
     project = ProjectConfiguration(str(settings.output), logging_dir=str(settings.output / "logs"))
     trackers: list = list(settings.trackers)
-    return Accelerator(mixed_precision=precision, cpu=cpu, log_with=trackers or None, project_config=project)
+    uncompiled = TorchDynamoPlugin(backend=cast(Any, "no"))  # the plan compiles, as accelerate was told
+    options: dict[str, Any] = {"log_with": trackers or None, "dynamo_plugin": uncompiled}
+    return Accelerator(mixed_precision=precision, cpu=cpu, project_config=project, **options)
 
 
 def without_accelerator() -> bool:

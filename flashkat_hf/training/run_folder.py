@@ -3,11 +3,15 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from PIL.Image import Image
 from torch import nn
 
@@ -16,11 +20,14 @@ from ..data.samples import Examples, ImageData, open_image
 from ..files import read_json, replacing, restore, to_json, write_text
 from ..model.layers import GroupRational
 from .curves import plot_curves
-from .recipe import FREE_NAMES, Settings
+from .recipe import FIELDS, FREE_NAMES, Settings
+from .run_lock import NAME as LOCK
+from .run_lock import locked
 from .state import os_errors
 
 FILES = ("settings.json", "metrics.jsonl", "summary.json", "curves.png", "functions.png")
 CONTENTS = frozenset({*FILES, "best", "last", "samples", "checkpoints", "logs"})
+SCHEDULER_LOG = re.compile(r"\.(out|err|log|[oe]\d+)$")  # slurm-12.out, job.o12, nohup.out
 
 
 class RunFolder:
@@ -36,45 +43,72 @@ class RunFolder:
         self.last = path / "last"
         self.pictures = importlib.util.find_spec("matplotlib") is not None
 
-    def check(self, settings: Settings) -> None:
-        """Refuse a folder that the run may not have.
+    @contextmanager
+    def claimed(self, settings: Settings, accelerator: Accelerator) -> Iterator[None]:
+        """Hold the folder for the run: no other one writes into it meanwhile; all processes take part.
 
         Raises:
-            ValueError: it exists and is not to be resumed or overwritten, holds what others wrote, or cannot
-                be made.
+            ValueError: it exists and is not to be resumed or overwritten, holds what others wrote, cannot be
+                made, or another run is writing into it.
         """
-        if problem := self._problem(settings):
+        with ExitStack() as held:
+            problem: list[Exception | None] = [None]
+            if accelerator.is_main_process:
+                try:
+                    self._check(self._place())
+                    held.enter_context(locked(self.path))
+                    self._check(self._contents(settings))
+                except (ValueError, OSError) as error:
+                    problem = [error]
+            broadcast_object_list(problem)
+            if problem[0]:
+                raise problem[0]
+            yield
+
+    def _check(self, problem: str | None) -> None:
+        if problem:
             raise ValueError(f"--output: {self.path} {problem}")
 
-    def _problem(self, settings: Settings) -> str | None:
-        if not os.path.lexists(self.path):
-            home = next(parent for parent in self.path.absolute().parents if os.path.lexists(parent))
-            writable = home.is_dir() and os.access(home, os.W_OK | os.X_OK)
-            return None if writable else f"cannot be made, {home} is not a folder that can be written to"
-        if not self.path.is_dir():
-            return "exists and is not a folder; name another"
-        names = {child.name for child in self.path.iterdir()}
-        if not names:
+    def _place(self) -> str | None:
+        """Return why no folder can be here, or None."""
+        if os.path.lexists(self.path):
+            if not self.path.is_dir():
+                return "exists and is not a folder; name another"
+            return None if os.access(self.path, os.W_OK | os.X_OK) else "cannot be written to"
+        home = next(parent for parent in self.path.absolute().parents if os.path.lexists(parent))
+        writable = home.is_dir() and os.access(home, os.W_OK | os.X_OK)
+        return None if writable else f"cannot be made, {home} is not a folder that can be written to"
+
+    def _contents(self, settings: Settings) -> str | None:
+        """Return why the run may not have this folder for what is in it, or None."""
+        names = {child.name for child in self.path.iterdir() if not child.name.startswith(LOCK)}
+        logs = {name for name in names if SCHEDULER_LOG.search(name)}
+        if not names or (settings.resume and names == logs):
             return None
         if not settings.resume and not settings.overwrite:
             return "exists; --resume goes on with it, --overwrite replaces it, or name another"
         if "settings.json" not in names:
             return "exists and holds no run of this script; name another"
-        if others := sorted(name for name in names - CONTENTS if not name.startswith(".")):
+        others = sorted(name for name in names - CONTENTS if not name.startswith("."))
+        if settings.overwrite and others:
             return f"also holds what others wrote: {', '.join(others)}; move it or name another"
-        return None if os.access(self.path, os.W_OK | os.X_OK) else "cannot be written to"
+        return None
 
     def start(self, description: dict[str, Any], overwrite: bool) -> None:
         """Make the folder, or empty that of an earlier run, and write settings.json."""
         self.path.mkdir(parents=True, exist_ok=True)
         if overwrite:
             for child in self.path.iterdir():
+                if child.name.startswith(LOCK):
+                    continue
                 shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
         write_text(self.settings, to_json(description))
         self.metrics.write_text("")
 
     def compare(self, description: dict[str, Any]) -> dict[str, Any]:
         """Return the settings.json of the run that is to be resumed, and refuse to resume another run.
+
+        The data may have moved: their fingerprint says whether they are the same.
 
         Raises:
             ValueError: a setting that can change the result, the data or the number of processes differs;
@@ -85,13 +119,16 @@ class RunFolder:
         except ValueError as error:
             raise ValueError(f"--resume: cannot read the run's settings: {error}") from error
         present = json.loads(json.dumps(description))
+        earlier = {
+            item.name: item.default for item in FIELDS
+        } | earlier  # of a version that had fewer settings
         if earlier.get("data_fingerprint") != present["data_fingerprint"]:
             data = present["data"] or "the digits"
             raise ValueError(f"--resume: {self.path} was trained on other data than {data}")
         if changes := [
             f"{name} was {earlier.get(name)} and is {present.get(name)}"
             for name in {**earlier, **present}
-            if name not in FREE_NAMES and earlier.get(name) != present.get(name)
+            if name not in FREE_NAMES | {"data"} and earlier.get(name) != present.get(name)
         ]:
             raise ValueError(f"--resume: {self.path} was made with other settings: {', '.join(changes)}")
         return earlier
@@ -120,9 +157,9 @@ class RunFolder:
         for folder in (self.best, self.last):
             restore(folder)
 
-    def draw(self, model: nn.Module) -> None:
-        """Write curves.png and functions.png, where matplotlib is installed."""
+    def draw(self, model: nn.Module, rates: Sequence[tuple[int, float]]) -> None:
+        """Write curves.png and functions.png, where matplotlib is installed; `rates` as in `plot_curves`."""
         if self.pictures:
-            plot_curves(self.lines()).savefig(self.path / "curves.png")
+            plot_curves(self.lines(), rates).savefig(self.path / "curves.png")
             if any(isinstance(module, GroupRational) for module in model.modules()):
                 plot_functions(model).savefig(self.path / "functions.png")

@@ -1,5 +1,6 @@
 """Images per second of a run, of each of its sides; and the cores that it may use."""
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 PROBE_SECONDS = 2.0
+PROBE_LONGEST = 10.0  # seconds after the first batch
 
 
 @dataclass
@@ -73,16 +75,18 @@ def loading_rate(
 ) -> float | None:
     """Return the images per second that come while nothing else happens, once each worker has given a batch.
 
-    Each gives at least one more, since they are made side by side; None where there are not so many.
+    Each gives at least one more, since they are made side by side; None where there are not so many, or not
+    within `PROBE_LONGEST` seconds.
     """
-    images, number, start, last = 0, 0, 0.0, 0.0
+    images, number, start, last, first = 0, 0, 0.0, 0.0, math.inf
     for number, batch in enumerate(batches, start=1):
         last = time.perf_counter()
-        if number <= workers:
+        first = min(first, last)
+        if number <= workers and last - first <= PROBE_LONGEST:
             start = last  # they are still starting
             continue
         images += len(batch["labels"])
-        if number >= 2 * workers and last - start > seconds:
+        if last - first > PROBE_LONGEST or (number >= 2 * workers and last - start > seconds):
             break
     return images / max(last - start, 1e-9) if number >= 2 * workers else None
 

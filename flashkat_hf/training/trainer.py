@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..data.samples import ImageData
 from ..files import to_json, write_text
 from ..messages import warn
-from .evaluation import evaluate
+from .evaluation import Stopped, evaluate
 from .feed import Feed
 from .initial_model import merged, save_model
 from .optimization import Mixing, Schedule, seed_update
@@ -29,7 +29,7 @@ from .plan import Plan
 from .prepared_model import PreparedModel
 from .processes import CODES, Agreement, StopSignals
 from .run_folder import RunFolder
-from .run_log import RunLog
+from .run_log import RunLog, describe
 from .speed import Meter
 from .state import Checkpoints, Progress, all_finite
 from .summary import best_weights, score, summarize
@@ -64,11 +64,18 @@ class Trainer:
         self.meter = Meter(self.accelerator.device)
         num_steps = self.settings.epochs * self.feed.updates_per_epoch
         self.num_steps = min(num_steps, self.settings.max_steps or num_steps)
+        for text in describe(self.plan, self.accelerator, self.model.module, self.feed, self.num_steps):
+            self.log.say(text)
 
     def run(self, checkpoint: Path | None) -> dict[str, Any] | None:
         """Train from a checkpoint, or from the start; return the summary in the main process."""
         self._restore(checkpoint)
-        self.loading_rate = self.feed.loading_rate(self.progress.epoch, self.progress.update)
+        if self.plan.workers:
+            self.log.say("reading the first images")
+        at = self.progress.epoch, self.progress.update
+        self.loading_rate = self.feed.loading_rate(*at, lambda: self.signals.number)
+        if self.plan.compiled:
+            self.log.say("compiling: the first update takes a while")
         try:
             with self.log.show(self.progress.step, self.num_steps):
                 while self.progress.step < self.num_steps or self.progress.update:  # or to finish
@@ -81,6 +88,7 @@ class Trainer:
     def _restore(self, checkpoint: Path | None) -> None:
         if checkpoint:
             self.progress = self.checkpoints.load(self.accelerator, checkpoint)
+            self.log.say(f"going on after step {self.progress.step}")
         self.log.begin(self.settings, checkpoint)
         self.started -= self.progress.seconds
         self.saved_at = time.monotonic()
@@ -150,7 +158,7 @@ class Trainer:
                 raise ValueError(self._not_finite(f"the loss is {loss} at step {step}", rate))
             progress.loss_sum += loss
             progress.losses += 1
-            if step % settings.log_steps == 0:
+            if step == 1 or step % settings.log_steps == 0:
                 line = {"kind": "step", "epoch": progress.epoch + 1, "step": step, "loss": loss}
                 self.log.note({**line, "learning_rate": rate})
         speed = self.meter.rates()["images_per_second"]
@@ -201,17 +209,21 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         """Evaluate, note the epoch, keep the best model."""
-        progress, device = self.progress, self.accelerator.device
-        progress.epoch += 1
+        progress, device, epoch = self.progress, self.accelerator.device, self.progress.epoch + 1
+        evaluated: dict[str, float] = {}
+        if epoch % self.settings.evaluate_epochs == 0 or progress.step >= self.num_steps:
+            self._check_weights()
+            evaluated = self._evaluate(
+                epoch
+            )  # it may stop the run, to be done again: nothing is noted before
+        progress.epoch = epoch
         line = {"epoch": progress.epoch, "step": progress.step, "learning_rate": self.schedule.rate}
         line |= {"loss": progress.loss_sum / progress.losses} if progress.losses else {}
         line |= self.meter.rates()
         progress.update, progress.losses, progress.loss_sum = 0, 0, 0.0
         if device.type == "cuda":
             progress.peak_memory = max(progress.peak_memory, torch.cuda.max_memory_allocated(device))
-        if progress.epoch % self.settings.evaluate_epochs == 0 or progress.step >= self.num_steps:
-            self._check_weights()
-            line |= self._evaluate()
+        line |= evaluated
         if self.settings.skip_corrupt:
             progress.unreadable = sorted({*progress.unreadable, *gather_object(self.feed.unreadable())})
             line["skipped_images"] = len(progress.unreadable)
@@ -222,16 +234,27 @@ class Trainer:
             average = self.model.average if weights == "ema" else None
             self._write_model("best", (average or self.model).module, progress.best, weights)
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, epoch: int) -> dict[str, float]:
         """Return the accuracies of the model and of its averaged weights, as lines of metrics have them."""
-        raw = evaluate(self.model.whole(self.model.module), self.feed.test, self.accelerator)
+        options = {"keep_progress": False, "stop": lambda: self.signals.number}
+        results: list[dict[str, Any]] = []
+        for kind, part in (("", self.model), ("'s averaged weights", self.model.average)):
+            if part:
+                module, text = self.model.whole(part.module), f"evaluating epoch {epoch}{kind}"
+                try:
+                    results.append(
+                        evaluate(module, self.feed.test, self.accelerator, progress=text, **options)
+                    )
+                except Stopped:
+                    self._save()
+                    self._stop(self.agreement.any(self.signals.number))
+        raw, *averaged = results
         accuracies = {"top1": raw["top1"], "top5": raw["top5"]}
-        text = f"epoch {self.progress.epoch}: test accuracy {raw['top1']:.2%}"
-        if self.model.average:
-            averaged = evaluate(self.model.whole(self.model.average.module), self.feed.test, self.accelerator)
-            accuracies |= {"top1_ema": averaged["top1"], "top5_ema": averaged["top5"]}
-            text += f", averaged weights {averaged['top1']:.2%}"
-        self.progress.last = {"epoch": self.progress.epoch, "count": raw["count"], **accuracies}
+        text = f"epoch {epoch}: test accuracy {raw['top1']:.2%}"
+        if averaged:
+            accuracies |= {"top1_ema": averaged[0]["top1"], "top5_ema": averaged[0]["top5"]}
+            text += f", averaged weights {averaged[0]['top1']:.2%}"
+        self.progress.last = {"epoch": epoch, "count": raw["count"], **accuracies}
         self.log.say(text)
         return accuracies
 
@@ -256,7 +279,7 @@ class Trainer:
         if self.main:
             summary = self._summary(self.progress.best, best_weights(self.progress.best))
             write_text(self.folder.best / "summary.json", to_json(summary))
-            self.folder.draw(merged(model))
+            self.folder.draw(merged(model), self.schedule.curve(self.num_steps))
             self.folder.write_samples(self.data)
             write_text(self.folder.summary, to_json(summary))
             if not self.settings.keep_after_success:

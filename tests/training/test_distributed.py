@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 from small_runs import losses, make_images, metrics
 from transformers import AutoModelForImageClassification
 
+from flashkat_hf.training.initial_model import build_model, save_model
+from flashkat_hf.training.recipe import Settings
+
 # Without what is drawn for a process or a micro-batch as a whole (mixing, stochastic depth). The large eps
 # keeps Adam from blowing up the rounding where the gradient is 0, as of the keys' bias. 7 test images: shares
 # of 4 and 3.
@@ -44,6 +47,12 @@ def runs(tmp_path_factory) -> tuple[Path, list[list[int]]]:
             job(f"{name}-stopped", 2, sharded=sharded, settings=DRAWN, signal=[4, signal.SIGTERM]),
             job(f"{name}-stopped", 2, sharded=sharded, settings={**DRAWN, "resume": True}),
         ]
+    torch.manual_seed(0)
+    model, processor = build_model(Settings(data=str(data), size="micro"), ["a", "b", "c"])
+    save_model(model.to(torch.bfloat16), processor, folder / "bfloat16")
+    start = {"size": None, "model": str(folder / "bfloat16"), "eps": 1e-8, "learning_rate": 1e-4}
+    jobs.append(job("fsdp-bfloat16", 2, sharded=True, settings={**start, "save_dtype": "bfloat16"}))
+    jobs.append(job("fsdp-float32", 2, sharded=True, settings=start))
     jobs.append(job("ddp-bad", 2, settings={"batch_size": 7}))
     return folder, ended(jobs, CUDA_VISIBLE_DEVICES="")
 
@@ -65,7 +74,7 @@ def ended(jobs: list[dict], **variables: str) -> list[list[int]]:
 def test_how_the_processes_ended(runs):
     """Each of them alike: a signal to one process stops both."""
     stopped = [[0, 0], [143, 143], [0, 0]]
-    assert runs[1] == [[0], [0, 0], [0, 0], [0, 0], *stopped, *stopped, [1, 1]]
+    assert runs[1] == [[0], [0, 0], [0, 0], [0, 0], *stopped, *stopped, [0, 0], [0, 0], [1, 1]]
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "both"])
@@ -92,6 +101,19 @@ def test_several_processes_go_on_to_the_bit(runs, name):
     for folder in ("best", "last"):
         expected, found = (load_file(output / folder / "model.safetensors") for output in (whole, stopped))
         assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
+
+
+def test_sharded_weights_of_a_bfloat16_checkpoint_learn(runs):
+    """In float32, which is saved; in bfloat16 where that is asked for."""
+    start, whole, half = (
+        load_file(runs[0] / name / "model.safetensors")
+        for name in ("bfloat16", "fsdp-float32/last", "fsdp-bfloat16/last")
+    )
+    names = [name for name in start if not name.startswith("classifier")]
+    changed = [(whole[name] != start[name].float()).flatten() for name in names]
+    assert torch.cat(changed).float().mean() > 0.99
+    assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
+    assert all(torch.equal(half[name], tensor.to(torch.bfloat16)) for name, tensor in whole.items())
 
 
 def test_processes_draw_differently(runs):

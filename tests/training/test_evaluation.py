@@ -25,7 +25,7 @@ from flashkat_hf.data.augmentation import evaluation_transform
 from flashkat_hf.data.batches import EvalBatches
 from flashkat_hf.data.digits import load_digits
 from flashkat_hf.data.samples import Examples, open_image
-from flashkat_hf.training.evaluation import evaluate, match_classes
+from flashkat_hf.training.evaluation import Stopped, evaluate, match_classes
 
 MICRO = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 SIZE = {"image_size": 16, "patch_size": 8}
@@ -155,6 +155,33 @@ def test_sharded_models_make_as_many_passes_in_every_process(monkeypatch):
     batch = {"pixel_values": torch.eye(3), "labels": torch.arange(3)}
     assert evaluate(model, [batch], accelerator)["count"] == 3
     assert len(calls) == 3
+
+
+def test_another_process_may_stop_an_evaluation(monkeypatch):
+    accelerator, votes = Accelerator(cpu=True), []
+    reduce = accelerator.reduce
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+
+    def with_another(tensor, how):  # which is told to stop before its second batch
+        if tensor.ndim == 0:
+            votes.append(tensor.item())
+            return tensor + (1 if len(votes) == 1 else -(2**20))
+        return reduce(tensor + torch.tensor([0, 0, 0, 0, 1]), how)
+
+    monkeypatch.setattr(accelerator, "reduce", with_another)
+    batch = {"pixel_values": torch.eye(3), "labels": torch.arange(3)}
+    with pytest.raises(Stopped):
+        evaluate(Fixed(), [batch] * 5, accelerator, stop=lambda: 0)
+    assert votes == [1, 1]
+
+
+def test_an_error_in_a_batch_is_raised_where_it_may_be_stopped():
+    def batches():
+        yield {"pixel_values": torch.eye(3), "labels": torch.arange(3)}
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        evaluate(Fixed(), batches(), Accelerator(cpu=True), stop=lambda: 0)
 
 
 # classes ----------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def state(model) -> dict[str, torch.Tensor]:
 
 
 def test_a_fresh_model():
-    model, processor = build_model(Settings(size="micro", drop_path=0.2), NAMES)
+    model, processor = build_model(Settings(data="photos", size="micro", drop_path=0.2), NAMES)
     assert model.config.id2label == dict(enumerate(NAMES))
     assert model.config.label2id == {"cat": 0, "dog": 1, "cow": 2}
     assert model.config.drop_path_rate == 0.2
@@ -71,6 +71,23 @@ def test_a_head_may_be_kept(checkpoint):
         assert torch.equal(model.classifier.weight, before["classifier.weight"]) is kept
         assert model.config.id2label == dict(enumerate(names))
     with pytest.raises(ValueError, match=r"--head: keep, but .* has 10 labels, not 3"):
+        build_model(Settings(model=checkpoint, head="keep"), NAMES)
+
+
+def test_a_checkpoint_for_another_problem(checkpoint, tmp_path):
+    """A fresh head learns classes; one that is kept would be trained by a loss that is not theirs."""
+    model = FlashKATForImageClassification.from_pretrained(checkpoint)
+    model.config.problem_type = "multi_label_classification"
+    model.save_pretrained(checkpoint)
+    model, _ = build_model(Settings(model=checkpoint), NAMES)
+    labels = torch.eye(3)
+    output = model(torch.randn(3, 3, 32, 32), labels=labels)
+    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
+    with pytest.raises(ValueError, match=r"--head: .* was made for multi_label_classification, which is not"):
+        build_model(Settings(model=checkpoint, head="keep"), [f"class {i}" for i in range(10)])
+    FlashKATForImageClassification(micro_config(num_labels=1)).save_pretrained(checkpoint)  # regression
+    assert build_model(Settings(model=checkpoint), NAMES)[0].classifier.out_features == 3
+    with pytest.raises(ValueError, match=r"--head: keep, but .* has 1 labels, not 3"):
         build_model(Settings(model=checkpoint, head="keep"), NAMES)
 
 
@@ -155,6 +172,19 @@ def test_lora_trains_low_ranks_and_the_rationals_in_full(checkpoint, tmp_path):
         assert (start.eval()(images).logits - expected).abs().max() > 0.1
         adapted = peft.PeftModel.from_pretrained(start, tmp_path / "tuned" / "adapter").eval()
         torch.testing.assert_close(adapted(pixel_values=images).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (["qkv", "query"], r"--lora_modules: query is no map of the model; qkv and patch_embeddings are"),
+        (["norm1"], r"--lora_modules: Target module LayerNorm.* is not supported"),
+    ],
+)
+def test_modules_that_have_no_low_ranks(modules, message):
+    pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=message):
+        build_model(Settings(size="micro", lora_rank=2, lora_modules=modules), NAMES)
 
 
 def test_a_missing_checkpoint(tmp_path):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from accelerate import DistributedType
 
-from flashkat_hf.data.augmentation import Augmentation
 from flashkat_hf.training.plan import compile_mode, micro_batches, resolve, worker_processes
 from flashkat_hf.training.recipe import Settings
 
@@ -24,7 +23,7 @@ def test_a_plan_is_frozen_and_leaves_the_settings_alone():
     before = settings.to_dict()
     plan = resolve(settings, accelerator("cuda", processes=2))
     assert settings.to_dict() == before
-    assert settings.augmentation == Augmentation(on_device="auto")
+    assert settings.augmentation.on_device == "auto"
     assert plan.settings.augmentation.on_device != "auto"
     assert (plan.micro_batch, plan.accumulate, plan.workers) == (4, 3, 3)
     assert (plan.compiled, plan.compile_mode, plan.sharded) == (True, None, False)

@@ -67,6 +67,17 @@ def test_a_recipe_of_ones_own(tmp_path):
     assert (settings.trackers, settings.model, settings.resume) == (["wandb", "trackio"], None, True)
 
 
+def test_texts_are_what_is_written(tmp_path):
+    """Where YAML would make a truth value, a number or a date of them."""
+    path = tmp_path / "mine.yaml"
+    names = ["no", "yes", "On", "010", "1.0", "0x1F", "2020-01-01", "12:30", "null"]
+    text = f"precision: no\nclass_names: [{', '.join(names[:-1])}, 'null']\nsubset: 2024\noutput: off\n"
+    path.write_text(f"{text}compile: no\nresume: on\nepochs: 3\n")
+    settings = parsed("--recipe", path)
+    assert (settings.precision, settings.class_names, settings.subset) == ("no", names, "2024")
+    assert (settings.output, settings.compile, settings.resume) == (Path("off"), False, True)
+
+
 def test_defaults_that_depend_on_others(tmp_path):
     assert parsed().output == Path("runs/digits")
     assert parsed("--data", tmp_path / "photos").output == Path("runs/photos")
@@ -119,6 +130,32 @@ def test_help_has_every_setting_in_a_group_and_each_default_once(command, capsys
     assert "  --epochs N  " in groups["optimisation"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"max_steps": 3},
+        {"data": "photos"},
+        {"data": "photos", "model": "m", "epochs": 20, "output": Path("runs/mine")},
+        {"data": "photos", "size": "small", "lora_rank": 4},
+        {"model": "m"},
+    ],
+)
+def test_from_python_a_run_is_that_of_the_script(words, tmp_path):
+    """Settings are the home of defaults: the script's recipes, and one that says nothing, change none."""
+    flags = [part for name, value in words.items() for part in (f"--{name}", value)]
+    script = parsed(*flags, recipe="finetune" if "data" in words else "finetune-digits")
+    assert Settings(**words) == script
+    (tmp_path / "mine.yaml").write_text("epochs: 20")
+    assert parsed("--recipe", tmp_path / "mine.yaml", *flags) == Settings(**{"epochs": 20, **words})
+
+
+def test_the_recipe_of_photographs_may_be_had_for_the_digits():
+    settings = parsed("--recipe", "finetune")
+    assert settings.augmentation == Augmentation(rand_augment=None, erasing=0.0)
+    assert settings.augmentation.crop == "random"
+
+
 def test_settings_are_saved_flat():
     values = Settings().to_dict()
     assert set(values) == set(NAMES)
@@ -154,6 +191,7 @@ def test_what_is_known_of_a_setting_stands_at_its_field():
         ),
         (["--head", "keep"], "--head: keep is for --model"),
         (["--lora_rank", "4", "--freeze_backbone"], "--freeze_backbone contradicts --lora_rank 4"),
+        (["--lora_modules", "qkv"], "--lora_modules: qkv are for --lora_rank, which is not given"),
         (["--warmup_epochs", "50"], "--warmup_epochs: 50 must be below --epochs 50"),
         (["--resume", "--overwrite"], "--resume contradicts --overwrite"),
         (["--trackers", "pigeon"], "--trackers: pigeon is unknown"),
@@ -193,6 +231,7 @@ def test_bad_settings(arguments, message):
         ("resume: perhaps", "argument --resume"),
         ("3: 4", "mine.yaml: 3 is no setting"),
         ("epochs: [1, 2]", r"mine.yaml: epochs is one value, not \[1, 2\]"),
+        ("class_names: [a, null]", "class_names has an empty entry; null and ~ as names need quotes"),
         ("trackers: {a: b}", "mine.yaml: trackers is one value, not {'a': 'b'}"),
     ],
 )

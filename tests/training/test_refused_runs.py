@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import micro_config
 from small_runs import contents, make_images, metrics
 
+from flashkat_hf import FlashKATForImageClassification, make_image_processor
 from flashkat_hf.training import run as assembly
 
 
@@ -117,4 +119,12 @@ def test_settings_that_do_not_serve_are_refused_before_the_model_is_built(
 def test_a_precision_that_is_not_ours(run, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(ValueError, match="--precision: fp8 is not supported, no or bf16 are"):
+        run()
+
+
+def test_a_model_with_one_output(run, monkeypatch):
+    """It does regression, and no data of a run have such labels."""
+    model = FlashKATForImageClassification(micro_config(num_labels=1))
+    monkeypatch.setattr(assembly, "build_model", lambda *_: (model, make_image_processor(32)))
+    with pytest.raises(ValueError, match="the model has 1 outputs, but the data 2 classes"):
         run()

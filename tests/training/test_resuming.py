@@ -4,9 +4,12 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from helpers import ROOT
 from small_runs import after_step, contents, make_images, metrics, small_run, weights
 
 from flashkat_hf.data.augmentation import Augmentation
-from flashkat_hf.data.batches import TrainBatches
+from flashkat_hf.data.batches import EvalBatches, TrainBatches
 from flashkat_hf.training import run as assembly
 from flashkat_hf.training import train
 from flashkat_hf.training import trainer as loop
@@ -112,6 +115,33 @@ def test_a_signal_at_the_last_update_leaves_the_evaluation_to_be_done(run, monke
     assert metrics(run("stopped", resume=True)) == metrics(whole)
 
 
+@pytest.mark.parametrize("number", [1, 2], ids=["raw", "averaged"])
+def test_a_signal_in_an_evaluation_does_not_wait(run, monkeypatch, number):
+    """Not even for the batch; the evaluation is done again, to the bit."""
+    whole = run("whole", ema_decay=0.5)
+    started, evaluations, iterate = [], [], EvalBatches.__iter__
+
+    def slow(batches):
+        evaluations.append(1)
+        if len(evaluations) == number:
+            started.append(time.monotonic())
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            time.sleep(20)
+        yield from iterate(batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EvalBatches, "__iter__", slow)
+        with pytest.raises(SystemExit):
+            run("stopped", ema_decay=0.5)
+    assert time.monotonic() - started[0] < 10
+    assert (
+        metrics(whole.with_name("stopped")) == metrics(whole)[:3]
+    )  # the updates of the epoch, and not its end
+    stopped = run("stopped", ema_decay=0.5, resume=True)
+    assert metrics(stopped) == metrics(whole)
+    assert all(torch.equal(tensor, weights(stopped)[name]) for name, tensor in weights(whole).items())
+
+
 def test_a_second_ctrl_c_does_not_wait(run, monkeypatch):
     after_step(monkeypatch, 2, lambda _: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
@@ -154,7 +184,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, monkeypatch, value):
         match=r"^the loss is nan at step 4, learning rate 0.000\d+; last good check\S+ \S+/step-2;",
     ):
         run("bad", **settings)
-    monkeypatch.setattr(loop, "evaluate", lambda *_: {"top1": 0.5, "top5": 1.0, "count": 6})
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: {"top1": 0.5, "top5": 1.0, "count": 6})
     output = run("bad", resume=True, skip_nonfinite=True, **settings)
     assert json.loads((output / "summary.json").read_text())["skipped_updates"] == 1
     assert all(tensor.isfinite().all() for tensor in weights(output).values())
@@ -255,6 +285,52 @@ def test_another_run_is_not_gone_on_with(run, monkeypatch, images, tmp_path):
     (output / "settings.json").write_text("{")
     with pytest.raises(ValueError, match=r"--resume: cannot read .*settings.json"):
         run(resume=True)
+
+
+def test_the_data_may_have_moved(run, monkeypatch, tmp_path, images):
+    """Their contents decide, and images that were left out are counted once."""
+    data = tmp_path / "photos"
+    shutil.copytree(images, data)
+    bad = data / "train" / "red" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:-200])
+    whole = run("whole", data=data, skip_corrupt=True)
+    with monkeypatch.context() as patch:
+        after_step(patch, 4, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            run(data=data, skip_corrupt=True)
+    data.rename(tmp_path / "scratch")
+    output = run(data=tmp_path / "scratch", skip_corrupt=True, resume=True)
+    assert metrics(output) == metrics(whole)
+    assert json.loads((output / "summary.json").read_text())["skipped_images"] == 1
+    assert all(torch.equal(tensor, weights(output)[name]) for name, tensor in weights(whole).items())
+
+
+def test_a_schedulers_log_in_the_output(run, monkeypatch, tmp_path):
+    """It is there before the run begins, and stays; --overwrite would remove it, and is refused."""
+    (tmp_path / "run").mkdir()
+    log = tmp_path / "run" / "slurm-12.out"
+    log.write_text("mine")
+    with monkeypatch.context() as patch:
+        after_step(patch, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            run(resume=True)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"also holds what others wrote: notes.txt, slurm-12.out"):
+        run(overwrite=True)
+    output = run(resume=True)
+    assert log.read_text() == "mine"
+    assert metrics(output) == metrics(run("whole"))
+
+
+def test_a_setting_that_an_earlier_version_did_not_have(run, monkeypatch, tmp_path):
+    stopped(run, monkeypatch)
+    path = tmp_path / "run" / "settings.json"
+    settings = json.loads(path.read_text())
+    del settings["save_dtype"]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"save_dtype was float32 and is bfloat16$"):
+        run(resume=True, save_dtype="bfloat16")
+    run(resume=True)
 
 
 def test_what_cannot_change_the_weights_may_differ(run, monkeypatch):

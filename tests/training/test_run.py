@@ -11,13 +11,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
 from small_runs import after_step, losses, metrics, weights
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from flashkat_hf.data.augmentation import evaluation_transform
+from flashkat_hf.data.batches import EvalBatches, TrainBatches
 from flashkat_hf.data.samples import open_image
+from flashkat_hf.data.sources import open_data
 from flashkat_hf.training import run as assembly
 from flashkat_hf.training import trainer as loop
+from flashkat_hf.training.evaluation import evaluate
 from flashkat_hf.training.feed import Feed
+from flashkat_hf.training.initial_model import build_model, save_model
+from flashkat_hf.training.recipe import Settings
 from flashkat_hf.training.run_folder import CONTENTS
 from flashkat_hf.training.speed import loading_rate
 
@@ -122,7 +130,7 @@ def test_the_best_model_is_kept_and_the_last_one_too(run, monkeypatch):
     """Accuracies made up: raw 0.5, 0.9, 0.7; averaged 0.6, 0.8, 0.7."""
     states, values = [], iter([0.5, 0.6, 0.9, 0.8, 0.7, 0.7])
 
-    def evaluated(model, batches, accelerator):
+    def evaluated(model, batches, accelerator, **_):
         states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return {"top1": next(values), "top5": 1.0, "count": 6}
 
@@ -150,7 +158,7 @@ def test_the_best_model_is_kept_and_the_last_one_too(run, monkeypatch):
 def test_averaged_weights_may_be_the_best(run, monkeypatch):
     states, values = [], iter([0.5, 0.6, 0.5, 0.5])
 
-    def evaluated(model, batches, accelerator):
+    def evaluated(model, batches, accelerator, **_):
         states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return {"top1": next(values), "top5": 1.0, "count": 6}
 
@@ -356,11 +364,116 @@ def test_ways_to_fine_tune(run, others):
     assert (output / "best" / "adapter").exists() is ("lora_rank" in others)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        (["patch_embeddings"], r"flashkat\.embeddings\.patch_embeddings\.weight"),
+        (["all-linear"], r".*\.(qkv|proj|fc1|fc2)\.weight"),
+    ],
+)
+def test_low_ranks_of_other_maps(run, modules, expected):
+    """Of the patches' projection, and of every linear map; beside them rationals and head learn in full."""
+    pytest.importorskip("peft")
+    start = run("start", max_steps=1)
+    output = run(size=None, model=str(start / "best"), lora_rank=2, lora_modules=modules, learning_rate=1e-2)
+    before, after = weights(start, "best"), weights(output)
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    in_full = {name for name in after if re.search(r"act[12]\.|classifier\.", name)}
+    assert moved - in_full == {name for name in after if re.fullmatch(expected, name)}
+    assert {name for name in in_full if "denominator" not in name} <= moved
+    changes = [after[name] - before[name] for name in moved - in_full]
+    assert max(torch.linalg.matrix_rank(change.flatten(1), rtol=1e-3) for change in changes) <= 2
+    AutoModelForImageClassification.from_pretrained(output / "last")
+
+
+@pytest.fixture
+def bfloat16(tmp_path, images) -> str:
+    """A checkpoint of three labels whose file is in bfloat16."""
+    folder = tmp_path / "bfloat16"
+    model, processor = build_model(Settings(data=str(images), size="micro"), ["green", "red", "blue"])
+    save_model(model.to(torch.bfloat16), processor, folder)
+    return str(folder)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("others", "trained"),
+    [
+        ({}, ""),
+        ({"freeze_backbone": True}, "classifier"),
+        ({"lora_rank": 2}, "(act|classifier|qkv.weight|proj.weight|fc.*weight)"),
+        ({"ema_decay": 0.5}, ""),
+    ],
+    ids=["all", "frozen", "lora", "averaged"],
+)
+def test_weights_of_a_bfloat16_checkpoint_all_learn(run, bfloat16, others, trained):
+    """In float32, in which they are saved: AdamW's steps are smaller than bfloat16's rounding."""
+    before = load_file(f"{bfloat16}/model.safetensors")
+    assert {tensor.dtype for tensor in before.values()} == {torch.bfloat16}
+    output = run(size=None, model=bfloat16, learning_rate=1e-4, **others)
+    after = weights(output)
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert after["classifier.weight"].shape == (2, 64)
+    names = [name for name in after if re.search(trained, name) and not name.startswith("classifier")]
+    changed = [(after[name] != before[name].float()).flatten() for name in names]
+    assert not changed or torch.cat(changed).float().mean() > 0.99
+    assert json.loads((output / "last" / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("others", [{}, {"ema_decay": 0.5}], ids=["raw", "averaged"])
+def test_what_is_saved_in_half_precision_is_what_was_evaluated(run, images, others):
+    output = run(save_dtype="bfloat16", learning_rate=3e-3, **others)
+    whole = run("whole", learning_rate=3e-3, **others)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(output)[name], tensor.to(torch.bfloat16)), name
+    model = AutoModelForImageClassification.from_pretrained(output / "last")
+    assert model.dtype == torch.bfloat16
+    data, processor = open_data(images), AutoImageProcessor.from_pretrained(output / "last")
+    batches = EvalBatches(data.test, evaluation_transform(processor), batch_size=8)
+    result = evaluate(model, batches, Accelerator(cpu=True))
+    assert result["top1"] == json.loads((output / "last" / "summary.json").read_text())["top1_raw"]
+
+
 def test_the_digits_leave_samples(run):
     output = run("digits", data="digits", max_steps=1, batch_size=16)
     samples = sorted((output / "samples").iterdir())
     assert [path.name[:2] for path in samples] == [f"{digit}_" for digit in range(10)]
     assert open_image(samples[3]).size == (8, 8)
+
+
+def test_a_run_says_what_it_does(run, capsys, images):
+    output = run(workers=1, micro_batch=4, freeze_backbone=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"data: {images}, 24 images to train on, 6 to test, 2 classes (green, red)"
+    parameters = sum(tensor.numel() for tensor in weights(output).values())
+    model = f"a fresh micro FlashKAT, {parameters:,} parameters, of which 130 learn, images of 16x16 pixels"
+    assert lines[1:6] == [
+        f"model: {model}",
+        "device: 1 x CPU, float32, 1 workers each",
+        "training: 6 updates (2 epochs of 3), 8 images each (1 x 2 x 4)",
+        f"output: {output}",
+        "reading the first images",
+    ]
+    assert [line[:22] for line in lines[6:]] == ["epoch 1: test accuracy", "epoch 2: test accuracy"]
+
+
+def test_the_batches_that_are_measured_are_trained_on(run, monkeypatch):
+    """None is made twice, and the run is the same."""
+    made, begun = [], []
+    epoch = TrainBatches.epoch
+
+    def noted(self, *at):
+        begun.append(at)
+        for batch in epoch(self, *at):
+            made.append(batch["labels"])
+            yield batch
+
+    plain = run("plain")
+    monkeypatch.setattr(TrainBatches, "epoch", noted)
+    measured = run("measured", workers=2)
+    assert (len(made), begun) == (6, [(0, 0), (1, 0)])
+    assert losses(measured) == losses(plain)
 
 
 def test_the_data_side_is_measured_once_all_workers_give(monkeypatch):
@@ -371,3 +484,5 @@ def test_the_data_side_is_measured_once_all_workers_give(monkeypatch):
     assert loading_rate(iter(batches), workers=2, seconds=2.5) == 4.0  # batches 3 to 5, from second 6 to 9
     times = iter([5.0, 6.0, 7.0])
     assert loading_rate(iter(batches[:3]), workers=2) is None
+    times = iter([5.0, 9.0, 16.0])
+    assert loading_rate(iter(batches), workers=2) is None  # it takes too long to wait for
