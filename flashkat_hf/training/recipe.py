@@ -344,7 +344,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     yaml = extra("yaml")
     loader = type("Texts", (yaml.SafeLoader,), {"yaml_implicit_resolvers": {}})  # no, on, 010 are texts, too
     loader.add_implicit_resolver(
-        "tag:yaml.org,2002:null", re.compile(r"~|null|Null|NULL|$"), ["~", "n", "N", ""]
+        "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]
     )
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), loader)
