@@ -1,8 +1,10 @@
 """Files and folders that appear whole or not at all, JSON, and which paths can be models."""
 
+import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,6 +63,7 @@ def check_model_path(name: str) -> None:
 def replacing(target: Path, folder: bool = True) -> Iterator[Path]:
     """Give a new folder, or the name of a new file, beside `target`; it takes its place, synced, at the end.
 
+    Files get the permissions that the umask gives; safetensors would let nobody but their owner read them.
     After an error the old one stands, and parents that were made here are gone. What an earlier process left
     when it was killed in here is put right first (`restore`).
     """
@@ -69,10 +72,10 @@ def replacing(target: Path, folder: bool = True) -> Iterator[Path]:
     absent_parents = [parent for parent in target.absolute().parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if folder:
-            new.mkdir()
+        new.mkdir() if folder else new.touch()
+        permissions = new.stat().st_mode & 0o666
         yield new
-        sync_tree(new)
+        sync_tree(new, permissions)
         if target.is_dir():
             target.rename(old)
         new.rename(target)
@@ -96,14 +99,55 @@ def restore(target: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def sync_tree(path: Path) -> None:
-    """Bring a file, or a folder with every file and folder below it, to the disk."""
+def sync_tree(path: Path, permissions: int | None = None) -> None:
+    """Bring a file, or a folder with every file and folder below it, to the disk.
+
+    Args:
+        path: of the file or folder.
+        permissions: that files get; by default those that the umask gave the folder.
+    """
+    permissions = path.stat().st_mode & 0o666 if permissions is None else permissions
     for parent, _, files in os.walk(path, topdown=False):
         for name in files:
-            sync(Path(parent, name))
+            _sync_file(Path(parent, name), permissions)
         sync(Path(parent))
     if path.is_file():
-        sync(path)
+        _sync_file(path, permissions)
+
+
+def _sync_file(path: Path, permissions: int) -> None:
+    if not path.is_symlink():
+        path.chmod(permissions)
+    sync(path)
+
+
+@contextmanager
+def workspace(prefix: str) -> Iterator[Path]:
+    """Give an empty temporary folder that goes at the end, and remove those that killed processes left.
+
+    A living process holds a lock on its folder, which goes with the process however it ends.
+    """
+    parent = Path(tempfile.gettempdir())
+    for leftover in parent.glob(f"{prefix}*"):
+        with suppress(OSError):  # in use, of another user, or gone by now
+            descriptor = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover)
+            finally:
+                os.close(descriptor)
+    new = Path(tempfile.mkdtemp(prefix=".flashkat-"))  # named when it is locked: nobody clears it before
+    descriptor = os.open(new, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        folder = new.with_name(new.name.replace(".flashkat-", prefix, 1))
+        new.rename(folder)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
 
 
 def temporary_names(target: Path) -> tuple[Path, Path]:

@@ -34,6 +34,10 @@ def _register_processors() -> None:
     auto, ours = sys.modules["transformers.models.auto.image_processing_auto"], sys.modules[PROCESSORS]
     config, classes = sys.modules[CONFIG].FlashKATConfig, ours.IMAGE_PROCESSOR_CLASSES
     auto.AutoImageProcessor.register(config, image_processor_classes=classes, exist_ok=True)
+    grey = (
+        ours.GreyViTImageProcessor
+    )  # under a name of its own: transformers finds a processor's class by that
+    auto.AutoImageProcessor.register(grey, image_processor_classes={"pil": grey}, exist_ok=True)
 
 
 REGISTRATIONS: dict[

@@ -5,10 +5,13 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from ..hub_errors import explain
+from .weights import WEIGHT_FILES, shard_map
+
+CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 
 
 class NotReachableError(ValueError):
@@ -41,6 +44,56 @@ def download(
     return Path(path)
 
 
+class Repository:
+    """A model's files in a Hub repository, all of one commit; once the Hub is away, those in the cache."""
+
+    def __init__(self, name: str, revision: str | None = None, token: str | None = None):
+        self.name, self.revision, self.token = name, revision, token
+        self._unreachable: NotReachableError | None = None
+
+    def get(self, file: str) -> Path | None:
+        """Return a file, or None where there is none, or where neither the Hub nor the cache can tell.
+
+        Raises:
+            ValueError: in one line, as `download`.
+        """
+        offline = self._unreachable is not None
+        try:
+            path = download(self.name, file, self.revision, self.token, offline=offline)
+        except NotReachableError as error:
+            self._unreachable = self._unreachable or error
+            return None
+        if path and re.fullmatch("[0-9a-f]{40}", path.parent.name):
+            self.revision = path.parent.name  # what is asked for next comes from the same commit
+        return path
+
+    def weights(self) -> Path:
+        """Download weights, all shards of them, and configs; return the file of weights or the index.
+
+        Raises:
+            ValueError: in one line: the Hub or the network fails, or there are no weights.
+        """
+        for name in WEIGHT_FILES:
+            if weights := self.get(name):
+                shards = shard_map(weights).values() if weights.suffix == ".json" else ()
+                for shard in sorted(set(map(str, shards))):
+                    if Path(shard).name != shard:
+                        raise ValueError(f"{self.name}: {name} names {shard}, which is no file beside it")
+                    if self.get(shard) is None:
+                        raise self.absence(f"{self.name}: {name} names {shard}, which is not there")
+                for config in CONFIG_FILES:
+                    self.get(config)
+                return weights
+        raise self.absence(
+            f"{self.name} has neither {' nor '.join(WEIGHT_FILES)}; "
+            "download its weights and give the file's path"
+        )
+
+    def absence(self, problem: str) -> ValueError:
+        """Return the error for a file that is not there: the network's, if that was away."""
+        return self._unreachable or ValueError(problem)
+
+
 def check_sha256(path: Path) -> None:
     """Hold a file against the SHA-256 at the end of its name; a name without one passes.
 
@@ -68,18 +121,6 @@ def check_cached(path: Path) -> None:
         raise ValueError(
             f"{path.name} arrived damaged: its SHA-256 is {sha256}, not {blob}; download it again"
         )
-
-
-def check_cached_weights(repository: str) -> None:
-    """Apply `check_cached` to all safetensors files that the cache has of the main branch.
-
-    Raises:
-        ValueError: one is damaged; it is removed from the cache.
-    """
-    config = try_to_load_from_cache(repository, "config.json")
-    if isinstance(config, str):
-        for path in sorted(Path(config).parent.glob("*.safetensors")):
-            check_cached(path)
 
 
 def _sha256(path: Path) -> str:

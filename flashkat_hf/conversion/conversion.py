@@ -201,8 +201,13 @@ class Conversion:
 
     def set_processor(self, transform: str | None) -> None:
         """Choose the image processor, with a note where it had to be assumed."""
-        self.processor, note = image_processor(self.source, self.config.image_size, transform)
+        channels = self.config.num_channels
+        self.processor, note = image_processor(self.source, self.config.image_size, transform, channels)
         self.notes += [note] if note else []
+        if channels == 1:
+            self.notes.append("images become grey, by flashkat_hf's GreyViTImageProcessor")
+        elif channels != 3:
+            self.notes.append(f"no image file has {channels} channels: give the model tensors")
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Fit each act2 to the ViT's GELU on these images, on a GPU where there is one."""

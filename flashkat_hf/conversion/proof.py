@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..checkpoints.loading import load_processor
 from ..model.configuration_flashkat import FlashKATConfig
 from ..model.modeling_flashkat import FlashKATForImageClassification
 from .source import Source, timm_arguments, timm_model
@@ -86,10 +88,16 @@ def prove(source: Source, config: FlashKATConfig, folder: Path, fresh_head: bool
 
     Raises:
         ValueError: the result does not compute the source's function, or gives numbers that are not finite;
-            or the library that evaluates the source is missing.
+            its processor does not make what it takes; or the library that evaluates the source is missing.
     """
     shape = (NUM_IMAGES, config.num_channels, config.image_size, config.image_size)
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(shape, generator=generator, dtype=torch.float64)
+    processor = load_processor(folder, config)
+    if config.num_channels in (1, 3):  # and an image of a file's kind, as users have them
+        pixels = torch.randint(256, (48, 40, 3), generator=generator, dtype=torch.uint8).numpy()
+        processed = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
+        images = torch.cat((images, processed.double()))
     pooled = fresh_head or not config.num_labels
     model = _source_model(source, config, pooled)
     expected = expected_with_tables = _outputs(model, images)
@@ -108,6 +116,7 @@ def prove(source: Source, config: FlashKATConfig, folder: Path, fresh_head: bool
             f"{source.name} converted does not compute the same function: largest relative difference "
             f"{rounding:.2g} on a fixed batch; nothing is written"
         )
+    output, expected = output[:NUM_IMAGES], expected[:NUM_IMAGES]
     return Proof(
         outputs="pooled features" if pooled else "logits",
         difference=(output - expected).abs().max().item(),

@@ -1,18 +1,13 @@
 """Reading a checkpoint to convert: a file, folder, Hub id or published name, never by running code in it."""
 
-import argparse
 import math
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils.constants import (
     IMAGENET_DEFAULT_MEAN,
@@ -21,22 +16,26 @@ from transformers.utils.constants import (
     IMAGENET_STANDARD_STD,
 )
 
-from ..checkpoints.downloads import NotReachableError, check_sha256, download
+from ..checkpoints.downloads import Repository, check_sha256, download
 from ..checkpoints.image_processor import make_image_processor
 from ..checkpoints.published import PUBLISHED, RELEASE_REPOSITORY, Published
+from ..checkpoints.weights import WEIGHT_FILES, WEIGHT_SUFFIXES, read_tensors
 from ..files import read_json
 from ..messages import one_line
 from ..model.configuration_flashkat import FlashKATConfig
 from .tensor_names import CONFIG_FIELDS, READABLE, detect_naming, strip_prefix
 
-WEIGHT_FILES = (  # in the order of preference
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+EMA_KEYS, STATE_KEYS = (
+    ("state_dict_ema", "model_ema", "ema_state_dict"),
+    (
+        "state_dict",
+        "model_state_dict",
+        "model",
+        "module",
+        "network",
+        "net",
+    ),
 )
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".tar", ".ckpt")
-EMA_KEYS, STATE_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict"), ("state_dict", "model")
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate")  # within 5e-4 of the others
 GELUS = ("gelu", "gelu_python", *TANH_GELUS)
 TRANSFORMS = {  # crop, mean, standard deviation
@@ -93,7 +92,7 @@ def read_source(
                 f"{RELEASE_REPOSITORY} no longer has {published.file}; try {published.repository}"
             )
     elif _is_hub_id(name):
-        weights = _download_weights(name, revision, token)
+        weights = Repository(name, revision, token).weights()
         folder = weights.parent
         published = next((row for row in PUBLISHED.values() if row.repository == name), None)
     else:
@@ -146,40 +145,10 @@ def load_state(path: Path, ema: bool = True) -> tuple[dict[str, Tensor], str | N
     Raises:
         ValueError: the file is damaged, would run code when unpickled, or holds no state dict.
     """
-    if path.name.endswith(".index.json"):
-        state: dict[str, Tensor] = {}
-        names = _weight_map(path)
-        for shard in sorted(set(names.values())):
-            if Path(shard).name != shard or not (path.parent / shard).is_file():
-                raise ValueError(f"{path.name} names {shard}, which is not there")
-            state |= load_state(path.parent / shard, ema)[0]
-        if absent := sorted(names.keys() - state.keys()):
-            raise ValueError(f"{path.name} names {absent[0]}, which is in no shard")
-        return state, None, []
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path), None, []
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path.name} is damaged or no safetensors file ({one_line(error)})") from error
-    return _pick_state(_load_pickle(path), ema)
-
-
-def _load_pickle(path: Path) -> Any:
-    """Load a PyTorch file without running code; of classes, only the Namespace of arguments passes."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if code := re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error)):
-            raise ValueError(
-                f"{path.name} would run {code[1]} when unpickled, so it is refused; "
-                "save its state dict alone where you trust it"
-            ) from error
-        # less PyTorch's advice
-        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-        raise ValueError(f"{path.name} is damaged, no PyTorch file, or would run code ({reason})") from error
-    except Exception as error:  # damaged bytes make the unpickler raise errors of any kind
-        raise ValueError(f"{path.name} is damaged or no PyTorch file ({one_line(error)})") from error
+    content = read_tensors(path)
+    if path.suffix in (".json", ".safetensors"):
+        return content, None, []
+    return _pick_state(content, ema)
 
 
 def _pick_state(content: Any, ema: bool) -> tuple[dict[str, Tensor], str | None, list[str]]:
@@ -204,14 +173,6 @@ def _pick_state(content: Any, ema: bool) -> tuple[dict[str, Tensor], str | None,
     return dict(content), architecture, notes
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """Return which shard has which tensor, by an index of shards."""
-    names = _read_json(index).get("weight_map")
-    if not isinstance(names, dict):
-        raise ValueError(f"{index.name} has no weight_map")
-    return names
-
-
 def _weights_of_folder(folder: Path) -> Path:
     """Return the file of weights in a folder: one of the usual names, else the only one there is."""
     for name in WEIGHT_FILES:
@@ -222,35 +183,6 @@ def _weights_of_folder(folder: Path) -> Path:
         content = ", ".join(path.name for path in paths) or f"neither {' nor '.join(WEIGHT_FILES)}"
         raise ValueError(f"{folder} has {content}; give the path of one file of weights")
     return paths[0]
-
-
-def _download_weights(repository: str, revision: str | None, token: str | None) -> Path:
-    """Download the weights of a Hub repository, with their shards and the configs beside them."""
-    unreachable: NotReachableError | None = None
-
-    def get(name: str) -> Path | None:
-        """Return a file, or None; without network, from the cache alone, which may have all it takes."""
-        nonlocal unreachable
-        try:
-            return download(repository, name, revision, token, offline=unreachable is not None)
-        except NotReachableError as error:
-            unreachable = unreachable or error
-            return None
-
-    for name in WEIGHT_FILES:
-        if weights := get(name):
-            for shard in sorted(set(_weight_map(weights).values())) if weights.suffix == ".json" else ():
-                if Path(shard).name != shard:
-                    raise ValueError(f"{repository}: {name} names {shard}, which is no file beside it")
-                if get(shard) is None:
-                    raise unreachable or ValueError(f"{repository}: {name} names {shard}, which is not there")
-            for optional in ("config.json", "preprocessor_config.json"):
-                get(optional)
-            return weights
-    raise unreachable or ValueError(
-        f"{repository} has neither {' nor '.join(WEIGHT_FILES)}; "
-        "download its weights and give the file's path"
-    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -334,13 +266,14 @@ def gelu_form(source: Source) -> str:
     return "tanh" if source.config.get("hidden_act") in TANH_GELUS else "none"
 
 
-def image_processor(source: Source, image_size: int, transform: str | None = None):
+def image_processor(source: Source, image_size: int, transform: str | None = None, num_channels: int = 3):
     """Make the image processor of a source: from its own config, else as its kind usually has it.
 
     Args:
         source: of `read_source`.
         image_size: height and width that the model takes.
         transform: a key of `TRANSFORMS`, which overrides.
+        num_channels: of the images that the model takes.
 
     Returns:
         `(processor, note)`; the note says what had to be assumed, or is None.
@@ -353,7 +286,7 @@ def image_processor(source: Source, image_size: int, transform: str | None = Non
     note = None
     timm_config = source.config.get("pretrained_cfg", source.config)
     if transform is None and source.processor:
-        return _rescaled_processor(source.processor, image_size), None
+        return _rescaled_processor(source.processor, image_size, num_channels), None
     if transform is None and {"mean", "std"} <= timm_config.keys():
         crop, mean, std = timm_config.get("crop_pct") or 0.875, timm_config["mean"], timm_config["std"]
     else:
@@ -365,12 +298,13 @@ def image_processor(source: Source, image_size: int, transform: str | None = Non
                 note = f"image transform {transform} assumed; --transform {others} says otherwise"
         crop, mean, std = TRANSFORMS[transform]
     resized = math.floor(image_size / crop)  # as timm rounds
-    return make_image_processor(image_size, image_size / resized, tuple(mean), tuple(std)), note
+    sizes = image_size, image_size / resized
+    return make_image_processor(*sizes, tuple(mean), tuple(std), num_channels), note
 
 
-def _rescaled_processor(settings: Mapping[str, Any], image_size: int):
+def _rescaled_processor(settings: Mapping[str, Any], image_size: int, num_channels: int):
     """Make a ViT's processor with the settings of transformers, for another image size in proportion."""
-    processor = make_image_processor(image_size)
+    processor = make_image_processor(image_size, num_channels=num_channels)
     kept = (
         "do_resize",
         "do_rescale",
@@ -383,6 +317,9 @@ def _rescaled_processor(settings: Mapping[str, Any], image_size: int):
     for name in kept:
         if settings.get(name) is not None:
             setattr(processor, name, settings[name])
+    for name in ("image_mean", "image_std"):  # a processor of colours, for a model of another kind of images
+        if isinstance(values := getattr(processor, name), list) and values and len(values) != num_channels:
+            setattr(processor, name, [sum(values) / len(values)] * num_channels)
     size, crop = settings.get("size", 224), settings.get("crop_size")
     size = {"height": size, "width": size} if isinstance(size, int) else dict(size)
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop

@@ -92,6 +92,8 @@ READABLE = {  # fields of the config that the weights tell
     "num_labels",
 }
 CONFIG_FIELDS = {field.name for field in fields(FlashKATConfig)} & set(FlashKATConfig.__annotations__)  # pyright: ignore[reportArgumentType]
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+CLASS_TOKEN = r"(|.*?\.)(?:(?:flashkat\.)?embeddings\.)?cls_token"  # "flashkat." is a part of our names
 LAYER_SCALE = r"(blocks\.\d+)\.ls([12])\.gamma"
 
 
@@ -207,13 +209,32 @@ def to_original(state: Mapping[str, Tensor], naming: str = "kat", pooling: str =
 
 
 def strip_prefix(state: Mapping[str, Tensor]) -> State:
-    """Take away what wrappers and transformers put before names, and the pooler that no classifier uses."""
-    for prefix in ("module.", "_orig_mod.", "vit.", "deit."):
-        if any(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    if "classifier.weight" not in state and "embeddings.cls_token" in state:  # a ViTModel
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("pooler.")}
-    return dict(state)
+    """Take away what wrappers and transformers put before names, and the pooler that no classifier uses.
+
+    What stands before the class token (`_orig_mod.module.`, `model.vit.`) goes from the front of every name,
+    as far as the name begins like it; wrappers of parts of a model go from the middle, too.
+
+    Raises:
+        ValueError: there are several models, or two tensors would have one name.
+    """
+    plain = {name: WRAPPERS.sub("", name) for name in state}
+    prefixes = {match[1] or "" for name in plain.values() if (match := re.fullmatch(CLASS_TOKEN, name))}
+    if len(prefixes) > 1:
+        listed = ", ".join(f"{prefix}*" for prefix in sorted(prefixes))
+        raise ValueError(f"it holds {len(prefixes)} models, {listed}; save the state dict of one alone")
+    prefix = next(iter(prefixes), "").split(".")[:-1]
+    result: State = {}
+    for name, tensor in state.items():
+        parts = plain[name].split(".")
+        same = next((i for i, part in enumerate(prefix) if parts[i : i + 1] != [part]), len(prefix))
+        result[".".join(parts[same:])] = tensor
+    if len(result) < len(state):
+        raise ValueError(
+            f"it has {len(state)} tensors of {len(result)} names, less what wrappers add to them"
+        )
+    if "classifier.weight" not in result and "embeddings.cls_token" in result:  # a ViTModel
+        result = {name: tensor for name, tensor in result.items() if not name.startswith("pooler.")}
+    return result
 
 
 def has_layer_scale(state: Mapping[str, Tensor]) -> bool:

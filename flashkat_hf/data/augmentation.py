@@ -75,7 +75,7 @@ def _moves(processor, augmentation: Augmentation, size: tuple[int, int]) -> Tran
     """Scale as evaluation does, move a little, then go on with the recipe."""
     transforms = extra("torchvision.transforms")
     bilinear, bicubic = transforms.InterpolationMode.BILINEAR, transforms.InterpolationMode.BICUBIC
-    scaled = transforms.Resize(processor.size["shortest_edge"], bicubic)
+    scaled = transforms.Resize(_resized(processor), bicubic)
     moved = transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=bilinear)
     flip = transforms.RandomHorizontalFlip(augmentation.flip)
     _, rand_augment, normalise = _timm_transform(processor, augmentation, size, separate=True)
@@ -106,7 +106,7 @@ def evaluation_transform(processor) -> Transform:
     size, crop = processor.size or {}, processor.crop_size
     plain = processor.do_resize and processor.do_rescale and processor.do_normalize and not processor.do_pad
     plain = plain and not size.get("longest_edge") and processor.rescale_factor == 1 / 255
-    resized = size.get("shortest_edge") or (size.get("height"), size.get("width"))
+    resized = _resized(processor)
     if not plain or resized == (None, None):
         return partial(_process, processor)
     transforms = extra("torchvision.transforms")
@@ -114,6 +114,12 @@ def evaluation_transform(processor) -> Transform:
     cropped = [transforms.CenterCrop((crop["height"], crop["width"]))] if processor.do_center_crop else []
     normalised = [transforms.ToTensor(), transforms.Normalize(processor.image_mean, processor.image_std)]
     return transforms.Compose([transforms.Resize(resized, interpolation), *cropped, *normalised])
+
+
+def _resized(processor) -> Any:
+    """Return what torchvision's Resize takes: the shorter side, or height and width."""
+    size = processor.size or {}
+    return size.get("shortest_edge") or (size.get("height"), size.get("width"))
 
 
 # A processor whose class has one of these methods, or lacks one of these settings, does its work itself.

@@ -10,6 +10,7 @@ from shlex import quote
 
 from huggingface_hub import HfApi
 
+from ..files import workspace
 from ..hub_errors import HubError
 from ..messages import one_line, warn
 from .staging import stage
@@ -169,13 +170,13 @@ class BackgroundPusher:
     def _try(self, job: _Job) -> bool:
         """Push once; return True if it failed in a way that another try may mend."""
         try:
-            with tempfile.TemporaryDirectory(prefix="flashkat-push-") as workspace:
+            with workspace("flashkat-push-") as staging:
                 with self._staging:
                     if self._given_up:
                         return False
                     staged = stage(
                         job.snapshot,
-                        Path(workspace),
+                        staging,
                         repo_id=job.target.repo_id,
                         final=job.final,
                         token=job.target.token,

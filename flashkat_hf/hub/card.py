@@ -17,6 +17,7 @@ from ..checkpoints.figures import plot_functions
 from ..checkpoints.loading import load_checkpoint
 from ..checkpoints.published import PUBLISHED
 from ..checkpoints.remote_code import read_config
+from ..checkpoints.weights import fingerprint
 from ..files import read_json, write_text
 from ..messages import one_line
 from ..model.configuration_flashkat import SIZES
@@ -33,6 +34,7 @@ LOCAL_PATH = re.compile(
     r"|~/\S+|file://\S+|[A-Za-z]:\\\S+)"
 )
 LOCAL_FOLDERS = {"", "~", "checkpoints", "data", "datasets", "models", "output", "outputs", "runs"}
+MEASURED_WITH = re.compile(r"<!-- measured with the weights of SHA-256 ([0-9a-f]{64}) -->")
 LEFTOVERS = re.compile(r"\{\{ .*? \}\}|\{%.*?%\}|\[More Information Needed\]|\bTODO\b|\| *(?:None|nan) *\|$")
 LOADED = re.compile(r"""(?:from_pretrained\(|model=)["']([^"']+)["']""")
 
@@ -231,9 +233,11 @@ def published_facts(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_facts(folder: Path) -> dict[str, Any]:
-    """Return what the template says about a model that this package has trained, from its summary.json."""
-    path = folder / "summary.json"
-    summary = read_json(path) if path.is_file() else {}
+    """Return what the template says about a model that this package has trained, from its summary.json.
+
+    A summary of other weights than the folder's says nothing about them (`summary_of_weights`).
+    """
+    summary = summary_of_weights(folder) or {}
     data, started_from = (_public_name(summary.get(key), folder) for key in ("data", "started_from"))
     data_name = {None: "the test images", "digits": "scikit-learn's digits"}.get(data, data)
     accuracies = {"top-1 accuracy": summary.get("top1"), "top-5 accuracy": summary.get("top5")}
@@ -262,7 +266,25 @@ def training_facts(folder: Path) -> dict[str, Any]:
         ]
         or None,
         "training": _training_rows(summary, data_name if data else None, started_from),
+        "weights_sha256": summary.get("weights_sha256"),
     }
+
+
+def summary_of_weights(folder: Path) -> dict[str, Any] | None:
+    """Return what a folder's summary.json says, or None if it was written beside other weights or nowhere.
+
+    Raises:
+        ValueError: it cannot be read, or is not a JSON object.
+    """
+    path = folder / "summary.json"
+    summary = read_json(path) if path.is_file() else {}
+    return summary if summary and summary.get("weights_sha256") == fingerprint(folder) else None
+
+
+def states_others_figures(folder: Path) -> bool:
+    """Tell whether a folder's README.md says of its figures that they were measured with other weights."""
+    match = MEASURED_WITH.search((folder / "README.md").read_text(encoding="utf-8", errors="replace"))
+    return match is not None and match[1] != fingerprint(folder)
 
 
 def _eval_result(metric: str, percent: float, **data_and_source: Any) -> EvalResult:

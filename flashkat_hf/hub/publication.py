@@ -1,10 +1,8 @@
 """Publishing the converted KATs: conversion, proof, card and push of each."""
 
-import tempfile
-from pathlib import Path
-
 from ..checkpoints.published import PUBLISHED
 from ..conversion.conversion import convert
+from ..files import workspace
 from .staging import stage
 from .upload import Destination, Push, Report, check_access, send
 
@@ -46,8 +44,8 @@ def publish(
     pushes: list[Push] = []
     failures: list[str] = []
     for checkpoint, target in targets.items():
-        with tempfile.TemporaryDirectory(prefix="flashkat-publish-") as workspace:
-            model, staging = Path(workspace, checkpoint), Path(workspace, "sent")
+        with workspace("flashkat-publish-") as place:
+            model, staging = place / checkpoint, place / "sent"
             staging.mkdir()
             try:
                 report(str(convert(checkpoint, model, token=token)))

@@ -9,18 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from huggingface_hub import get_token
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 
-from ..checkpoints.loading import load_checkpoint
+from ..checkpoints.loading import load_checkpoint, read_settings
 from ..checkpoints.remote_code import check_code, write_code
+from ..checkpoints.weights import check_state, read_state
 from ..files import read_json, to_json
 from ..messages import one_line
-from ..model.configuration_flashkat import FlashKATConfig
-from ..model.modeling_flashkat import FlashKATForImageClassification
-from .card import LOCAL_PATH, check_card, write_card
+from .card import LOCAL_PATH, check_card, states_others_figures, summary_of_weights, write_card
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -91,6 +88,10 @@ def stage(
             if not (target / "README.md").is_file():
                 write_card(target, repo_id=repo_id, published=published, license=license)
                 staged.notes.append("README.md: written, as there was none")
+                if (target / "summary.json").is_file() and summary_of_weights(target) is None:
+                    staged.notes.append(
+                        "summary.json is not of these weights, so README.md has none of its figures"
+                    )
             elif license:
                 raise ValueError(f"its README.md says what the license is; there is no use for {license}")
         _check_texts(target, source, token or get_token())
@@ -173,36 +174,21 @@ def weight_files(folder: Path) -> set[str]:
 
 
 def check_weights(folder: Path) -> None:
-    """Compare the tensors' names and shapes, read from the headers, with those of the model in config.json.
+    """Hold the weights against the model in config.json: names, shapes, dtypes, and that all are finite.
 
     Raises:
-        ValueError: a file is damaged, or they differ.
+        ValueError: a file is damaged, or they do not fit.
     """
-    stored: dict[str, tuple[int, ...]] = {}
-    for name in sorted(weight_files(folder)):
-        try:
-            with safe_open(folder / name, "pt") as file:
-                stored |= {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{name} is damaged or no safetensors file ({one_line(error)})") from error
-    if (model_type := read_json(folder / "config.json").get("model_type")) != "flashkat":
+    weight_files(folder)
+    settings = read_json(folder / "config.json")
+    if (model_type := settings.get("model_type")) != "flashkat":
         raise ValueError(f"config.json describes a {model_type} model, not a FlashKAT")
+    state = read_state(folder)
     try:
-        config = FlashKATConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = FlashKATForImageClassification(config)
+        config = read_settings(settings, state)
     except (StrictDataclassError, TypeError, KeyError) as error:
         raise ValueError(f"config.json: {one_line(error)}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if missing := sorted(expected.keys() - stored.keys()):
-        count = f"{len(missing)} tensors of the model in config.json"
-        raise ValueError(f"the weights lack {count}, such as {missing[0]}")
-    if surplus := sorted(stored.keys() - expected.keys()):
-        count = f"{len(surplus)} tensors that config.json does not call for"
-        raise ValueError(f"the weights have {count}: {surplus[0]}, ...")
-    for name, shape in expected.items():
-        if stored[name] != shape:
-            raise ValueError(f"{name} is {stored[name]} in the weights, but {shape} by config.json")
+    check_state(state, config)
 
 
 def _shorten_local_paths(path: Path, source: Path) -> int:
@@ -265,3 +251,7 @@ def _check_texts(folder: Path, source: Path, secret: str | None) -> None:
     card = folder / "README.md"
     if card.is_file() and (problems := check_card(card.read_text(encoding="utf-8", errors="replace"))):
         raise ValueError(f"README.md: {problems[0]}; correct it, or move it away to have one written")
+    if card.is_file() and states_others_figures(folder):
+        raise ValueError(
+            "README.md has figures of other weights; correct it, or move it away to have one written"
+        )

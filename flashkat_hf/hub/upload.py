@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
+from ..files import workspace
 from ..hub_errors import NO_TOKEN, HubError, explained
 from ..messages import one_line
 from .staging import Staged, stage
@@ -155,12 +155,13 @@ def push(
         raise ValueError(f"a pull request is opened against main, so revision {revision} has no meaning")
     target = Destination(repo_id, revision or "main", private, create_pr, what_if, token)
     folder = Path(folder).expanduser()
+    _check_token(target)  # before what takes seconds
     if license is None and not (folder / "README.md").exists():
         license = _license_on_branch(target)
-    with tempfile.TemporaryDirectory(prefix="flashkat-push-") as workspace:
+    with workspace("flashkat-push-") as staging:
         staged = stage(
             folder,
-            Path(workspace),
+            staging,
             repo_id=repo_id,
             include_training_state=include_training_state,
             license=license,
@@ -206,8 +207,7 @@ def check_access(*targets: Destination) -> None:
         HubError: in one line: no token or a bad one, no right to write, another visibility, no network.
     """
     token, action = targets[0].token, f"cannot push to {targets[0].repo_id}"
-    if not (token or get_token()):
-        raise HubError(f"{action}: {NO_TOKEN}")
+    _check_token(targets[0])
     api = HfApi(token=token)
     with targets[0].asking():
         account = api.whoami()
@@ -233,6 +233,16 @@ def check_access(*targets: Destination) -> None:
                 raise HubError(f"cannot push to {repo_id}: {state}; its settings on the Hub change that")
             if not (listed or target.create_pr):
                 api.preupload_lfs_files(repo_id, [CommitOperationAdd("README.md", b"#")])
+
+
+def _check_token(target: Destination) -> None:
+    """Look for an access token, without asking the Hub about it.
+
+    Raises:
+        HubError: there is none.
+    """
+    if not (target.token or get_token()):
+        raise HubError(f"cannot push to {target.repo_id}: {NO_TOKEN}")
 
 
 def _check_repo_id(name: str) -> None:

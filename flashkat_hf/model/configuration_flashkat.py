@@ -1,6 +1,7 @@
 """Configuration of a FlashKAT model: the field names of ViT's config, and the group-rational activations'."""
 
-from typing import TYPE_CHECKING, Literal
+import math
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -95,6 +96,16 @@ class FlashKATConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "FlashKATConfig":
+        """Make the config of a file, less an attention implementation, which might name a kernel of the Hub.
+
+        transformers never writes one, and would download and run it; an argument of `from_pretrained` counts.
+        """
+        names = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+        kept = {name: value for name, value in config_dict.items() if name not in names}
+        return super().from_dict(kept, **kwargs)
+
+    @classmethod
     def from_size(cls, size: str, **overrides) -> "FlashKATConfig":
         """Return the config of a size; `overrides` are fields of the config.
 
@@ -141,7 +152,8 @@ class FlashKATConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             self._require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1)", name)
         for name in ("layer_norm_eps", "initializer_range"):
-            self._require(getattr(self, name) > 0, f"{name} must be positive", name)
+            value = getattr(self, name)
+            self._require(0 < value < math.inf, f"{name} must be positive and finite", name)
 
     def validate_start_tables(self):
         for name in (self.act1_init, self.act2_init):

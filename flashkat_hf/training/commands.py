@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_model_path
-from ..messages import extra, one_line
+from ..messages import extra
 from .recipe import DATA, Settings, parse
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ def classify(model: str, images: Sequence[Path], top_k: int) -> str:
     lines = []
     for path in images:
         answers = pipe(open_image(path), top_k=top_k)
+        if not all(math.isfinite(answer["score"]) for answer in answers):
+            raise ValueError(f"the model's outputs for {path} are not finite")
         lines.append(f"{path}: " + ", ".join(f"{one['label']} {one['score']:.1%}" for one in answers))
     return "\n".join(lines)
 
@@ -222,38 +225,40 @@ def load_classifier(name: str) -> "tuple[nn.Module, Callable, list[str]]":
     Raises:
         ValueError: it cannot be loaded; in one line.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoConfig
 
-    from ..checkpoints.loading import load_checkpoint
+    from ..checkpoints.loading import load_checkpoint, load_other, reason
     from ..data.augmentation import evaluation_transform
 
     if name.startswith(TIMM):
         return _load_timm(name)
-    config = Path(name, "config.json")
+    file = Path(name, "config.json")
     try:
-        if config.is_file() and "architecture" in json.loads(config.read_text()):
+        if file.is_file() and "architecture" in json.loads(file.read_text()):
             return _load_timm(f"local-dir:{name}")
-        kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
-        if kind == "timm_wrapper":
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if config.model_type == "timm_wrapper":
             return _load_timm(f"hf-hub:{name}")
-        if kind == "flashkat":
+        if config.model_type == "flashkat":
             model, processor = load_checkpoint(name)
         else:
-            model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False)
-            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+            model, processor = load_other(name, config)
     except Exception as error:  # the Hub's, safetensors' and transformers' errors have no common class
-        raise ValueError(f"cannot load {name}: {one_line(error)}") from error
+        text = str(error) if str(error).startswith("cannot load ") else f"cannot load {name}: {reason(error)}"
+        raise ValueError(text) from error
     outputs = [str(model.config.id2label.get(i, f"LABEL_{i}")) for i in range(model.config.num_labels)]
     return model, evaluation_transform(processor), outputs
 
 
 def _load_timm(name: str) -> "tuple[nn.Module, Callable, list[str]]":
     """Return the same of a timm checkpoint: `hf-hub:` or `local-dir:` and its id or folder."""
+    from ..checkpoints.loading import reason
+
     timm = extra("timm")
     try:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:
-        raise ValueError(f"cannot load {name}: {one_line(error)}") from error
+        raise ValueError(f"cannot load {name}: {reason(error)}") from error
     config = timm.data.resolve_model_data_config(model)
     names = model.pretrained_cfg.get("label_names") or [f"LABEL_{i}" for i in range(model.num_classes)]
     return model, timm.data.create_transform(**config, is_training=False), [str(name) for name in names]

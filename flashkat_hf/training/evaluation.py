@@ -1,5 +1,6 @@
 """Accuracy of a classifier over any number of processes, exact: every image counts once."""
 
+import math
 import queue
 import re
 import threading
@@ -58,7 +59,8 @@ def evaluate(
         `{"top1", "top5", "loss", "count"}`: parts of the images in [0, 1], mean loss, number of images.
 
     Raises:
-        ValueError: there are no images, or a label has no output.
+        ValueError: there are no images, a label is no number of a class or has no output, or the model's
+            outputs are not finite.
         Stopped: `stop` said so.
     """
     forward = _forward(model, accelerator, mixed_precision)
@@ -70,7 +72,7 @@ def evaluate(
     try:
         steps = _in_step(_until(stop, batches) if stop else batches, accelerator, stop)
         for batch, counts in _progress(steps, batches, accelerator, progress, keep_progress):
-            labels = batch["labels"] if translate is None else translate[batch["labels"]]
+            labels = _class_numbers(batch["labels"], translate)
             logits = forward(batch["pixel_values"].to(accelerator.device, non_blocking=True)).float()
             low, high = labels.min(), labels.max()  # on the CPU: a GPU would have to be waited for
             if low < 0 or high >= logits.shape[-1]:
@@ -87,7 +89,26 @@ def evaluate(
         raise Stopped
     if not count:
         raise ValueError("there are no images to evaluate")
+    if not math.isfinite(loss):
+        raise ValueError(f"the model's outputs for {int(count)} images are not finite: the loss is {loss}")
     return {"top1": top1 / count, "top5": top5 / count, "loss": loss / count, "count": int(count)}
+
+
+def _class_numbers(labels: Tensor, translate: Tensor | None) -> Tensor:
+    """Return labels as whole numbers, or the outputs that stand for them; floats and bytes count as numbers.
+
+    Raises:
+        ValueError: a label is no whole number, or has no output.
+    """
+    numbers = labels.long()  # bytes would choose outputs by a mask
+    if labels.is_floating_point() and not torch.equal(numbers.to(labels.dtype), labels):
+        raise ValueError(f"label {labels[numbers != labels][0].item()} is no number of a class")
+    if translate is None or not len(numbers):
+        return numbers
+    low, high = int(numbers.min()), int(numbers.max())
+    if low < 0 or high >= len(translate):
+        raise ValueError(f"label {low} or {high} is none of the {len(translate)} classes")
+    return translate[numbers]
 
 
 def _sums(logits: Tensor, labels: Tensor) -> Tensor:
@@ -182,7 +203,8 @@ def match_classes(class_names: Sequence[str], outputs: Sequence[str]) -> tuple[l
 
     The rules, in this order: the same names; WordNet ids as class names and a model of ImageNet's classes, by
     timm's table; names that agree but for case, underscores and synonyms ("tench, Tinca tinca" for "tench");
-    as many outputs without names ("LABEL_0") as classes, in sorted order.
+    as many outputs without names ("LABEL_0") as classes, in the data's order. Names that sort otherwise as
+    numbers than as texts (folders called 2 and 10) have two orders, so that rule does not hold for them.
 
     Returns:
         The index of the output for each class, and the rule in words.
@@ -200,7 +222,14 @@ def match_classes(class_names: Sequence[str], outputs: Sequence[str]) -> tuple[l
         if names and (matched := _by_key(class_names, names, key)) is not None:
             return matched, rule
     if len(outputs) == len(class_names) and all(_nameless(name, index) for index, name in enumerate(outputs)):
-        return list(range(len(outputs))), "in sorted order, since the model does not name its outputs"
+        by_number = sorted(class_names, key=_by_number)
+        if list(class_names) == sorted(class_names) != by_number:
+            raise ValueError(
+                f"the model does not name its outputs, and the data's classes have two orders: "
+                f"{', '.join(class_names[:3])}, ... as texts, {', '.join(by_number[:3])}, ... as numbers; "
+                "name the outputs in config.json (id2label)"
+            )
+        return list(range(len(outputs))), "in the data's order, since the model does not name its outputs"
     unknown = [name for name in class_names if name not in set(outputs)]
     raise ValueError(
         f"the data's {len(class_names)} classes cannot be matched with the model's {len(outputs)} outputs: "
@@ -220,6 +249,11 @@ def _by_key(
         unique = [candidates[0] for candidates in matched]
         return unique if len(set(unique)) == len(unique) else None
     return None
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Return the key by which names sort whose numbers count as numbers."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _plain(name: str) -> str:

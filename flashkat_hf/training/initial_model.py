@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 
-from ..checkpoints.image_processor import make_image_processor
+from ..checkpoints.image_processor import make_image_processor, resize_processor
 from ..checkpoints.loading import load_checkpoint
 from ..messages import extra, one_line
 from ..model.configuration_flashkat import FlashKATConfig
@@ -118,9 +118,7 @@ def resize(model: FlashKATForImageClassification, processor: Any, image_size: in
     with torch.no_grad():
         positions = embeddings.interpolate_pos_encoding(grid, grid).contiguous()
     embeddings.position_embeddings = nn.Parameter(positions)
-    edge = round(processor.size["shortest_edge"] * image_size / config.image_size)
-    processor.size = type(processor.size)(shortest_edge=edge)
-    processor.crop_size = type(processor.crop_size)(height=image_size, width=image_size)
+    resize_processor(processor, image_size)
     config.image_size = embeddings.image_size = image_size
     embeddings.grid_size = grid
 

@@ -16,6 +16,7 @@ from PIL.Image import Image
 from torch import nn
 
 from ..checkpoints.figures import plot_functions
+from ..checkpoints.weights import fingerprint
 from ..data.samples import Examples, ImageData, open_image
 from ..files import read_json, replacing, restore, to_json, write_text
 from ..model.layers import GroupRational
@@ -141,7 +142,7 @@ class RunFolder:
         """Replace best/ or last/ by a complete folder, into which `save` writes model and image processor."""
         with replacing(self.path / name) as folder, os_errors():
             save(folder)
-            (folder / "summary.json").write_text(to_json(summary))
+            write_summary(folder, summary)
 
     def write_samples(self, data: ImageData) -> None:
         """Write one held-out image of each class, if the images are in memory: the digits."""
@@ -163,3 +164,8 @@ class RunFolder:
             plot_curves(self.lines(), rates).savefig(self.path / "curves.png")
             if any(isinstance(module, GroupRational) for module in model.modules()):
                 plot_functions(model).savefig(self.path / "functions.png")
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json beside its weights, with their checksum: a card states its figures of no others."""
+    write_text(folder / "summary.json", to_json(summary | {"weights_sha256": fingerprint(folder)}))

@@ -28,7 +28,7 @@ from .optimization import Mixing, Schedule, seed_update
 from .plan import Plan
 from .prepared_model import PreparedModel
 from .processes import CODES, Agreement, StopSignals
-from .run_folder import RunFolder
+from .run_folder import RunFolder, write_summary
 from .run_log import RunLog, describe
 from .speed import Meter
 from .state import Checkpoints, Progress, all_finite
@@ -278,7 +278,7 @@ class Trainer:
         model, summary = self.model.whole(self.model.module), None
         if self.main:
             summary = self._summary(self.progress.best, best_weights(self.progress.best))
-            write_text(self.folder.best / "summary.json", to_json(summary))
+            write_summary(self.folder.best, summary)
             self.folder.draw(merged(model), self.schedule.curve(self.num_steps))
             self.folder.write_samples(self.data)
             write_text(self.folder.summary, to_json(summary))

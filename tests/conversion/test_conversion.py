@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from helpers import DATA, original_state, relative_error, stored_model, timm_vit
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
@@ -16,12 +17,14 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
+    pipeline,
 )
 
 from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, convert, make_image_processor
 from flashkat_hf.checkpoints import load_checkpoint
 from flashkat_hf.checkpoints.remote_code import CODE_FILES
 from flashkat_hf.conversion import conversion
+from flashkat_hf.data.augmentation import evaluation_transform
 
 HEADS = {"num_attention_heads": 2}
 VIT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96} | {
@@ -94,6 +97,7 @@ def test_timm_vits(arguments, tmp_path):
     torch.save(model.state_dict(), tmp_path / "x.pth")
     report = convert(tmp_path / "x.pth", tmp_path / "out", settings=HEADS)
     assert report.title == "timm ViT"
+    assert len({path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}) == 1
     assert report.proof.rounding < (1e-6 if "init_values" in arguments else 1e-12)
     assert 0 < report.proof.difference < 0.1 * report.proof.spread
     assert report.proof.outputs == ("pooled features" if arguments.get("num_classes") == 0 else "logits")
@@ -102,6 +106,52 @@ def test_timm_vits(arguments, tmp_path):
     with torch.no_grad():
         expected, actual = model(images), result(images).logits
     assert (expected - actual).abs().max() < 0.1 * expected.std()
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_a_one_channel_vit_gets_a_processor_that_fits(tmp_path, kind):
+    """A grey image, a coloured one and a tensor go through; numbers are those of the source, by hand."""
+    if kind == "timm":
+        model = timm_vit(in_chans=1)
+        torch.save(model.state_dict(), tmp_path / "x.pth")
+        source, mean, std = tmp_path / "x.pth", 0.5, 0.5
+    else:
+        source = tmp_path / "vit"
+        model = vit_folder(source, num_attention_heads=2, num_channels=1, num_labels=10)
+        mean, std = 0.3, 0.2
+        settings = {"do_normalize": True, "image_mean": [mean], "image_std": [std], "size": 32}
+        (source / "preprocessor_config.json").write_text(json.dumps(settings))
+    report = convert(source, tmp_path / "out", settings=HEADS, transform="augreg" if kind == "timm" else None)
+    assert report.config.num_channels == 1
+    assert any("become grey" in note for note in report.notes)
+    result, processor = load_checkpoint(str(tmp_path / "out"))
+    pixels = torch.randint(256, (32, 32), dtype=torch.uint8)
+    image = Image.fromarray(pixels.numpy()).resize((64, 64), Image.Resampling.NEAREST)
+    values = processor(image, return_tensors="pt")["pixel_values"]
+    assert values.shape == (1, 1, 32, 32)
+    assert values.min() >= (0 - mean) / std - 1e-6
+    assert values.max() <= (1 - mean) / std + 1e-6
+    assert evaluation_transform(processor)(image.convert("RGB")).equal(values[0])
+    answers = pipeline("image-classification", model=str(tmp_path / "out"))(image)
+    with torch.no_grad():
+        expected = model(values)
+        expected = getattr(expected, "logits", expected)
+        assert (result(values).logits - expected).abs().max() < 0.1 * expected.std()
+        best = result(values).logits.softmax(-1).max().item()
+    assert answers[0]["score"] == pytest.approx(best, rel=1e-4)
+    coloured = Image.new("RGB", (64, 64), (200, 100, 50))
+    grey = coloured.convert("L").getpixel((0, 0)) / 255
+    made = processor(coloured, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(made, torch.full((1, 1, 32, 32), (grey - mean) / std), rtol=1e-5, atol=1e-6)
+
+
+def test_a_vit_of_many_channels_says_that_no_image_fits(tmp_path):
+    torch.save(timm_vit(in_chans=5).state_dict(), tmp_path / "x.pth")
+    report = convert(tmp_path / "x.pth", tmp_path / "out", settings=HEADS)
+    assert "no image file has 5 channels: give the model tensors" in report.notes
+    model, processor = load_checkpoint(str(tmp_path / "out"))
+    assert processor.image_mean == [0.5] * 5
+    assert model(torch.randn(1, 5, 32, 32)).logits.shape == (1, 10)
 
 
 def test_timm_folder_with_its_architecture(tmp_path):

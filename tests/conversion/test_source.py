@@ -16,6 +16,7 @@ from flashkat_hf.checkpoints import downloads
 from flashkat_hf.checkpoints.published import PUBLISHED, Published
 from flashkat_hf.conversion import source as source_module
 from flashkat_hf.conversion.source import image_processor, load_state, read_source
+from flashkat_hf.conversion.tensor_names import strip_prefix
 
 VIT = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 96} | {
     "image_size": 32,
@@ -405,3 +406,21 @@ def test_image_processor_of_transformers(settings, size, crop):
 def test_image_processor_without_square_images():
     with pytest.raises(ValueError, match=r"makes no square images: size \{'shortest_edge': 20\}"):
         processor_of(processor={"size": {"shortest_edge": 20}})
+
+
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        (lambda state: {"state_dict": {f"model.{k}": v for k, v in state.items()}, "epoch": 3}, "state_dict"),
+        (lambda state: {"model_state_dict": state, "optimizer": {}}, "model_state_dict"),
+        (lambda state: {"network": {f"_orig_mod.{k}": v for k, v in state.items()}}, "network"),
+    ],
+)
+def test_checkpoints_of_other_trainers(tmp_path, content, note):
+    """Lightning's has its module's name before each tensor."""
+    state = original_state("kat")
+    torch.save(content(state), tmp_path / "x.ckpt")
+    source = read_source(tmp_path / "x.ckpt")
+    assert source.notes == [f"weights from {note}"]
+    assert strip_prefix(source.state).keys() == state.keys()
+    assert source.title == "KAT"

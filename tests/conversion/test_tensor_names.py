@@ -91,6 +91,54 @@ def test_wrappers_prefixes():
     assert equal(to_flashkat(RENAMED, HEADS)[1], to_flashkat(SHAPED, HEADS)[1])
 
 
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "_orig_mod.module.",
+        "module._orig_mod.",
+        "model.",
+        "network.",
+        "_orig_mod.model.network.module.",
+        "module.module._orig_mod._orig_mod.",
+        "model._fsdp_wrapped_module.",
+        "student.backbone.",
+    ],
+)
+def test_prefixes_in_any_order_and_number(prefix):
+    assert equal(strip_prefix({prefix + name: tensor for name, tensor in SHAPED.items()}), SHAPED)
+
+
+@pytest.mark.parametrize("outer", ["", "model.", "_orig_mod.module."])
+def test_a_head_beside_the_model_under_a_prefix(outer):
+    names = ("embeddings.cls_token", "encoder.layer.0.output.dense.weight", "classifier.weight")
+    state = {name: torch.full((1,), float(i)) for i, name in enumerate(names)}
+    wrapped = {outer + "vit." * (name[0] == "e") + name: tensor for name, tensor in state.items()}
+    assert equal(strip_prefix(wrapped), state)
+
+
+def test_wrapped_parts():
+    def wrapped(name: str) -> str:
+        for part in ("blocks.0.", "blocks.1.mlp."):
+            name = name.replace(part, f"{part}_checkpoint_wrapped_module.").replace(
+                ".attn.", ".attn._orig_mod."
+            )
+        return name
+
+    state = {wrapped(name): tensor for name, tensor in SHAPED.items()}
+    assert state.keys() != SHAPED.keys()
+    assert equal(strip_prefix(state), SHAPED)
+
+
+def test_several_models_in_one_file():
+    both = {f"{prefix}{name}": tensor for prefix in ("model.", "ema.") for name, tensor in SHAPED.items()}
+    with pytest.raises(
+        ValueError, match=r"it holds 2 models, ema\.\*, model\.\*; save the state dict of one"
+    ):
+        strip_prefix(both)
+    with pytest.raises(ValueError, match=r"tensors of \d+ names, less what wrappers add"):
+        strip_prefix(SHAPED | {"module.norm.weight": SHAPED["norm.weight"]})
+
+
 def without(name: str) -> dict:
     return {key: tensor for key, tensor in SHAPED.items() if key != name}
 

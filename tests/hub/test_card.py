@@ -1,5 +1,6 @@
 """Model cards: what they say and leave out, that their examples run, and what the check finds."""
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -16,7 +17,17 @@ from PIL import Image
 
 from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, make_image_processor
 from flashkat_hf.checkpoints.published import FLASHKAT_TOP1, PUBLISHED, RELEASE_REPOSITORY
-from flashkat_hf.hub.card import CARDS, check_card, published_facts, render_card, training_facts, write_card
+from flashkat_hf.checkpoints.weights import fingerprint
+from flashkat_hf.hub.card import (
+    CARDS,
+    check_card,
+    published_facts,
+    render_card,
+    states_others_figures,
+    training_facts,
+    write_card,
+)
+from flashkat_hf.hub.staging import stage
 
 LABELS = {i: f"digit {i}" for i in range(10)}
 SUMMARY = {
@@ -58,7 +69,8 @@ def folder(tmp_path):
 
 def card_of(folder: Path, summary: dict | None = None, **arguments) -> tuple[str, ModelCard]:
     if summary is not None:
-        (folder / "summary.json").write_text(json.dumps(summary))
+        of_weights = {"weights_sha256": fingerprint(folder)}
+        (folder / "summary.json").write_text(json.dumps(summary | of_weights))
     write_card(folder, **arguments)
     text = (folder / "README.md").read_text()
     assert check_card(text) == []
@@ -149,6 +161,28 @@ def test_what_is_not_known_is_left_out(folder):
     assert "Nothing is recorded." in text
 
 
+def test_figures_of_other_weights_are_not_stated(folder):
+    """Nor by a card that was written for the earlier weights, in what is pushed."""
+    text, card = card_of(folder, SUMMARY, repo_id="someone/mine")
+    assert [result.metric_value for result in card.data.eval_results] == [98.611, 100.0]
+    assert not states_others_figures(folder)
+    with torch.no_grad():
+        model = FlashKATForImageClassification.from_pretrained(folder)
+        model.classifier.weight.add_(1)
+    model.save_pretrained(folder)
+    (folder.parent / "staged").mkdir()
+    with pytest.raises(ValueError, match=r"README.md has figures of other weights; correct it, or move it"):
+        stage(folder, folder.parent / "staged")
+    (folder / "README.md").unlink()
+    (folder.parent / "again").mkdir()
+    staged = stage(folder, folder.parent / "again", repo_id="someone/mine")
+    assert "summary.json is not of these weights, so README.md has none of its figures" in staged.notes
+    text = (staged.folder / "README.md").read_text()
+    assert ModelCard(text).data.eval_results is None
+    assert not re.search(r"98\.|100\.0|0\.986", text)
+    assert "Nothing is recorded." in text
+
+
 @pytest.mark.parametrize(
     ("value", "shown", "is_id"),
     [
@@ -166,9 +200,10 @@ def test_what_is_not_known_is_left_out(folder):
 def test_paths_are_named_by_their_last_part(value, shown, is_id, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/summary.json").write_text(
-        json.dumps({"data": value, "started_from": value, "top1": 0.5})
-    )
+    (tmp_path / "mine/model.safetensors").write_bytes(b"weights")
+    values = {"data": value, "started_from": value, "top1": 0.5}
+    values["weights_sha256"] = hashlib.sha256(b"weights").hexdigest()
+    (tmp_path / "mine/summary.json").write_text(json.dumps(values))
     facts = training_facts(tmp_path / "mine")
     assert dict(facts["training"]) == {
         "data": shown,
@@ -210,7 +245,10 @@ def test_without_matplotlib(folder, monkeypatch):
         ({"license": "mine"}, "license 'mine' is not one of the Hub's"),
         ({"summary": "{"}, "cannot read .*summary.json"),
         ({"summary": "[]"}, "summary.json is not a JSON object"),
-        ({"summary": '{"top1": 1.5}'}, "top-1 accuracy in % is 150.0, not between 0 and 100"),
+        (
+            {"summary": '{"top1": 1.5, "weights_sha256": "OURS"}'},
+            "top-1 accuracy in % is 150.0, not between 0 and 100",
+        ),
         ({"remove": "model.safetensors"}, "cannot load"),
         ({"remove": "preprocessor_config.json"}, "cannot load"),
         ({"remove": "config.json"}, "cannot read .*config.json"),
@@ -219,7 +257,7 @@ def test_without_matplotlib(folder, monkeypatch):
 def test_bad_input_leaves_the_card_alone(arguments, message, folder):
     (folder / "README.md").write_text("as it was")
     if "summary" in arguments:
-        (folder / "summary.json").write_text(arguments["summary"])
+        (folder / "summary.json").write_text(arguments["summary"].replace("OURS", fingerprint(folder)))
     if "remove" in arguments:
         (folder / arguments["remove"]).unlink()
     options = {name: value for name, value in arguments.items() if name not in ("summary", "remove")}

@@ -49,6 +49,21 @@ SPOILED = {
     "the weights have 1 tensors that config.json does not call for: more": lambda folder: change_state(
         folder, lambda state: state.update(more=torch.zeros(1))
     ),
+    "norm.bias has 1 values of 64 that are NaN or infinite": lambda folder: change_state(
+        folder, lambda state: state["flashkat.norm.bias"].index_fill_(0, torch.tensor(3), float("nan"))
+    ),
+    "norm.bias is int64 in the weights": lambda folder: change_state(
+        folder, lambda state: state.update({"flashkat.norm.bias": torch.ones(64, dtype=torch.int64)})
+    ),
+    "the weights have 2 layers, but config.json 1000000": lambda folder: change_config(
+        folder, num_hidden_layers=1_000_000
+    ),
+    "config.json has 5 as the label of output 0, which is no name": lambda folder: change_config(
+        folder, id2label={str(i): 5 for i in range(10)}
+    ),
+    "its processor has image_mean [0.5, 0.5], but the model takes 3 channels": lambda folder: (
+        folder / "preprocessor_config.json"
+    ).write_text('{"image_processor_type": "ViTImageProcessor", "image_mean": [0.5, 0.5]}'),
     "in the weights, but (512, 64) by config.json": lambda folder: change_config(
         folder, intermediate_size=512
     ),
@@ -113,6 +128,13 @@ def test_only_the_weights_that_are_loaded(model_folder, tmp_path):
         "train.py": "not this package's code",
     }
     assert [path.name for path in staged.folder.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_a_checkpoint_during_training_is_checked_too(model_folder, tmp_path):
+    change_state(model_folder, lambda state: state["flashkat.norm.bias"].fill_(float("inf")))
+    (tmp_path / "staged").mkdir()
+    with pytest.raises(ValueError, match=r"norm\.bias has 64 values of 64 that are NaN"):
+        stage(model_folder, tmp_path / "staged", final=False)
 
 
 def test_changed_code_is_replaced(model_folder, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -273,3 +274,22 @@ def test_folder_of_another_model(hub, model_folder, tmp_path):
     with pytest.raises(ValueError, match=r"classifier\.(bias|weight) is \(3,.*by config\.json"):
         push(model_folder, "alice/micro")
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("what_if", [True, False])
+def test_the_token_is_looked_for_before_anything_is_prepared(hub, bare_folder, monkeypatch, what_if):
+    """Loading the model and drawing its functions take seconds."""
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("flashkat_hf.hub.upload.stage", None)
+    with pytest.raises(ValueError, match=r"cannot push to alice/micro: there is no access token; log in"):
+        push(bare_folder, "alice/micro", what_if=what_if)
+    assert hub.requests == []
+
+
+def test_what_a_killed_push_left_goes_with_the_next(hub, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    leftover = tmp_path / "temporary/flashkat-push-killed"
+    leftover.mkdir(parents=True)
+    (leftover / "README.md").touch()
+    push(model_folder, "alice/micro", what_if=True)
+    assert list((tmp_path / "temporary").iterdir()) == []

@@ -1,5 +1,6 @@
 """The model against the stored micro models of both original codes, and what transformers users rely on."""
 
+import accelerate
 import pytest
 import torch
 from helpers import micro_config, relative_error, stored_model
@@ -137,6 +138,54 @@ def test_one_label_is_regression_and_no_image_no_logits():
     outputs = model(images, labels=targets)
     torch.testing.assert_close(outputs.loss, (outputs.logits - targets).square().mean())
     assert model(images[:0]).logits.shape == (0, 1)
+
+
+def test_offloaded_weights(device, monkeypatch):
+    """Weights that accelerate keeps elsewhere come in a module's forward, which kernels must not go past."""
+    model, _, stored = micro_model("flashkat", device)
+    with torch.no_grad():
+        plain = model(stored["input"]).logits
+        accelerate.cpu_offload(model, execution_device=torch.device(device))
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+        monkeypatch.setattr(fusing, "TRITON_DEVICES", (device,))
+        torch.testing.assert_close(model(stored["input"]).logits, plain, rtol=1e-4, atol=1e-5)
+
+
+class Doubled(torch.Tensor):
+    """A weight in another form: a linear map with it takes twice what is stored."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is not torch.nn.functional.linear:
+            return super().__torch_function__(function, types, args, kwargs or {})
+        return function(*(2 * arg.as_subclass(torch.Tensor) if isinstance(arg, cls) else arg for arg in args))
+
+
+@pytest.mark.parametrize("name", ["attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2"])
+def test_weights_of_a_tensor_subclass(name, device, monkeypatch):
+    """Quantised and sharded weights are subclasses, whose products are their own."""
+    model, _, stored = micro_model("flashkat", device)
+    module = model.flashkat.layers[0].get_submodule(name)
+    halved = (module.weight.detach() / 2).as_subclass(Doubled)
+    with torch.no_grad():
+        plain = model(stored["input"]).logits
+        module.weight = torch.nn.Parameter(halved, requires_grad=False)
+        assert not fusing.untouched(module)
+        for devices in ((), (device,)):
+            monkeypatch.setattr(fusing, "TRITON_DEVICES", devices)
+            torch.testing.assert_close(model(stored["input"]).logits, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_torchao_quantises(device, monkeypatch):
+    quantization = pytest.importorskip("torchao.quantization")
+    model, _, stored = micro_model("flashkat", device)
+    quantization.quantize_(model.flashkat.layers, quantization.Int8WeightOnlyConfig())
+    results = []
+    for devices in ((), (device,)):
+        monkeypatch.setattr(fusing, "TRITON_DEVICES", devices)
+        with torch.no_grad():
+            results.append(model(stored["input"]).logits)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rates", [{"drop_path_rate": 0.5}, {"hidden_dropout_prob": 0.3}], ids=str)

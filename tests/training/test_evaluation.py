@@ -1,6 +1,7 @@
 """Exact accuracies on any number of processes, matched classes, and the script as a user runs it."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from data_helpers import CLASSES, write_folder, write_shards
 from helpers import ROOT
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, make_image_processor
@@ -204,7 +207,8 @@ SYNSETS, LEMMAS = IMAGENET.label_names(), IMAGENET.label_descriptions()
             [1, 0],
             "by name, with",
         ),
-        (["a", "b"], ["LABEL_0", "LABEL_1"], [0, 1], "in sorted order"),
+        (["a", "b"], ["LABEL_0", "LABEL_1"], [0, 1], "in the data's order"),
+        (["10", "2"][::-1], ["LABEL_0", "LABEL_1"], [0, 1], "in the data's order"),  # as a data set has them
     ],
 )
 def test_matched_classes(classes, outputs, matched, how):
@@ -228,11 +232,60 @@ def test_matched_classes(classes, outputs, matched, how):
         ),
         (["tench", "Tench"], ["tench, x", "eel"], "cannot be matched"),
         (SYNSETS[:2], LEMMAS[::-1], "cannot be matched"),  # ImageNet's classes in another order
+        (
+            ["1", "10", "2"],
+            ["LABEL_0", "LABEL_1", "LABEL_2"],
+            r"two orders: 1, 10, 2, ... as texts, 1, 2, 10, ... as numbers; name the outputs in config.json",
+        ),
+        (["run 10", "run 9"], ["0", "1"], "two orders: run 10, run 9, ... as texts, run 9, run 10"),
     ],
 )
 def test_classes_that_do_not_match(classes, outputs, message):
     with pytest.raises(ValueError, match=message):
         match_classes(classes, outputs)
+
+
+class Sure(torch.nn.Module):
+    """Says class k for images of k, for `value` that it never saw."""
+
+    def forward(self, images):
+        return 5 * functional.one_hot(images[:, 0].long(), 4).float() / (images[:, :1] != 3)
+
+
+def score(labels: torch.Tensor, outputs=None, images=(0, 1, 2)) -> dict:
+    batch = {"pixel_values": torch.tensor(images, dtype=torch.float32)[:, None], "labels": labels}
+    return evaluate(Sure(), [batch], Accelerator(cpu=True), outputs=outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32, torch.float64])
+def test_labels_of_any_kind_of_number(dtype):
+    """Bytes as an index would be a mask, floats none."""
+    labels = torch.tensor([0, 1, 1], dtype=dtype)
+    assert score(labels)["top1"] == pytest.approx(2 / 3)
+    assert score(labels, outputs=[1, 0])["top1"] == 0
+    assert score(1 - labels.long() if dtype == torch.uint8 else 1 - labels, [1, 0])["top1"] == pytest.approx(
+        2 / 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "outputs", "message"),
+    [
+        ([0.0, 0.5, 1.0], None, "label 0.5 is no number of a class"),
+        ([0.0, float("nan"), 1.0], None, "label nan is no number of a class"),
+        ([0, 1, 4], None, "label 0 or 4 has no output of the 4"),
+        ([0, 1, 2], [1, 0], "label 0 or 2 is none of the 2 classes"),
+        ([0, -1, 1], [1, 0], "label -1 or 1 is none of the 2 classes"),
+    ],
+)
+def test_labels_that_are_no_classes(labels, outputs, message):
+    with pytest.raises(ValueError, match=message):
+        score(torch.tensor(labels), outputs)
+
+
+def test_a_score_that_is_not_finite_is_an_error():
+    with pytest.raises(ValueError, match=r"outputs for 3 images are not finite: the loss is (nan|inf)"):
+        score(torch.tensor([0, 1, 2]), images=(0, 1, 3))
 
 
 # the command ------------------------------------------------------------------------------------------------
@@ -330,6 +383,31 @@ def test_the_command_fails_in_one_line(checkpoint, tmp_path, monkeypatch, capsys
     arguments = [a.replace("MODEL", str(checkpoint)).replace("FOLDER", str(folder)) for a in arguments]
     assert main(["evaluate", *arguments, "--no-progress"]) == 1
     assert re.fullmatch(rf"flashkat evaluate: {message}[^\n]*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state, name: state.update({name: state[name] * math.nan}), "NaN or infinite"),
+        (lambda state, name: state.pop(name), "do not fit its config: 1 are missing or differ"),
+        (
+            lambda state, name: state.update({name.replace("layer.0", "layer.1"): state[name].clone()}),
+            "1 tensors that its config does not call for",
+        ),
+    ],
+)
+def test_a_vit_of_other_weights_is_refused(tmp_path, change, message, capsys):
+    """By itself transformers would make up what is missing, with a warning, and ignore the rest."""
+    model = ViTForImageClassification(ViTConfig(**MICRO, **SIZE, id2label={i: str(i) for i in range(10)}))
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    change(state, next(name for name in state if "layer.0" in name and name.endswith("bias")))
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    assert main(["evaluate", str(tmp_path), "--no-progress"]) == 1
+    assert re.fullmatch(
+        rf"flashkat evaluate: cannot load {tmp_path}: [^\n]*{message}[^\n]*\n", capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The loop: what an update is, what a run leaves, how it ends, and what is refused before it starts."""
 
+import hashlib
 import json
 import math
 import os
@@ -112,7 +113,10 @@ def test_what_a_run_leaves(run, images):
         model = AutoModelForImageClassification.from_pretrained(output / name)
         assert model.config.id2label == {0: "green", 1: "red"}
         assert AutoImageProcessor.from_pretrained(output / name).crop_size["height"] == 16
-    assert json.loads((output / "best" / "summary.json").read_text()) == summary
+    of_weights = {
+        "weights_sha256": hashlib.sha256((output / "best/model.safetensors").read_bytes()).hexdigest()
+    }
+    assert json.loads((output / "best" / "summary.json").read_text()) == summary | of_weights
     last = json.loads((output / "last" / "summary.json").read_text())
     assert (last["top1"], last["weights"]) == (epochs[1]["top1"], "raw")
     settings = json.loads((output / "settings.json").read_text())
