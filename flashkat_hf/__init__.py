@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .conversion.conversion import convert
     from .model.coefficients import START_TABLES
     from .model.configuration_flashkat import FlashKATConfig
-    from .model.layers import GRKANMlp, GroupRational
+    from .model.layers import GRKANMlp, GroupRational, SimplifiedActivation
     from .model.modeling_flashkat import (
         FlashKATForImageClassification,
         FlashKATModel,
@@ -31,6 +31,7 @@ __all__ = [
     "FlashKATPreTrainedModel",
     "GRKANMlp",
     "GroupRational",
+    "SimplifiedActivation",
     "__version__",
     "calibrate",
     "convert",
@@ -47,6 +48,7 @@ __getattr__ = imported_at_first_use(
         "FlashKATConfig": ".model.configuration_flashkat",
         "GRKANMlp": ".model.layers",
         "GroupRational": ".model.layers",
+        "SimplifiedActivation": ".model.layers",
         "FlashKATForImageClassification": ".model.modeling_flashkat",
         "FlashKATModel": ".model.modeling_flashkat",
         "FlashKATPreTrainedModel": ".model.modeling_flashkat",

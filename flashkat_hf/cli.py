@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .checkpoints.command_options import add_commands
 from .checkpoints.published import PUBLISHED
 from .files import check_model_path
 from .messages import one_line, warn
 
 if TYPE_CHECKING:
+    from .checkpoints.commands import Images, Opener
     from .hub.upload import Push
 
 TRAINING = {  # commands whose own parsers know the settings of a run
@@ -56,6 +58,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     _add_info(commands)
     _add_push(commands)
     _add_publish(commands)
+    add_commands(commands, _opener)
     options, unknown = parser.parse_known_args(arguments)
     trains = options.command in TRAINING
     if unknown and not trains:
@@ -284,6 +287,69 @@ def _outcome(result: "Push", what_if: bool) -> str:
     if what_if:
         return f"{result.repo_id}: nothing was sent (--what-if)"
     return f"{result.repo_id} has all of it already: {result.url}" if result.empty else result.url
+
+
+NUM_TESTED = 1000  # of a folder, evenly spread
+
+
+def _opener() -> "Opener":
+    """Return how the commands of `checkpoints/` open images; that folder knows nothing of `data/`."""
+    _quieten()
+    from .checkpoints.commands import Opener
+    from .data.samples import open_image
+
+    return Opener(_open_images, open_image)
+
+
+def _open_images(source: str, model, processor) -> "Images":
+    """Return the images of a folder, or of the digits, for the commands that measure and test on them.
+
+    Measured on is `train/` of a folder with `train/` and `val/`, and tested on `val/`; for any other folder
+    both are all its images, with the names of its sub-folders as labels if the model has such labels.
+
+    Raises:
+        ValueError: there is no such folder, it has no images, one cannot be read, or a package is missing.
+    """
+    import torch
+
+    from .checkpoints.commands import Images
+    from .conversion.calibration import BATCH_SIZE, find_images, image_batches
+    from .data.digits import load_digits
+    from .data.image_folder import load_image_folder
+    from .data.samples import Examples
+    from .training.evaluation import match_classes
+
+    splits = source == "digits" or all((Path(source) / name).is_dir() for name in ("train", "val"))
+    measured = str(Path(source) / "train") if splits and source != "digits" else source
+    outputs = [model.config.id2label[index] for index in sorted(model.config.id2label)]
+    try:
+        batches = list(image_batches(find_images(measured), processor))
+        if splits:
+            data = load_digits() if source == "digits" else load_image_folder(source)
+            tested, names, about = data.test, data.class_names, "held-out"
+        else:
+            images = find_images(source)
+            folders = ["/".join(Path(str(image)).relative_to(source).parts[:-1][:1]) for image in images]
+            names = sorted(set(folders))
+            tested = Examples([str(image) for image in images], [names.index(name) for name in folders])
+            about = "the same images that the inputs were measured on"
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    try:
+        labels = match_classes(names, outputs)[0] if len(names) > 1 and "" not in names else None
+    except ValueError:
+        labels = None
+    count = min(len(tested), NUM_TESTED)
+    chosen = [index * len(tested) // count for index in range(count)]
+
+    def test_batches():
+        for start in range(0, count, BATCH_SIZE):
+            part = chosen[start : start + BATCH_SIZE]
+            (pixels,) = image_batches([tested.images[index] for index in part], processor)
+            known = None if labels is None else torch.tensor([labels[tested.labels[index]] for index in part])
+            yield pixels, known
+
+    return Images(batches, test_batches(), about if labels else f"{about}, without labels that the model has")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ def warn(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def extra(module: str) -> Any:
-    """Import a module that comes with the extra `train`.
+def extra(module: str, name: str = "train") -> Any:
+    """Import a module that comes with an extra of that name.
 
     Raises:
         ImportError: it is missing; the message has the command that installs it.
@@ -26,4 +26,4 @@ def extra(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module} is missing: pip install 'flashkat_hf[train]' ({error})") from error
+        raise ImportError(f"{module} is missing: pip install 'flashkat_hf[{name}]' ({error})") from error

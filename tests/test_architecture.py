@@ -14,7 +14,7 @@ from flashkat_hf.checkpoints.remote_code import CODE_FILES
 
 PACKAGE = ROOT / "flashkat_hf"
 # Files beside the folders; they may import every folder.
-TOP = {"__init__", "__main__", "cli", "registration"}
+TOP = {"__init__", "__main__", "cli", "functions", "registration"}
 SHARED = {
     "_version",
     "files",

@@ -2,8 +2,9 @@
 
 import torch
 
-from ..model.layers import GroupRational
+from ..model.layers import GroupRational, SimplifiedActivation
 from ..model.reference import rational_value
+from .functions import model_functions
 from .loading import load_checkpoint
 
 GRID = torch.linspace(-3, 3, 601)  # where nearly all of an activation's input lies
@@ -36,6 +37,12 @@ def describe(name_or_path: str) -> str:
         f"rationals   {config.num_groups} groups, {numerators}; "
         f"starts {config.act1_init}, {config.act2_init}",
     ]
+    names = [
+        name for row in (config.simplified_functions or {}).values() for name in row if name != "rational"
+    ]
+    if names:
+        kinds = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names)))
+        lines.append(f"simplified  {len(names)} functions are no rationals any more: {kinds}")
     moves = [(_move(layer.mlp.act1), _move(layer.mlp.act2)) for layer in model.flashkat.layers]
     if all(move == 0 for pair in moves for move in pair):
         return "\n".join([*lines, "activations at their start tables"])
@@ -45,8 +52,11 @@ def describe(name_or_path: str) -> str:
     return "\n".join(lines)
 
 
-def _move(act: GroupRational) -> float:
-    """Largest |r(x) - start(x)| over the groups and x in [-3, 3]; 0 for the table itself, rounded."""
+def _move(act: GroupRational | SimplifiedActivation) -> float:
+    """Return the largest |r(x) - start(x)| over groups and x in [-3, 3]; 0 for the table itself, rounded."""
+    if isinstance(act, SimplifiedActivation):
+        functions = model_functions(act)
+        return max((function(GRID) - function.start(GRID)).abs().max().item() for function in functions)
     start = tuple(table.to(act.numerator.dtype) for table in act.start())
     learned = act.numerator.detach(), act.denominator.detach()
     if all(map(torch.equal, learned, start)):

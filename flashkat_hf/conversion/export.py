@@ -37,6 +37,8 @@ def export_original(
         raise ValueError(f"{output} exists" + ("" if output.is_dir() else "; --overwrite replaces it"))
     model, _ = load_checkpoint(str(source))
     config, state = model.config, model.state_dict()
+    if config.simplified_functions:
+        raise ValueError(f"{source} has simplified functions, which the original code does not know")
     naming = naming or ("kat" if config.num_numerator_groups == 1 else "flashkat")
     original = to_original(state, naming, config.pooling)
     with written_whole(output, folder=False) as path:

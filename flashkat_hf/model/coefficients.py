@@ -1,4 +1,4 @@
-"""Named start tables of the group rational function, and the second moments that its initialisation needs.
+"""Named start tables of the group rational function, its second moments, and the simpler functions beside it.
 
     r(x) = (a_0 + a_1 x + ... + a_5 x^5) / (1 + |b_1||x| + |b_2||x|^2 + |b_3||x|^3 + |b_4||x|^4)
 
@@ -100,6 +100,37 @@ def start_table(name: str) -> StartTable:
     except KeyError:
         known = ", ".join(START_TABLES)
         raise ValueError(f"unknown start table {name!r}; known are {known}") from None
+
+
+AFFINE = (1.0, 0.0, 1.0, 0.0)  # p, q, r, s of r * f(p * x + q) + s
+SIMPLE_FUNCTIONS: dict[str, tuple[float, ...]] = {  # what may stand for a rational: its start
+    "zero": (),
+    "identity": (),
+    "linear": (0.0, 1.0),  # polynomials: constant term first
+    "relu": AFFINE,
+    "leaky_relu": (*AFFINE, 0.01),  # and the slope of f below zero
+    "gelu": AFFINE,
+    "silu": AFFINE,
+    "tanh": AFFINE,
+    "sigmoid": AFFINE,
+    "polynomial_2": (0.0, 1.0, 0.0),
+    "polynomial_3": (0.0, 1.0, 0.0, 0.0),
+    "rational_1_1": (0.0, 1.0, 0.0),  # rational_m_n: a_0..a_m, then b_1..b_n
+    "rational_2_1": (0.0, 1.0, 0.0, 0.0),
+    "rational_2_2": (0.0, 1.0, 0.0, 0.0, 0.0),
+    "rational_3_2": (0.0, 1.0, 0.0, 0.0, 0.0, 0.0),
+    "rational_3_3": (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    "rational_4_3": (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+}
+WITH_AFFINE_MAPS = ("relu", "leaky_relu", "gelu", "silu", "tanh", "sigmoid")
+
+
+def degrees(name: str) -> tuple[int, int]:
+    """Return the degrees of numerator and denominator of a polynomial or a rational in SIMPLE_FUNCTIONS."""
+    if name.startswith("rational_"):
+        numerator, denominator = name.split("_")[1:]
+        return int(numerator), int(denominator)
+    return len(SIMPLE_FUNCTIONS[name]) - 1, 0
 
 
 @lru_cache

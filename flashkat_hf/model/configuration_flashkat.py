@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .coefficients import start_table
+from .coefficients import SIMPLE_FUNCTIONS, start_table
 
 if (
     TYPE_CHECKING
@@ -60,6 +60,9 @@ class FlashKATConfig(PreTrainedConfig):
         initializer: start of the MLP's linear maps: "trunc_normal", as the released weights, or
             "variance_preserving", as the paper describes it. The attention starts mimetic with both.
         initializer_range: standard deviation of the truncated normal starts.
+        simplified_functions: activations in which simpler functions stand for rationals, as
+            `flashkat functions --simplify` writes it: by "LAYER.act1" or "LAYER.act2" the name of each
+            group's function, "rational" or one of `coefficients.SIMPLE_FUNCTIONS`.
 
     Raises:
         StrictDataclassError: a value has the wrong type or contradicts another; the message has names and
@@ -90,6 +93,7 @@ class FlashKATConfig(PreTrainedConfig):
     pooling: Literal["cls", "mean"] = "cls"
     initializer: Literal["trunc_normal", "variance_preserving"] = "trunc_normal"
     initializer_range: float = 0.02
+    simplified_functions: dict[str, list[str]] | None = None
 
     def __post_init__(self, **kwargs):
         kwargs["auto_map"] = {**(kwargs.get("auto_map") or {}), **AUTO_MAP}
@@ -158,6 +162,22 @@ class FlashKATConfig(PreTrainedConfig):
     def validate_start_tables(self):
         for name in (self.act1_init, self.act2_init):
             start_table(name)
+
+    def validate_simplified_functions(self):
+        acts = {f"{layer}.{act}" for layer in range(self.num_hidden_layers) for act in ("act1", "act2")}
+        for act, names in (self.simplified_functions or {}).items():
+            where = f"simplified_functions[{act!r}]"
+            if act not in acts:
+                raise ValueError(
+                    f"{where}: the activations are 0.act1, 0.act2 to {self.num_hidden_layers - 1}.act2"
+                )
+            if len(names) != self.num_groups:
+                raise ValueError(
+                    f"{where} must name a function for each of num_groups={self.num_groups}, not {len(names)}"
+                )
+            if unknown := sorted(set(names) - {"rational", *SIMPLE_FUNCTIONS}):
+                known = ", ".join(("rational", *SIMPLE_FUNCTIONS))
+                raise ValueError(f"{where}: unknown function {unknown[0]!r}; known are {known}")
 
     def _require(self, condition: bool, message: str, *names: str) -> None:
         if not condition:

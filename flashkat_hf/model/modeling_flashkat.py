@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .coefficients import second_moment
 from .configuration_flashkat import FlashKATConfig
 from .fusing import fused_attention, fused_block, fuses, fuses_attention, fusible, working_dtype
-from .layers import GRKANMlp, GroupRational
+from .layers import GRKANMlp, GroupRational, SimplifiedActivation
 from .mimetic import mimetic_weights
 
 # The default: as "sdpa", but by the kernel for short sequences where it wins (FlashKATAttention).
@@ -192,8 +192,9 @@ class FlashKATDropPath(nn.Module):
 class FlashKATLayer(GradientCheckpointingLayer):
     """Pre-norm block: x + attention(norm1(x)), then x + mlp(norm2(x))."""
 
-    def __init__(self, config: FlashKATConfig, drop_path_rate: float):
+    def __init__(self, config: FlashKATConfig, drop_path_rate: float, index: int = 0):
         super().__init__()
+        simplified = config.simplified_functions or {}
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = FlashKATAttention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -205,6 +206,8 @@ class FlashKATLayer(GradientCheckpointingLayer):
             act1_init=config.act1_init,
             act2_init=config.act2_init,
             dropout=config.hidden_dropout_prob,
+            act1_functions=simplified.get(f"{index}.act1"),
+            act2_functions=simplified.get(f"{index}.act2"),
         )
         self.drop_path = FlashKATDropPath(drop_path_rate)
 
@@ -294,6 +297,9 @@ class FlashKATPreTrainedModel(PreTrainedModel):
             numerator, denominator = module.start()
             init.copy_(module.numerator, numerator)
             init.copy_(module.denominator, denominator)
+        elif isinstance(module, SimplifiedActivation):
+            for name, start in module.start().items():
+                init.copy_(module.get_parameter(name), start)
         elif isinstance(module, GRKANMlp) and self.config.initializer == "variance_preserving":
             for act, linear in ((module.act1, module.fc1), (module.act2, module.fc2)):
                 init.normal_(linear.weight, std=(linear.in_features * second_moment(act.init)) ** -0.5)
@@ -315,7 +321,8 @@ class FlashKATModel(FlashKATPreTrainedModel):
         self.embeddings = FlashKATEmbeddings(config)
         last = max(config.num_hidden_layers - 1, 1)
         self.layers = nn.ModuleList(
-            FlashKATLayer(config, config.drop_path_rate * i / last) for i in range(config.num_hidden_layers)
+            FlashKATLayer(config, config.drop_path_rate * i / last, i)
+            for i in range(config.num_hidden_layers)
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
