@@ -160,20 +160,56 @@ class ImageData(Generic[SplitKind]):
 
 
 def open_image(image: Encoded, name: str | None = None) -> Image.Image:
-    """Return the whole image, upright and as RGB, as transformers' pipelines open it.
+    """Return the whole image, upright and as RGB: as transformers' pipelines do for 8-bit levels.
 
     Args:
         image: path, the bytes of a file, or an image, which is returned as RGB.
         name: what messages call it; default: the path.
 
     Raises:
-        DataError: the file is missing, truncated or no image; the message names it.
+        DataError: the file is missing, truncated or no image, or `upright_rgb` refuses it; the message
+            names it.
     """
     try:
         with header(image) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            return upright_rgb(opened)
     except Exception as error:  # PIL's decoders raise more than OSError for broken files
         raise unreadable(image, name, error) from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of any mode upright and as RGB; deep integers and floats are scaled to 255.
+
+    White is the largest integer of the file's depth (65,535 for 16 bits, 4,095 for 12), or 1.0.
+
+    Raises:
+        ValueError: floats outside of 0 to 1, or integers outside of the depth; it gives the range.
+    """
+    white = _white(image)
+    upright = ImageOps.exif_transpose(image)
+    if white is None:
+        return upright.convert("RGB")
+    values = numpy.asarray(upright)
+    low, high = values.min(), values.max()
+    kind = "floats" if image.mode == "F" else "integers"
+    if not (low >= 0 and high <= white):  # so that NaN is refused too
+        raise ValueError(f"its pixels are {kind} from {low} to {high}; 0 to {white} is expected")
+    if image.mode == "I" and image.format != "PPM" and 0 < high <= 255:
+        problem = f"its pixels are 32-bit integers from {low} to {high}, whose white may be 255 or {white}"
+        raise ValueError(f"{problem}; save it with 8 or 16 bits")
+    levels = numpy.rint(values * (255 / numpy.float64(white))).astype(numpy.uint8)
+    return Image.fromarray(levels).convert("RGB")
+
+
+def _white(image: Image.Image) -> int | None:
+    """Return the value of white where a level has more than 8 bits; None for PIL's other modes."""
+    if image.mode == "F":
+        return 1
+    if not (image.mode == "I" or image.mode.startswith("I;16")):
+        return None
+    tags = getattr(image, "tag_v2", {})  # of TIFF; PIL gives the numbers of the file as they are
+    bits, signed = tags.get(258, (16,))[0], 2 in tags.get(339, ())
+    return 2 ** (min(bits, 16) - signed * (bits <= 16)) - 1
 
 
 def header(image: Encoded) -> Image.Image:

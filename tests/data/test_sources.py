@@ -1,17 +1,31 @@
 """Every source of data, what is wrong with it, and how images are opened."""
 
+import io
 import json
+import struct
 import sys
 
 import numpy
 import pytest
-from data_helpers import CLASSES, add, encoded, image_dataset, write_folder, write_shards
+import torch
+from data_helpers import (
+    CLASSES,
+    PROCESSOR,
+    add,
+    encoded,
+    image_dataset,
+    image_file,
+    write_folder,
+    write_shards,
+)
 from PIL import Image
 from transformers.image_utils import load_image
 
+from flashkat_hf.data.augmentation import Augmentation, training_transform
 from flashkat_hf.data.digits import load_digits
 from flashkat_hf.data.image_folder import load_image_folder
-from flashkat_hf.data.samples import DataError, Partition, open_image
+from flashkat_hf.data.samples import DataError, Partition, Sample, open_image
+from flashkat_hf.data.seeding import seeded
 from flashkat_hf.data.sources import open_data
 
 
@@ -83,6 +97,77 @@ def test_images_are_opened_as_the_pipeline_opens_them(tmp_path, mode, orientatio
     opened = open_image(path)
     assert (opened.mode, opened.size) == ("RGB", (5, 7) if orientation == 6 else (7, 5))
     assert opened.tobytes() == load_image(str(path)).tobytes()
+
+
+RAMP = numpy.arange(64).reshape(8, 8) / 63  # black to white
+LEVELS = numpy.rint(RAMP * 255).astype("uint8")
+
+
+def deep_image(kind: str) -> bytes:
+    """A file of RAMP whose levels have more than 8 bits."""
+    sixteen = numpy.rint(RAMP * 65535).astype("uint16")
+    if kind == "12-bit TIFF":  # which PIL does not write: a header, and two levels in three bytes
+        rows = numpy.rint(RAMP * 4095).astype(int)
+        first, second = rows[:, ::2], rows[:, 1::2]
+        packed = numpy.stack((first >> 4, (first & 15) << 4 | second >> 8, second & 255), 2)
+        tags = [(256, 8), (257, 8), (258, 12), (259, 1), (262, 1), (273, 122), (277, 1), (278, 8), (279, 96)]
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+        return (
+            b"II*\0\x08\0\0\0" + struct.pack("<H", 9) + entries + bytes(4) + packed.astype("uint8").tobytes()
+        )
+    if kind == "PGM":
+        return b"P5 8 8 65535\n" + sixteen.astype(">u2").tobytes()
+    if kind == "float TIFF":
+        return image_file(Image.fromarray(RAMP.astype("float32")), "TIFF")
+    if kind == "int32 TIFF":
+        return image_file(Image.fromarray(sixteen.astype("int32")), "TIFF")
+    return image_file(Image.fromarray(sixteen), kind)
+
+
+@pytest.mark.parametrize(
+    "kind", ["PNG", "TIFF", "JPEG2000", "PGM", "12-bit TIFF", "int32 TIFF", "float TIFF"]
+)
+def test_levels_of_more_than_8_bits_are_scaled_by_their_depth(kind):
+    content = deep_image(kind)
+    opened = numpy.asarray(open_image(content)).astype(int)
+    assert opened.shape == (8, 8, 3)
+    assert numpy.array_equal(opened, numpy.stack([LEVELS] * 3, 2))
+    in_memory = Image.open(io.BytesIO(content))
+    if kind not in ("PGM", "12-bit TIFF"):  # pixels alone do not say their depth
+        assert numpy.array_equal(opened, open_image(in_memory))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (RAMP * 255, "its pixels are floats from 0.0 to 255.0; 0 to 1 is expected"),
+        (RAMP - 0.5, "its pixels are floats from -0.5 to 0.5; 0 to 1 is expected"),
+        (RAMP * numpy.nan, "its pixels are floats from nan to nan; 0 to 1 is expected"),
+        (RAMP * 2**20, "its pixels are integers from 0 to 1048576; 0 to 65535 is expected"),
+        (RAMP * 200, "its pixels are 32-bit integers from 0 to 200, whose white may be 255 or 65535; save"),
+    ],
+)
+def test_levels_of_an_unknown_range_are_refused(pixels, message):
+    floats = pixels.min() < 0 or pixels.max() in (255, 0.5) or numpy.isnan(pixels).any()
+    image = Image.fromarray(pixels.astype("float32" if floats else "int32"))
+    for form in (image, image_file(image, "TIFF")):
+        with pytest.raises(DataError, match=f"^cannot read the image x: {message}"):
+            open_image(form, "x")
+
+
+@pytest.mark.parametrize("where", ["nothing", "augmentation", "decoding"])
+def test_training_sees_16_bit_images_as_8_bit_ones(where):
+    """On each path: the one for GPUs leaves such files to the worker."""
+    recipe = Augmentation(crop_area=(1, 1), flip=0, rand_augment=None, erasing=0, on_device=where)
+    transform = training_transform(PROCESSOR, recipe)
+    deep, plain = deep_image("PNG"), image_file(Image.fromarray(LEVELS), "PNG")
+    pixels = []
+    for file in (deep, plain):
+        with seeded(0):
+            made = transform(Sample(file, 0, "x") if where != "nothing" else open_image(file))
+        pixels.append(made if where == "nothing" else made["pixel_values"])
+    assert pixels[0].float().std() > 0.1
+    assert torch.equal(*pixels)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, JpegImagePlugin
+from PIL import Image, JpegImagePlugin
 from torch import Tensor
 
 from ...messages import extra
-from ..samples import Encoded, Sample, header, unreadable
+from ..samples import Encoded, Sample, header, unreadable, upright_rgb
 from .records import GEOMETRIC, OPERATIONS, Box, EncodedCrops, Operation, Plan
 
 ORIENTATION = 0x0112  # EXIF's number of it
@@ -115,7 +115,7 @@ class WorkerPart:
                 # libjpeg leaves out what is not needed for a result at least as large as the crop's
                 least = width * self.size[1] // box.width, height * self.size[0] // box.height
                 image.draft(None, (least[1], least[0]) if turned else least)
-                image = ImageOps.exif_transpose(image).convert("RGB")
+                image = upright_rgb(image)
         except Exception as error:  # PIL's decoders raise more than OSError for broken files
             raise unreadable(sample.image, sample.name, error) from error
         pixels = self._cropped(image, box, image.width / width, image.height / height, filter_)
