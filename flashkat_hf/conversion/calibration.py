@@ -291,7 +291,7 @@ def find_images(source: str | Path) -> Sequence[Encoded]:
             and not any(part.startswith(".") for part in path.relative_to(root).parts)
         )
         if not images:
-            raise ValueError(f"{source} has no images ({', '.join(IMAGE_SUFFIXES)})")
+            raise ValueError(f"{source} has no images that Pillow reads")
     count = min(len(images), NUM_IMAGES)
     return [images[index * len(images) // count] for index in range(count)]
 

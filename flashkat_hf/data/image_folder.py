@@ -2,11 +2,16 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
 
-from ..messages import extra
+from transformers.utils import logging
+
+from ..messages import extra, one_line
 from .samples import (
     IMAGE_SUFFIXES,
     DataError,
@@ -17,10 +22,91 @@ from .samples import (
     check_classes,
     check_labels,
     header,
+    normalised,
     unreadable,
 )
 
+logger = logging.get_logger(__name__)
 FINGERPRINT_BYTES = 2**28  # up to so many the fingerprint reads the files, beyond it their names and sizes
+TEST_FOLDERS = ("val", "validation", "valid", "test")  # the first of them that exists holds the test split
+
+
+class Found(NamedTuple):
+    """An image below the folder of a class.
+
+    Attributes:
+        path: its path.
+        real: its path without links.
+        link: whether the file itself is a link.
+    """
+
+    path: str
+    real: str
+    link: bool
+
+
+class Placed(NamedTuple):
+    """The images of a class in a split."""
+
+    split: str
+    label: int
+    name: str
+    images: list[Found]
+
+
+@dataclass
+class Walk:
+    """A walk through the folders of the classes, which notes what it passes over.
+
+    Attributes:
+        linked: whether there are links.
+        others: number of files that are no images, by their suffix.
+        looping: links to a folder that holds them.
+        dangling: links that lead nowhere and are not named as images are.
+    """
+
+    linked: bool = False
+    others: Counter[str] = field(default_factory=Counter)
+    looping: list[str] = field(default_factory=list)
+    dangling: list[str] = field(default_factory=list)
+
+    def images(self, folder: str, above: tuple[str, ...]) -> Iterator[Found]:
+        """Yield the images below a folder; `above` has the real paths of the folders that lead to it."""
+        real = os.path.join(above[-1], os.path.basename(folder))
+        if os.path.islink(folder):
+            real, self.linked = os.path.realpath(folder), True
+            if any(os.path.commonpath([real, path]) == real for path in above):
+                self.looping.append(folder)
+                return
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise DataError(f"cannot read the folder {folder}: {one_line(error)}") from error
+        for entry in entries:
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                yield from self.images(entry.path, (*above, real))
+            elif suffix in IMAGE_SUFFIXES:
+                link = entry.is_symlink()
+                self.linked |= link
+                target = os.path.realpath(entry.path) if link else os.path.join(real, entry.name)
+                yield Found(entry.path, target, link)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                self.dangling.append(entry.path)
+            else:
+                self.others[suffix or "no suffix"] += 1
+
+    def report(self, root: Path) -> None:
+        """Say in warnings what was passed over in the image folder `root`."""
+        links = [("lead to a folder that holds them", self.looping), ("lead nowhere", self.dangling)]
+        for what, paths in links:
+            if paths:
+                logger.warning(f"passed over {len(paths)} links that {what}: {paths[0]}{and_more(paths)}")
+        if self.others:
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.others.most_common())
+            logger.warning(f"passed over {self.others.total()} files in {root} that are no images: {kinds}")
 
 
 def load_image_folder(
@@ -28,7 +114,9 @@ def load_image_folder(
 ) -> ImageData[Examples]:
     """Read `root/train/<class>/*` and `root/val/<class>/*`, with the header of every image checked.
 
-    Images may stand in sub-folders of a class's folder. Names that start with a dot are passed over.
+    `validation/`, `valid/` or `test/` serve where there is no `val/`. Images may stand in sub-folders of a
+    class's folder. Names that start with a dot are passed over, and with a warning files whose suffix Pillow
+    does not read, and links to a folder that holds them. Other links are followed.
 
     Args:
         root: the folder.
@@ -38,42 +126,91 @@ def load_image_folder(
 
     Raises:
         DataError: a folder is missing or has no images, there are fewer than two classes, the splits have
-            different classes, or a file is no image; the message names it.
+            different classes, a link gives an image a second class or split, a link leads nowhere, or a file
+            is no image; the message names it.
     """
-    root, names = Path(root), {}
+    root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root} is not a folder")
-    for split in ("train", "val"):
-        if not (root / split).is_dir():
-            raise DataError(
-                f"{root} must hold train/ and val/, with a sub-folder for each class; {split}/ is missing"
-            )
-        names[split] = sorted(path.name for path in (root / split).glob("[!.]*") if path.is_dir())
-    class_names = check_classes(names["train"], str(root / "train"))
-    for split, reference in (("train", "val"), ("val", "train")):
-        if only := sorted(set(names[split]) - set(names[reference])):
+    test = next((name for name in TEST_FOLDERS if (root / name).is_dir()), TEST_FOLDERS[0])
+    folders = {split: _class_folders(root, split) for split in ("train", test)}
+    class_names = check_classes(sorted(folders["train"]), str(root / "train"))
+    for split, reference in (("train", test), (test, "train")):
+        if only := sorted(folders[split].keys() - folders[reference].keys()):
             raise DataError(f"{root / split} has classes that {root / reference} has not: {', '.join(only)}")
-    splits = [_list_images(root / split, class_names, skip_corrupt) for split in ("train", "val")]
+    walk = Walk(linked=any((root / split).is_symlink() for split in folders))
+    found = [
+        Placed(split, label, name, _images(folders[split][name], walk))
+        for split in folders
+        for label, name in enumerate(class_names)
+    ]
+    if walk.linked:
+        _check_links(found)
+    if walk.dangling and not skip_corrupt:
+        link = walk.dangling[0]
+        more = and_more(walk.dangling)
+        raise DataError(f"{link} is a link to {os.readlink(link)}, which does not exist{more}")
+    if rank == 0:
+        walk.report(root)
+    parts = {split: [placed for placed in found if placed.split == split] for split in folders}
+    splits = [_examples(part, root / name, len(class_names), skip_corrupt) for name, part in parts.items()]
     paths = [str(path) for split in splits for path in split.images]
     if not skip_corrupt:
         _check_headers(paths[rank::world_size], show=rank == 0)
     return ImageData(splits[0], splits[1], class_names, _fingerprint(paths, root))
 
 
-def _list_images(folder: Path, class_names: list[str], skip_corrupt: bool) -> Examples:
-    images, labels = [], []
-    for label, name in enumerate(class_names):
-        paths = sorted(
-            os.path.join(parent, file)
-            for parent, _, files in os.walk(folder / name, followlinks=True)
-            for file in files
-            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
-        )
-        if not paths:
-            raise DataError(f"{folder / name} has no images ({', '.join(IMAGE_SUFFIXES)})")
-        images += paths
-        labels += [label] * len(paths)
-    return Examples(Paths(images), check_labels(labels, len(class_names), str(folder)), skip_corrupt)
+def is_image_folder(root: Path) -> bool:
+    """Return whether a folder has images in the folder of a class, whatever else stands beside them."""
+    classes = (path for path in (root / "train").glob("[!.]*") if path.is_dir())
+    return any(True for path in classes for _ in Walk().images(str(path), (os.path.realpath(path.parent),)))
+
+
+def _class_folders(root: Path, split: str) -> dict[str, list[Path]]:
+    """Return the folders of each class of a split; two may differ in how Unicode composes their name."""
+    if not (root / split).is_dir():
+        missing = f"{root} must hold train/ and val/, with a sub-folder for each class; {split}/ is missing"
+        raise DataError(missing)
+    folders: dict[str, list[Path]] = {}
+    for path in sorted((root / split).glob("[!.]*")):
+        if path.is_symlink() and not path.exists():
+            raise DataError(f"{path} is a link to {os.readlink(path)}, which does not exist")
+        if path.is_dir():
+            folders.setdefault(normalised(path.name, str(root / split)), []).append(path)
+    return folders
+
+
+def _images(folders: list[Path], walk: Walk) -> list[Found]:
+    """Return the images below the folders of a class, in the order of their paths."""
+    images = [image for path in folders for image in walk.images(str(path), (os.path.realpath(path.parent),))]
+    if not images:
+        raise DataError(f"{folders[0]} has no images")
+    return sorted(images)
+
+
+def _check_links(found: list[Placed]) -> None:
+    """Raise DataError if links give an image a second class or split.
+
+    Links to files outside of the folders of all classes may repeat: stores of files by their content do that.
+    """
+    places: dict[str, tuple[Placed, str]] = {}
+    for link in (False, True):
+        for placed in found:
+            for image in placed.images:
+                if image.link is not link:
+                    continue
+                other, path = places.get(image.real, (placed, ""))
+                if other is not placed:
+                    both = f"{other.split}/{other.name} and {placed.split}/{placed.name}"
+                    raise DataError(f"{path} and {image.path} are one file, which would be in {both}")
+                if not link:
+                    places[image.real] = placed, image.path
+
+
+def _examples(found: list[Placed], folder: Path, num_classes: int, skip_corrupt: bool) -> Examples:
+    paths = [image.path for placed in found for image in placed.images]
+    labels = [placed.label for placed in found for _ in placed.images]
+    return Examples(Paths(paths), check_labels(labels, num_classes, str(folder)), skip_corrupt)
 
 
 def _check_headers(paths: Sequence[str], show: bool) -> None:
@@ -95,9 +232,10 @@ def _header_error(path: str) -> str | None:
 
 def _fingerprint(paths: Iterable[str], root: Path) -> str:
     """Return SHA-256 of the files' names and sizes, and of their contents if they are small in all."""
-    files = [(os.path.relpath(path, root), os.path.getsize(path)) for path in paths]
-    digest = hashlib.sha256(repr(files).encode("utf-8", "surrogateescape"))
+    files = [(path, os.path.getsize(path) if os.path.exists(path) else -1) for path in paths]
+    names = [(os.path.relpath(path, root), size) for path, size in files]
+    digest = hashlib.sha256(repr(names).encode("utf-8", "surrogateescape"))
     if sum(size for _, size in files) <= FINGERPRINT_BYTES:
-        for name, _ in files:
-            digest.update(Path(root, name).read_bytes())
+        for path, size in files:
+            digest.update(Path(path).read_bytes() if size > 0 else b"")
     return digest.hexdigest()

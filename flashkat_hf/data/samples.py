@@ -2,6 +2,7 @@
 
 import io
 import os
+import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -13,7 +14,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..messages import one_line
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Formats that Pillow opens and that hold no pixels which it decodes by itself.
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+Image.init()
+IMAGE_SUFFIXES = tuple(
+    sorted(
+        suffix
+        for suffix, form in Image.registered_extensions().items()
+        if form == "MPO" or (form in Image.OPEN and form not in NO_PICTURES)
+    )
+)
 Transform = Callable[[Any], Any]  # from an RGB image, or a `Sample`, to what a batch has of it
 Encoded = str | Path | bytes | Image.Image  # a file's path, a file's bytes, or pixels
 
@@ -226,12 +236,12 @@ def unreadable(image: Encoded, name: str | None, error: Exception) -> DataError:
 
 
 def check_classes(class_names: Sequence[str], source: str) -> list[str]:
-    """Return the names as a list.
+    """Return the names as a list, `normalised`.
 
     Raises:
-        DataError: there are fewer than two, or two are the same.
+        DataError: there are fewer than two, two are the same, or one is no UTF-8.
     """
-    names = [str(name) for name in class_names]
+    names = [normalised(str(name), source) for name in class_names]
     if len(names) < 2:
         classes = f"only the class {names[0]}" if names else "no classes"
         raise DataError(f"{source} holds {classes}; at least two are needed")
@@ -239,6 +249,19 @@ def check_classes(class_names: Sequence[str], source: str) -> list[str]:
         repeated = sorted({name for name in names if names.count(name) > 1})
         raise DataError(f"{source} names a class twice: {', '.join(repeated)}")
     return names
+
+
+def normalised(name: str, source: str) -> str:
+    """Return a class name with its characters composed (Unicode's NFC), as keyboards write them.
+
+    Raises:
+        DataError: the name of a folder is no UTF-8.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the class name {name!a} in {source} is no UTF-8; rename it") from error
+    return unicodedata.normalize("NFC", name)
 
 
 def check_labels(labels: Iterable[int], num_classes: int, source: str) -> array:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .digits import load_digits
 from .hub_datasets import is_saved, open_dataset
-from .image_folder import load_image_folder
+from .image_folder import is_image_folder, load_image_folder
 from .samples import DataError, ImageData
 from .shards import is_shards, open_shards
 
@@ -40,10 +40,10 @@ def open_data(
     """Return the training and the test split of a source, checked.
 
     Args:
-        source: None or "digits": scikit-learn's digits. A folder with `train/` and `val/`, of a folder for
-            each class: `load_image_folder`. A folder or brace pattern of tar files: WebDataset,
-            `shards.open_shards`. A folder that `datasets` saved, a folder of Parquet files, or a Hub id:
-            `hub_datasets.open_dataset`.
+        source: None or "digits": scikit-learn's digits. A folder with images in `train/` and `val/`, in a
+            folder for each class, whatever stands beside them: `load_image_folder`. A folder or brace pattern
+            of tar files: WebDataset, `shards.open_shards`. A folder that `datasets` saved, a folder of
+            Parquet files, or a Hub id: `hub_datasets.open_dataset`.
         rank: index of this process; processes share the checks.
         world_size: number of processes.
         streaming: read a data set of `datasets` as a stream. WebDataset always is one.
@@ -74,11 +74,13 @@ def open_data(
         return load_digits()
     text, path = os.fspath(source), Path(source)
     shared: dict[str, Any] = {**named, "skip_corrupt": skip_corrupt, "buffer": shuffle_buffer}
-    if is_shards(text):
+    pictures = is_image_folder(path)
+    if not pictures and is_shards(text):
         _refuse(f"{text} holds WebDataset shards, which take", of_datasets)
         return open_shards(text, show=rank == 0, **shared)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.exists() and not path.parent.exists()
-    if on_hub or (path.is_dir() and (is_saved(path) or any(any(path.glob(pattern)) for pattern in PARQUET))):
+    parquet = not pictures and any(any(path.glob(pattern)) for pattern in PARQUET)
+    if on_hub or (path.is_dir() and (is_saved(path) or parquet)):
         return open_dataset(text, streaming=streaming, world_size=world_size, **of_datasets, **shared)
     _refuse(f"{text} is no data set of datasets, and image folders take", of_any)
     return load_image_folder(source, rank, world_size, skip_corrupt)

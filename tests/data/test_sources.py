@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from data_helpers import (
     CLASSES,
+    PLAIN,
     PROCESSOR,
     add,
     encoded,
@@ -22,6 +24,7 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from flashkat_hf.data.augmentation import Augmentation, training_transform
+from flashkat_hf.data.batches import EvalBatches
 from flashkat_hf.data.digits import load_digits
 from flashkat_hf.data.image_folder import load_image_folder
 from flashkat_hf.data.samples import DataError, Partition, Sample, open_image
@@ -174,7 +177,7 @@ def test_training_sees_16_bit_images_as_8_bit_ones(where):
     ("damage", "message"),
     [
         (
-            lambda root: (root / "val").rename(root / "test"),
+            lambda root: (root / "val").rename(root / "held_out"),
             "ROOT must hold train/ and val/.* val/ is missing",
         ),
         (
@@ -207,6 +210,145 @@ def test_bad_folders(folder, damage, message):
     with pytest.raises(DataError, match=message.replace("ROOT", str(folder))) as caught:
         load_image_folder(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings of loading a folder."""
+    lines: list[str] = []
+    monkeypatch.setattr("flashkat_hf.data.image_folder.logger.warning", lines.append)
+    return lines
+
+
+@pytest.mark.parametrize("target", ["..", "../..", ".", "../cat", "loop"])
+def test_a_link_to_a_folder_that_holds_it_is_passed_over(folder, warnings, target):
+    link = folder / "train" / "cat" / "loop"
+    link.symlink_to(target)
+    data = load_image_folder(folder, skip_corrupt=True)
+    assert list(data.train.labels) == [0, 0, 1, 1]
+    assert all(
+        f"/{'cat' if label == 0 else 'dog'}/" in data.train[i].name for i, label in enumerate([0, 0, 1, 1])
+    )
+    assert len(warnings) == 1
+    assert warnings[0].endswith(f": {link}")
+
+
+def test_two_linked_folders_that_hold_each_other(folder, tmp_path_factory):
+    """Outside of the data set: each image is taken once."""
+    pools = [tmp_path_factory.mktemp(name) for name in ("one", "other")]
+    for pool, other in zip(pools, reversed(pools), strict=True):
+        (pool / "more").symlink_to(other)
+        (pool / "7.png").write_bytes(encoded(7))
+    (folder / "train" / "cat" / "pool").symlink_to(pools[0])
+    data = load_image_folder(folder)
+    assert [path.rpartition("cat/")[2] for path in data.train.images][:4] == [
+        "0.png", "1.png", "pool/7.png", "pool/more/7.png"
+    ]  # fmt: skip
+    assert list(data.train.labels) == [0] * 4 + [1] * 2
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "message"),
+    [
+        ("train/cat/more", "../dog", "train/cat/more/0.png .*in train/cat and train/dog"),
+        ("train/cat/more", "../../val", "in train/cat and val/cat"),
+        ("train/cat/9.png", "../../val/cat/1.png", "val/cat/1.png and ROOT/train/cat/9.png are one file"),
+        ("train/dog/9.png", "../cat/1.png", "train/cat/1.png and ROOT/train/dog/9.png are one file"),
+        ("validation", "train", "in train/cat and validation/cat"),
+        ("train/cat/9", "nowhere", "^ROOT/train/cat/9 is a link to nowhere, which does not exist$"),
+        ("train/cow", "nowhere", "^ROOT/train/cow is a link to nowhere, which does not exist$"),
+        ("train/cat/9.png", "/no/x.png", "^cannot read the image .*/train/cat/9.png: No such file or directory$"),
+    ],
+)  # fmt: skip
+def test_links_that_would_mix_up_classes_or_splits_or_lead_nowhere(folder, link, target, message):
+    if link == "validation":
+        (folder / "val").rename(folder / "old")
+    (folder / link).symlink_to(target)
+    with pytest.raises(DataError, match=message.replace("ROOT", str(folder))) as caught:
+        load_image_folder(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_links_that_lead_nowhere_are_skipped_with_skip_corrupt(folder, warnings):
+    (folder / "train" / "cat" / "9.png").symlink_to("/nowhere/annex/x.png")
+    (folder / "train" / "cat" / "9").symlink_to("/nowhere/annex")
+    data = open_data(folder, skip_corrupt=True)
+    batches = EvalBatches(data.train, PLAIN, batch_size=8)
+    assert [len(batch["labels"]) for batch in batches] == [4]
+    assert list(batches.corrupt) == [str(folder / "train" / "cat" / "9.png")]
+    assert warnings == [f"passed over 1 links that lead nowhere: {folder / 'train' / 'cat' / '9'}"]
+
+
+def test_links_to_classes_and_to_files_elsewhere(folder, tmp_path_factory):
+    """A store of files by their content may have one file for two images."""
+    store = tmp_path_factory.mktemp("store")
+    (folder / "train" / "cat").rename(store / "cats")
+    (folder / "train" / "cat").symlink_to(store / "cats")
+    (store / "0f3a").write_bytes(encoded(9))
+    for place in ("train/dog", "val/dog"):
+        (folder / place / "9.png").symlink_to(store / "0f3a")
+    data = load_image_folder(folder)
+    assert list(data.train.labels) == [0, 0, 1, 1, 1]
+    assert list(data.test.labels) == [0, 0, 1, 1, 1]
+
+
+def test_hidden_folders_are_passed_over_and_other_files_are_counted(folder, warnings):
+    hidden = folder / "train" / "dog" / ".ipynb_checkpoints"
+    hidden.mkdir()
+    (hidden / "0-checkpoint.png").write_bytes(encoded(0))
+    for name in ("a.txt", "b.TXT", "c.mp4", "README", ".DS_Store"):
+        (folder / "train" / "cat" / name).touch()
+    data = load_image_folder(folder)
+    assert len(data.train) == 4
+    kinds = "2 .txt, 1 .mp4, 1 no suffix"
+    assert sorted(warnings[0].rpartition(": ")[2].split(", ")) == sorted(kinds.split(", "))
+    assert warnings[0].startswith(f"passed over 4 files in {folder} that are no images: 2 .txt, ")
+    load_image_folder(folder, rank=1, world_size=2)
+    assert len(warnings) == 1
+
+
+@pytest.mark.parametrize("suffix", ["gif", "avif", "jfif", "jp2", "tga", "JPE", "pgm"])
+def test_what_pillow_reads_is_read(folder, suffix):
+    path = folder / "train" / "cat" / f"9.{suffix}"
+    Image.new("L", (16, 16), 200).save(path)
+    data = load_image_folder(folder)
+    assert list(data.train.labels) == [0, 0, 0, 1, 1]
+    assert abs(open_image(data.train[2].image).getpixel((0, 0))[0] - 200) < 3
+
+
+@pytest.mark.parametrize("name", ["test", "valid", "validation"])
+def test_other_names_of_the_test_folder(folder, name):
+    (folder / "val").rename(folder / name)
+    data = open_data(folder)
+    assert [path.split("/")[-3] for path in data.test.images] == [name] * 4
+    for later in ("test", "valid"):  # ImageNet's folder has one without labels
+        (folder / later).mkdir(exist_ok=True)
+    if name == "validation":
+        assert list(open_data(folder).test.images) == list(data.test.images)
+
+
+@pytest.mark.parametrize("stray", ["images.tar", "train/cat.tar", "index.parquet", "train/index.parquet"])
+def test_an_archive_or_a_parquet_file_beside_an_image_folder(folder, stray):
+    (folder / stray).touch()
+    assert len(open_data(folder).train) == 4
+
+
+def test_class_names_that_unicode_composes_in_two_ways(folder):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    (folder / "train" / "cat").rename(folder / "train" / composed)
+    (folder / "val" / "cat").rename(folder / "val" / decomposed)
+    (folder / "val" / composed).mkdir()
+    (folder / "val" / composed / "2.png").write_bytes(encoded(2))
+    data = load_image_folder(folder)
+    assert data.class_names == [composed, "dog"]
+    assert list(data.test.labels) == [0, 0, 0, 1, 1]
+
+
+def test_a_class_name_that_is_no_utf_8_is_refused(folder):
+    for split in ("train", "val"):
+        (folder / split / "cat").rename(os.fsdecode(os.fsencode(folder / split) + b"/caf\xe9"))
+    with pytest.raises(DataError, match=r"^the class name 'caf\\udce9' in .*/train is no UTF-8; rename it$"):
+        load_image_folder(folder)
 
 
 def test_missing_folder(tmp_path):

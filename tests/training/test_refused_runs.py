@@ -79,7 +79,7 @@ def damage_classes(root: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda root: (root / "val").rename(root / "test"), "val/ is missing"),
+        (lambda root: (root / "val").rename(root / "held_out"), "val/ is missing"),
         (lambda root: [path.unlink() for path in (root / "train" / "red").iterdir()], "red has no images"),
         (
             lambda root: [(root / split / "red").rename(root / split[0]) for split in ("train", "val")],
