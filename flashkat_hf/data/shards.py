@@ -1,9 +1,9 @@
 """WebDataset shards: tar files of images and labels, read from one end to the other (extra `train`).
 
-A sample is an image and its label: `name.jpg` and `name.cls`, or `name.json` with the field "label". The
-order of an epoch is the shards in random order, one after the other, cut into equal parts; each worker reads
-its part through a shuffle buffer. So all images are shared out fairly whatever the number of shards, and a
-worker reads at most one shard more than it has images for.
+A sample is an image and its label: `name.jpg` and `name.cls`, or `name.json` with the field "label"; its
+name ends at the last dot. The order of an epoch is the shards in random order, one after the other, cut into
+equal parts; each worker reads its part through a shuffle buffer. So all images are shared out fairly whatever
+the number of shards, and a worker reads at most one shard more than it has images for.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import os
 import random
 import re
 import tarfile
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -87,11 +88,13 @@ def labelled(sample: dict[str, Any], class_names: Sequence[str]) -> Sample:
     Raises:
         DataError: it has no label, or none of these classes.
     """
-    image = next(key for key in sample if f".{key}" in IMAGE_SUFFIXES)
-    name = f"{sample['__url__']}/{sample['__key__']}.{image}"
+    images = [key for key in sample if f".{key}" in IMAGE_SUFFIXES]
+    name = f"{sample['__url__']}/{sample['__key__']}.{images[0]}"
+    if len(images) > 1:
+        raise DataError(f"{name} has a second image of the same name, .{images[1]}; a sample has one image")
     try:
         label = sample["cls"].decode().strip() if "cls" in sample else json.loads(sample["json"])["label"]
-        index = int(label) if str(label).isdecimal() else list(class_names).index(label)
+        index = _index(label, class_names)
     except (KeyError, TypeError, ValueError) as error:
         has_label = "cls" in sample or "json" in sample
         problem = "its label is none of the class names" if has_label else "it has none"
@@ -99,7 +102,28 @@ def labelled(sample: dict[str, Any], class_names: Sequence[str]) -> Sample:
         raise DataError(f"no label for {name}: {problem}, {expected}") from error
     if index >= len(class_names):
         raise DataError(f"label {index} of {name} is not one of the {len(class_names)} classes")
-    return Sample(sample[image], index, name)
+    return Sample(sample[images[0]], index, name)
+
+
+def _index(label: Any, class_names: Sequence[str]) -> int:
+    """Return the index of a label: a text is a class name or, where no class name is a number, an index.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(label, str):
+        text = unicodedata.normalize("NFC", label)
+        if text in class_names or not text.isdecimal() or any(map(str.isdecimal, class_names)):
+            return list(class_names).index(text)
+    elif not isinstance(label, int) or isinstance(label, bool) or label < 0:
+        raise ValueError(f"{label} is no index")
+    return int(label)
+
+
+def split_name(path: str) -> tuple[str, str] | tuple[None, None]:
+    """Return a file's name without its last suffix, and the suffix; None where it is hidden or has none."""
+    stem, suffix = os.path.splitext(path)
+    return (stem, suffix[1:]) if suffix and not os.path.basename(path).startswith(".") else (None, None)
 
 
 def is_shards(source: str) -> bool:
@@ -157,7 +181,7 @@ def open_shards(
     }
     for split, shards in splits.items():
         if not shards.num_images:
-            raise DataError(f"the {split} shards of {source} have no images ({', '.join(IMAGE_SUFFIXES)})")
+            raise DataError(f"the {split} shards of {source} have no images that Pillow reads")
     counts = [(os.path.basename(url), size) for url, size in sizes.items()]
     file_sizes = [os.path.getsize(url) for url in sizes if os.path.exists(url)]
     fingerprint = hashlib.sha256(repr([classes, counts, file_sizes]).encode()).hexdigest()
@@ -174,7 +198,7 @@ def read_shard(url: str) -> Iterator[dict[str, Any]]:
     try:
         with wds.gopen(url) as stream:
             files = tar.tar_file_expander([{"url": url, "stream": stream}])
-            for sample in tar.group_by_keys(files):
+            for sample in tar.group_by_keys(files, keys=split_name):
                 if any(f".{key}" in IMAGE_SUFFIXES for key in sample):
                     yield sample
     except (OSError, ValueError, tarfile.TarError) as error:
@@ -197,14 +221,16 @@ def _sizes(urls: list[str], known: dict[str, int], class_names: list[str], show:
 
 def _count(path: str, class_names: list[str]) -> int:
     """Return the number of samples that `read_shard` finds, and check their labels; images are not read."""
-    split, count = extra("webdataset.tariterators").base_plus_ext, 0
+    count = 0
     try:
         with tarfile.open(path) as tar:
             members = (file for file in tar if file.isreg() and not SPECIAL.match(file.name))
-            files = [(*split(member.name), member) for member in members]
-            for key, group in groupby((file for file in files if file[0]), key=lambda file: file[0]):
+            files = [(*split_name(member.name), member) for member in members]
+            for key, group in groupby((file for file in files if file[1]), key=lambda file: file[0]):
                 sample: dict[str, Any] = {"__url__": path, "__key__": key}
                 for _, suffix, member in group:
+                    if suffix.lower() in sample:
+                        raise DataError(f"{path} has two files {key}.{suffix.lower()}")
                     content = tar.extractfile(member) if suffix.lower() in ("cls", "json") else None
                     sample[suffix.lower()] = content.read() if content else b""
                 if any(f".{suffix}" in IMAGE_SUFFIXES for suffix in sample):
