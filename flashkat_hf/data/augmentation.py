@@ -14,9 +14,12 @@ from ..messages import extra
 from .gpu.augmentation import BatchAugmentation
 from .gpu.planning import WorkerPart
 from .options import SIGNS, Augmentation
-from .samples import Transform
+from .samples import DataError, Transform
 
 __all__ = ["SIGNS", "Augmentation", "batch_transform", "evaluation_transform", "training_transform"]
+
+
+MOST_ASPECT = 64  # longer side over shorter side of an image that is resized whole
 
 
 def training_transform(processor, augmentation: Augmentation) -> Transform:
@@ -75,7 +78,7 @@ def _moves(processor, augmentation: Augmentation, size: tuple[int, int]) -> Tran
     """Scale as evaluation does, move a little, then go on with the recipe."""
     transforms = extra("torchvision.transforms")
     bilinear, bicubic = transforms.InterpolationMode.BILINEAR, transforms.InterpolationMode.BICUBIC
-    scaled = transforms.Resize(_resized(processor), bicubic)
+    scaled = LimitedResize(_resized(processor), bicubic)
     moved = transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=bilinear)
     flip = transforms.RandomHorizontalFlip(augmentation.flip)
     _, rand_augment, normalise = _timm_transform(processor, augmentation, size, separate=True)
@@ -113,7 +116,53 @@ def evaluation_transform(processor) -> Transform:
     interpolation = transforms.InterpolationMode(Image.Resampling(int(processor.resample)).name.lower())
     cropped = [transforms.CenterCrop((crop["height"], crop["width"]))] if processor.do_center_crop else []
     normalised = [transforms.ToTensor(), transforms.Normalize(processor.image_mean, processor.image_std)]
-    return transforms.Compose([transforms.Resize(resized, interpolation), *cropped, *normalised])
+    window = (crop["height"], crop["width"]) if processor.do_center_crop else None
+    return transforms.Compose([LimitedResize(resized, interpolation, window), *cropped, *normalised])
+
+
+class LimitedResize:
+    """torchvision's Resize to a shorter side or a size, which does not make what a center crop throws away.
+
+    A long thin image would become huge: 20,000 x 1 pixels at a shorter side of 256 are 1.3 billion. Where one
+    side is more than `MOST_ASPECT` times the other, the crop's part is cut out first, then resized.
+    """
+
+    def __init__(self, size: int | tuple[int, int], interpolation: Any, crop: tuple[int, int] | None = None):
+        self.resize = extra("torchvision.transforms").Resize(size, interpolation)
+        self.crop = crop
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the resized image, or the middle of one that is long and thin.
+
+        Raises:
+            DataError: one side is more than `MOST_ASPECT` times the other, and no crop follows.
+        """
+        size = self.resize.size
+        if not isinstance(size, int) or max(image.size) <= MOST_ASPECT * min(image.size):
+            return self.resize(image)
+        if self.crop is None:
+            raise too_long(image, size)
+        short, long = sorted(image.size)
+        axis, whole = image.size.index(long), size * long // short  # as torchvision rounds it
+        part = min(self.crop[1 - axis], whole)
+        scale = long / whole
+        start = round((whole - part) / 2) * scale  # as torchvision rounds it
+        margin = 4 * max(1.0, scale)  # pixels beside the part that its border is resized from
+        low, high = max(0, int(start - margin)), min(long, int(start + part * scale + margin) + 1)
+        first, last = start - low, start + part * scale - low
+        resample = Image.Resampling[self.resize.interpolation.name]
+        if axis == 0:
+            strip = image.crop((low, 0, high, short))
+            return strip.resize((part, size), resample, (first, 0, last, short))
+        strip = image.crop((0, low, short, high))
+        return strip.resize((size, part), resample, (0, first, short, last))
+
+
+def too_long(image: Image.Image, side: int) -> DataError:
+    """Return the error for a long thin image whose shorter side would become `side`, all of it."""
+    long = side * max(image.size) // min(image.size)
+    shape = f"{image.width} x {image.height} pixels would become {long} x {side}"
+    return DataError(f"{shape}; one side may be at most {MOST_ASPECT} times the other")
 
 
 def _resized(processor) -> Any:
@@ -132,4 +181,8 @@ _SETTINGS = (
 def _process(
     processor, image: Image.Image
 ) -> Tensor:  # of the module: workers started afresh can unpickle it
+    size = processor.size or {}
+    side = size.get("shortest_edge") if getattr(processor, "do_resize", True) else None
+    if side and not size.get("longest_edge") and max(image.size) > MOST_ASPECT * min(image.size):
+        raise too_long(image, side)
     return processor(image, return_tensors="pt")["pixel_values"][0]

@@ -120,7 +120,7 @@ def _index(label: Any, class_names: Sequence[str]) -> int:
     return int(label)
 
 
-def split_name(path: str) -> tuple[str, str] | tuple[None, None]:
+def split_name(path: str) -> tuple[Any, Any]:
     """Return a file's name without its last suffix, and the suffix; None where it is hidden or has none."""
     stem, suffix = os.path.splitext(path)
     return (stem, suffix[1:]) if suffix and not os.path.basename(path).startswith(".") else (None, None)

@@ -134,13 +134,21 @@ def _prepare(sample: Sample, transform: Transform, skip_corrupt: bool) -> dict[s
     """Return the transformed image and its label; for a corrupt image that may be skipped, only a message."""
     try:
         takes_sample = getattr(transform, "takes_sample", False)
-        transformed = transform(sample if takes_sample else open_image(sample.image, sample.name))
+        transformed = transform(sample) if takes_sample else _transformed(sample, transform)
     except DataError as error:
         if not skip_corrupt:
             raise
         return {"corrupt": {sample.name: str(error)}}
     item = transformed if isinstance(transformed, dict) else {"pixel_values": transformed}
     return {**item, "labels": sample.label, "corrupt": {}}
+
+
+def _transformed(sample: Sample, transform: Transform) -> Any:
+    image = open_image(sample.image, sample.name)
+    try:
+        return transform(image)
+    except DataError as error:
+        raise DataError(f"cannot use the image {sample.name}: {error}") from error
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

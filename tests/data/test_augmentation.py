@@ -23,8 +23,9 @@ from flashkat_hf.data.augmentation import (
     evaluation_transform,
     training_transform,
 )
+from flashkat_hf.data.batches import EvalBatches
 from flashkat_hf.data.gpu import augmentation as gpu_augmentation
-from flashkat_hf.data.samples import Sample
+from flashkat_hf.data.samples import DataError, Examples, Sample
 from flashkat_hf.data.seeding import seeded
 
 SIZES = [(500, 375), (333, 257), (257, 1001), (31, 45), (224, 224), (225, 227), (601, 402), (1, 1), (7, 300)]
@@ -46,6 +47,49 @@ def test_evaluation_is_timms_to_the_pixel(size, crop):
     for width, height in SIZES:
         image = noise(width, height)
         assert torch.equal(ours(image), timms(image)), (width, height)
+
+
+@pytest.mark.parametrize("size", [(900, 6), (3, 333), (2000, 30), (401, 7), (7, 400), (5000, 4000)])
+@pytest.mark.parametrize("crop", [0.875, 1.0])
+def test_a_long_image_is_cropped_first_to_the_same_pixels(monkeypatch, size, crop):
+    pixels = numpy.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=numpy.uint8)
+    image, transform = Image.fromarray(pixels), evaluation_transform(make_image_processor(56, crop=crop))
+    results = []
+    for aspect in (1, 1000):
+        monkeypatch.setattr(augmentation, "MOST_ASPECT", aspect)
+        results.append(transform(image))
+    assert results[0].shape == (3, 56, 56)
+    assert (results[0] - results[1]).abs().max() < 1.01 / 255 / 0.22  # a level
+    assert (results[0] != results[1]).float().mean() < 0.005
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000)])
+def test_only_the_middle_of_a_long_thin_image_is_made(monkeypatch, size):
+    """Its resized form would have 1.3 billion pixels; other ways to resize say so."""
+    made, resize = [], Image.Image.resize
+
+    def noted(image, shape, *arguments, **options):
+        made.append(shape)
+        return resize(image, shape, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    ramp = Image.fromarray(numpy.linspace(0, 255, 20_000).astype("uint8").reshape(size[::-1]))
+    levels = evaluation_transform(make_image_processor(224))(ramp.convert("RGB")) * 0.229 + 0.485
+    assert max(map(max, made)) <= 256
+    assert abs(levels[0].mean() * 255 - 127) < 1
+    message = f"{size[0]} x {size[1]} pixels would become 1[68]0000 x [89]; one side may be at most 64 times"
+    for data in (training_transform(make_image_processor(8), SIGNS), evaluation_transform(uncropped())):
+        batches = EvalBatches(Examples([ramp], [0]), data, batch_size=1)
+        with pytest.raises(
+            DataError, match=f"^cannot use the image number 0 of the images: {message} the other$"
+        ):
+            list(batches)
+
+
+def uncropped():
+    processor = make_image_processor(8, crop=1.0)
+    processor.do_center_crop = False
+    return processor
 
 
 def test_evaluation_of_a_vit_squashes_as_its_own_processor():
@@ -223,7 +267,7 @@ def test_posterize_without_bits(on_device):
 
 
 def test_auto_is_decided_by_device_recipe_and_source(monkeypatch):
-    monkeypatch.setattr(augmentation, "decodes", lambda device: device.index == 0)
+    monkeypatch.setattr("flashkat_hf.data.gpu.decoding.decodes", lambda device: device.index == 0)
     cpu, gpu, other = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
     resolved = [Augmentation().resolved(device, False).on_device for device in (cpu, gpu, other)]
     assert resolved == ["nothing", "decoding", "augmentation"]
