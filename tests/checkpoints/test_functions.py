@@ -14,8 +14,8 @@ import torch
 from helpers import micro_config
 from torch import nn
 
-import flashkat_hf
 from flashkat_hf import FlashKATForImageClassification, FlashKATModel, GroupRational, SimplifiedActivation
+from flashkat_hf import functions as public_functions
 from flashkat_hf.checkpoints.functions import LearnedFunction, model_functions
 from flashkat_hf.checkpoints.functions_formats import FORMATS, latex, write_functions
 from flashkat_hf.checkpoints.functions_inputs import assumed_inputs, noise_images
@@ -279,7 +279,7 @@ def test_noise_has_the_spectrum_of_photographs():
 
 def test_names_and_selection():
     model = FlashKATForImageClassification(micro_config())
-    functions = flashkat_hf.functions.model_functions(model)
+    functions = public_functions.model_functions(model)
     assert len(functions) == 2 * 2 * 8
     assert functions[11].label == "layer0_act2_group3"
     assert functions[11].module == "flashkat.layers.0.mlp.act2"
