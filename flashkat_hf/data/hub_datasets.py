@@ -11,25 +11,44 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from ..messages import extra, one_line
-from .samples import DataError, Examples, ImageData, Partition, Sample, check_classes, check_labels
+from .samples import (
+    DataError,
+    Examples,
+    ImageData,
+    Partition,
+    Sample,
+    Unusable,
+    and_more,
+    check_classes,
+    check_labels,
+    normalised,
+)
 
 TEST_SPLITS = ("validation", "val", "test")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")  # where no column says that it has classes
+NO_LABEL = Unusable("its row has no label")
 STREAM_SHARDS = 64  # of a saved data set that is streamed, for each process
 
 
 @dataclass(frozen=True)
 class Column(Sequence):
-    """The images of a map-style data set, not decoded: the bytes of files, or paths."""
+    """The images of a map-style data set, not decoded: the bytes of files, or paths.
+
+    Attributes:
+        dataset: `datasets.Dataset` of undecoded images.
+        name: of its column.
+        unlabelled: rows without a label, whose images cannot be used.
+    """
 
     dataset: Any
     name: str
+    unlabelled: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> bytes | str:  # type: ignore[override]
-        return _encoded(self.dataset[int(index)][self.name])
+    def __getitem__(self, index: int) -> bytes | str | Unusable:  # type: ignore[override]
+        return NO_LABEL if index in self.unlabelled else _encoded(self.dataset[int(index)][self.name])
 
 
 @dataclass(frozen=True)
@@ -79,15 +98,20 @@ class DatasetStream:
         dataset.set_epoch(shuffle[1] if shuffle else 0)  # last: each step before makes a data set of epoch 0
         image_column, label_column = self.columns
         for number, row in enumerate(dataset):  # of a worker's own part, which datasets takes by itself
-            image = _encoded(row[image_column])
-            name = image if isinstance(image, str) else row[image_column].get("path") or f"number {number}"
-            yield Sample(image, self._index(row[label_column], name), f"{name} of {self.name}")
+            name = (row[image_column] or {}).get("path") or f"number {number}"
+            label, name = row[label_column], f"{name} of {self.name}"
+            if _missing(label):
+                if not self.skip_corrupt:
+                    raise DataError(f"{name} has no label")
+                yield Sample(NO_LABEL, 0, name)
+            else:
+                yield Sample(_encoded(row[image_column]), self._index(label, name), name)
 
     def _index(self, label: Any, name: str) -> int:
-        index = self.indices.get(label, -1) if isinstance(label, str) else -1 if label is None else int(label)
+        value = _value(label, name)
+        index = self.indices.get(value, -1) if isinstance(value, str) else value
         if not 0 <= index < len(self.indices):
-            known = f"one of the {len(self.indices)} classes"
-            raise DataError(f"{self.name}: label {label} of {name} is not {known}")
+            raise DataError(f"label {label} of {name} is not one of the {len(self.indices)} classes")
         return index
 
 
@@ -134,11 +158,11 @@ def open_dataset(
     train, test = (
         part.select_columns(list(columns)).cast_column(columns[0], image) for part in (train, test)
     )
-    classes = _classes(train, test, columns[1], source, names, class_names)
+    classes, bare = _classes(train, test, columns[1], source, names, class_names)
 
     def split(part: Any, size: int | None, name: str) -> Any:
         if not streaming:
-            return _examples(part, columns, classes, name, skip_corrupt)
+            return _examples(part, columns, classes, bare, name, skip_corrupt)
         indices = {text: index for index, text in enumerate(classes)}
         return DatasetStream(part, columns, indices, size, name, skip_corrupt, buffer)
 
@@ -187,12 +211,37 @@ def _columns(features: Any, source: str, image: str | None, label: str | None) -
         if given is None and len(names) != 1:
             columns = f"several {kind} columns ({', '.join(names)})" if names else f"no {kind} column"
             raise DataError(f"{source} has {columns}; name one of {', '.join(features)} ({kind}_column)")
-    return image or images[0], label or labels[0]
+    columns = image or images[0], label or labels[0]
+    for kind, name, fits in zip(("images", "labels"), columns, (_holds_images, _holds_labels), strict=True):
+        if not fits(features[name]):
+            holds = getattr(features[name], "dtype", None) or type(features[name]).__name__
+            raise DataError(
+                f"the column {name} of {source} holds no {kind} but {holds}; it has {', '.join(features)}"
+            )
+    return columns
+
+
+def _holds_images(feature: Any) -> bool:
+    """Return whether a column has images, files' bytes or paths, or pixels."""
+    if isinstance(feature, dict):  # as `datasets` writes images
+        return {"bytes", "path"} >= feature.keys()
+    names = ("string", "large_string", "binary", "large_binary")
+    datasets = extra("datasets")
+    return isinstance(feature, (datasets.Image, datasets.List)) or getattr(feature, "dtype", None) in names
+
+
+def _holds_labels(feature: Any) -> bool:
+    datasets = extra("datasets")
+    if not isinstance(feature, datasets.Value):
+        return isinstance(feature, datasets.ClassLabel)
+    return feature.dtype.startswith(("int", "uint", "float", "bool", "string", "large_string"))
 
 
 def _classes(
     train: Any, test: Any, column: str, source: str, splits: tuple[str, str], given: Sequence[str] | None
-) -> list[str]:
+) -> tuple[list[str], bool]:
+    """Return the class names, and whether they are the numbers that the column has as labels."""
+    bare = False
     names = [getattr(part.features[column], "names", None) for part in (train, test)]
     if given is None and names[0] != names[1]:
         only = sorted(set(names[0] or ()) ^ set(names[1] or ()))
@@ -201,27 +250,40 @@ def _classes(
     if given is None and names[0] is None:
         if not hasattr(train, "to_iterable_dataset"):
             raise DataError(f"the column {column} of {source} has no class names; give them (class_names)")
-        labels = set(train[column])
-        if None in labels:
-            raise DataError(f"{splits[0]} of {source} has images without a label")
-        texts = all(isinstance(label, str) for label in labels)
-        given = sorted(labels) if texts else [str(i) for i in range(max(map(int, labels), default=-1) + 1)]
-    return check_classes(given or names[0] or (), source)
+        of = f"{splits[0]} of {source}"
+        values = {_value(label, of) for label in train.unique(column) if not _missing(label)}
+        bare = not any(isinstance(value, str) for value in values)
+        if negative := sorted(value for value in values if isinstance(value, int) and value < 0):
+            raise DataError(f"label {negative[0]} of {of} is negative")
+        given = [str(value) for value in sorted(values)]
+    return check_classes(given or names[0] or (), source), bare
 
 
 def _examples(
-    part: Any, columns: tuple[str, str], classes: list[str], name: str, skip_corrupt: bool
+    part: Any, columns: tuple[str, str], classes: list[str], bare: bool, name: str, skip_corrupt: bool
 ) -> Examples:
+    """Return a split; `bare` says that its labels are the classes' names written as numbers, no indices."""
     if not len(part):
         raise DataError(f"{name} has no images")
     labels = list(part[columns[1]])
-    indices = {text: index for index, text in enumerate(classes)}
-    if isinstance(labels[0], str):
-        if unknown := sorted(set(labels) - indices.keys()):
-            raise DataError(f"{name} has classes that the training split has not: {', '.join(unknown)}")
-        labels = [indices[label] for label in labels]
-    checked = check_labels([-1 if label is None else label for label in labels], len(classes), name)
-    return Examples(Column(part, columns[0]), checked, skip_corrupt, name)
+    missing = [index for index, label in enumerate(labels) if _missing(label)]
+    if missing and not skip_corrupt:
+        raise DataError(f"number {missing[0]} of {name} has no label{and_more(missing)}")
+    known = {text: index for index, text in enumerate(classes)}
+    indices = dict.fromkeys(missing, 0)
+    unknown = set()
+    for index, label in enumerate(labels):
+        if index not in indices:
+            value = _value(label, f"number {index} of {name}")
+            by_name = bare or isinstance(value, str)
+            indices[index] = known.get(str(value), -1) if by_name else int(value)
+            if by_name and str(value) not in known:
+                unknown.add(str(value))
+    if unknown:
+        raise DataError(f"{name} has classes that the training split has not: {', '.join(sorted(unknown))}")
+    indices = [indices[index] for index in range(len(labels))]
+    images = Column(part, columns[0], frozenset(missing))
+    return Examples(images, check_labels(indices, len(classes), name), skip_corrupt, name)
 
 
 def _size(part: Any) -> int | None:
@@ -231,8 +293,37 @@ def _size(part: Any) -> int | None:
     return splits[name].num_examples if name in splits else None
 
 
-def _encoded(value: dict[str, Any]) -> bytes | str:
-    return value["bytes"] if value["bytes"] is not None else value["path"]
+def _missing(label: Any) -> bool:
+    return label is None or label != label  # NaN
+
+
+def _value(label: Any, name: str) -> int | str:
+    """Return a label as a text, composed as class names are, or as a whole number.
+
+    Raises:
+        DataError: it is neither; a float may be a whole number.
+    """
+    if isinstance(label, str):
+        return normalised(label, name)
+    if isinstance(label, int) or (isinstance(label, float) and label.is_integer()):
+        return int(label)
+    raise DataError(f"label {label} of {name} is neither a text nor a whole number")
+
+
+def _encoded(value: dict[str, Any] | None) -> bytes | str | Unusable:
+    """Return a row's image as the bytes of a file, or as the path of one on this machine."""
+    if value is None or (value["bytes"] is None and value["path"] is None):
+        return Unusable("its row has no image")
+    if value["bytes"] is not None:
+        return value["bytes"]
+    path = value["path"]
+    if "://" not in path:
+        return path
+    try:
+        with extra("datasets.utils.file_utils").xopen(path, "rb") as file:  # any file system of fsspec
+            return file.read()
+    except Exception as error:  # file systems' errors have no common class
+        return Unusable(f"{path}: {one_line(error)}")
 
 
 def _fingerprint(source: str, revision: str | None, parts: tuple) -> str:

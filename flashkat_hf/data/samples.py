@@ -25,11 +25,20 @@ IMAGE_SUFFIXES = tuple(
     )
 )
 Transform = Callable[[Any], Any]  # from an RGB image, or a `Sample`, to what a batch has of it
-Encoded = str | Path | bytes | Image.Image  # a file's path, a file's bytes, or pixels
 
 
 class DataError(ValueError):
     """Data that a user has to mend; the message is one line and names the image, file or folder."""
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """What a row has in place of an image, and why; to be skipped like an image that cannot be read."""
+
+    reason: str
+
+
+Encoded = str | Path | bytes | Image.Image | Unusable  # a file's path, a file's bytes, or pixels
 
 
 class Sample(NamedTuple):
@@ -224,6 +233,8 @@ def _white(image: Image.Image) -> int | None:
 
 def header(image: Encoded) -> Image.Image:
     """Return the image with its size and mode, its pixels not decoded yet."""
+    if isinstance(image, Unusable):
+        raise ValueError(image.reason)
     if isinstance(image, Image.Image):
         return image.copy()  # the caller closes what it gets
     return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)

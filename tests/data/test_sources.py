@@ -744,5 +744,124 @@ def test_a_data_set_without_splits_and_one_that_is_damaged(splits, tmp_path):
 
 def test_a_stream_names_an_image_without_a_class(splits, tmp_path):
     save(bad_splits("unlabelled", splits), tmp_path)
-    with pytest.raises(DataError, match="label -1 of number 0 is not one of the 3 classes"):
+    with pytest.raises(DataError, match=r"label -1 of number 0 of .* is not one of the 3 classes"):
         list(open_data(tmp_path, streaming=True).test.samples(None, Partition()))
+
+
+def labelled_rows(labels: list, kind: str, images: list | None = None):
+    """A split of images 0, 1, ... with such labels, or with such images."""
+    import datasets
+
+    files = [{"bytes": encoded(number), "path": None} for number in range(len(labels))]
+    features = {"image": datasets.Image(), "number": datasets.Value("int64"), "label": datasets.Value(kind)}
+    columns = {"image": images or files, "number": [0] * len(labels), "label": labels}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "names"),
+    [
+        ("int64", [7, 1000, 7, 1000], ["7", "1000"]),
+        ("int64", [2, 0, 1, 0], ["0", "1", "2"]),
+        ("float32", [1.0, 0.0, 1.0, 0.0], ["0", "1"]),
+        ("bool", [True, False, True, True], ["0", "1"]),
+        ("string", ["b", "cafe\u0301", "caf\u00e9", "b"], ["b", "caf\u00e9"]),
+    ],
+)
+def test_a_column_of_labels_makes_the_classes_that_it_has(tmp_path, kind, labels, names):
+    part = labelled_rows(labels, kind)
+    save({"train": part, "validation": part}, tmp_path)
+    data = open_data(tmp_path)
+    assert data.class_names == names
+    expected = [v.replace("e\u0301", "\u00e9") if isinstance(v, str) else str(int(v)) for v in labels]
+    assert [names[label] for label in data.test.labels] == expected
+    if max(map(len, names)) == 1 or kind == "string":  # a stream takes numbers as indices
+        stream = open_data(tmp_path, streaming=True, class_names=names).test
+        assert [names[sample.label] for sample in stream.samples(None, Partition())] == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "options", "message"),
+    [
+        ("float32", [0.0, 0.5], {}, "label 0.5 of train of ROOT is neither a text nor a whole number"),
+        ("int64", [0, -1], {}, "label -1 of train of ROOT is negative"),
+        ("int64", [0, 1], {"image_column": "number"},
+         "the column number of ROOT holds no images but int64; it has image, number, label"),
+        ("int64", [0, 1], {"label_column": "image"},
+         "the column image of ROOT holds no labels but PIL.Image.Image; it has image, number, label"),
+        ("int64", [0, None, 1], {}, "number 1 of train of ROOT has no label"),
+        ("float64", [0, None, float("nan"), 1], {}, "number 1 of train of ROOT has no label, and 1 more"),
+    ],
+)  # fmt: skip
+def test_columns_that_cannot_be_used(tmp_path, kind, labels, options, message):
+    part = labelled_rows(labels, kind)
+    save({"train": part, "validation": part}, tmp_path)
+    for streaming in (False, True) if options else (False,):
+        with pytest.raises(DataError, match=f"^{message.replace('ROOT', str(tmp_path))}$"):
+            open_data(tmp_path, streaming=streaming, **options)
+
+
+def test_classes_that_only_the_test_split_has(tmp_path):
+    save({"train": labelled_rows([7, 9], "int64"), "validation": labelled_rows([7, 8], "int64")}, tmp_path)
+    with pytest.raises(
+        DataError, match=f"^validation of {tmp_path} has classes that the training .* not: 8$"
+    ):
+        open_data(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_cannot_be_used_are_named_and_skipped(monkeypatch, streaming):
+    images = [
+        {"bytes": encoded(0), "path": None},
+        None,
+        {"bytes": b"", "path": None},
+        {"bytes": None, "path": "/nowhere/x.png"},
+        {"bytes": encoded(4), "path": None},
+        {"bytes": encoded(5), "path": None},
+        {"bytes": None, "path": "nowhere://x.png"},
+    ]
+    part = labelled_rows([0, 1, 0, 1, None, 1, 0], "int64", images)
+    parts = {"train": part, "validation": part}  # not saved: datasets would read the files
+    monkeypatch.setattr("flashkat_hf.data.hub_datasets._load", lambda *arguments: parts)
+    monkeypatch.setattr("flashkat_hf.data.hub_datasets._fingerprint", lambda *arguments: "x")
+    options = {"class_names": ["ant", "bee"], "streaming": streaming}
+    data = open_data("owner/pictures", skip_corrupt=True, **options)
+    batches = EvalBatches(data.test, PLAIN, batch_size=7)
+    assert [batch["labels"].tolist() for batch in batches] == [[0, 1]]
+    of = "of validation of owner/pictures"
+    names = [f"number {number} {of}" for number in (1, 2, 3, 4, 6)]
+    names[2] = "/nowhere/x.png"
+    if streaming:
+        names[2], names[4] = f"/nowhere/x.png {of}", f"nowhere://x.png {of}"
+    assert list(batches.corrupt) == names
+    reasons = [message.partition(": ")[2] for message in batches.corrupt.values()]
+    assert reasons[:2] == ["its row has no image", "not a known image format"]
+    assert reasons[3] == "its row has no label"
+    assert reasons[4].startswith("nowhere://x.png: ")
+    with pytest.raises(DataError, match=r"has no label|its row has no image"):
+        list(EvalBatches(open_data("owner/pictures", **options).test, PLAIN, batch_size=7))
+
+
+def test_a_stream_of_files_on_a_file_system_of_fsspec(monkeypatch):
+    import datasets
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    for split, first in (("train", 0), ("validation", 2)):
+        for number, name in enumerate(("ant", "bee"), first):
+            with files.open(f"/pictures/{split}/{name}/0.png", "wb") as file:
+                file.write(encoded(number))
+    places = {split: f"memory://pictures/{split}/**" for split in ("train", "validation")}
+    whole = datasets.load_dataset("imagefolder", data_files=places, streaming=True)
+    monkeypatch.setattr("flashkat_hf.data.hub_datasets._load", lambda *arguments: whole)
+    monkeypatch.setattr("flashkat_hf.data.hub_datasets._fingerprint", lambda *arguments: "x")
+    data = open_data("owner/pictures", streaming=True, train_size=2, test_size=2)
+    samples = list(data.test.samples(None, Partition()))
+    assert sorted((open_image(s.image).getpixel((0, 0))[0], s.label) for s in samples) == [(2, 0), (3, 1)]
+    assert "pictures/validation/ant/0.png" in samples[0].name
+    files.rm("/pictures/validation/ant/0.png")
+    batches = EvalBatches(data.test, PLAIN, batch_size=2)
+    with pytest.raises(
+        DataError, match=r"^cannot read the image memory://.*ant/0.png of validation of owner/"
+    ):
+        list(batches)
