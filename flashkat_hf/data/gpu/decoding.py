@@ -3,7 +3,8 @@
 Why not a library: beside matrix products on an H200, `nvjpeg.py` decodes 20,530 images/s, nvImageCodec 0.9
 6,829 and torchvision 0.26 6,617; alone 27,306, 16,750 and 20,618 (benchmarks/results/decoding.jsonl, by
 `bench_decoding.py`). torchcodec for that PyTorch was not at hand. For the few files that the GPU's own
-decoders do not know, torchvision's deprecated `decode_jpeg` serves: nvImageCodec is as fast there, and a package more.
+decoders do not know, torchvision's deprecated `decode_jpeg` serves: nvImageCodec is as fast there, and a
+package more.
 """
 
 import functools
