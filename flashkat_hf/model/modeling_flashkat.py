@@ -152,7 +152,7 @@ class FlashKATAttention(nn.Module):
         query, key, value = packed.unbind()
         name = self.config._attn_implementation or "eager"
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            name if len(hidden_states) else "eager",  # transformers' others take no empty batch
+            name if hidden_states.shape[0] else "eager",  # transformers' others take no empty batch
             eager_attention_forward,
         )
         mixed, weights = attention_interface(
@@ -415,7 +415,7 @@ def image_classification_loss(labels: Tensor, logits: Tensor, config: FlashKATCo
     probabilities for a multi-label problem, and notes so in the config.
     """
     if config.problem_type is None and config.num_labels == 1:
-        return nn.functional.mse_loss(logits.squeeze(-1).float(), labels.reshape(len(logits)).float())
+        return nn.functional.mse_loss(logits.squeeze(-1).float(), labels.reshape(logits.shape[0]).float())
     if config.problem_type not in (None, "single_label_classification"):
         return LOSS_MAPPING["ForImageClassification"](labels, logits, config)
     if labels.shape != (logits.shape if labels.is_floating_point() else logits.shape[:1]):
