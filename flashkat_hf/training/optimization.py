@@ -1,9 +1,7 @@
 """All that changes the weights: parameter groups, optimiser, schedule, mixed labels, averages; all timm's."""
 
-import random
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -13,19 +11,17 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
+from ..data.seeding import seed_generators
 from ..messages import extra
 from .recipe import Settings
 
 UNDECAYED = ("*cls_token", "*position_embeddings", "*pos_embed")  # and what has one dimension: biases, norms
-COEFFICIENTS = ("*.numerator", "*.denominator")
+COEFFICIENTS = ("*.numerator", "*.denominator", "*.coefficients")  # the last of simplified activations
 
 
 def seed_update(seed: int, rank: int, step: int) -> None:
     """Seed Python, NumPy and PyTorch for one update, so that a resumed run draws what a whole one does."""
-    words = np.random.SeedSequence((seed, rank, step)).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    torch.manual_seed(int(words[2]))
+    seed_generators(seed, rank, step)
 
 
 def parameter_groups(
