@@ -1,4 +1,4 @@
-"""What the package says to its user: errors in one line, warnings, missing packages."""
+"""The package's words to its user: errors in one line, warnings, missing packages."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""What to measure, how large, how often; and what is refused before anything is timed."""
+"""The settings of a run of the paper's experiments, checked before anything is timed."""
 
 import argparse
 import shutil

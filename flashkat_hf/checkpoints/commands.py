@@ -25,7 +25,7 @@ from .loading import load_checkpoint
 
 @dataclass(frozen=True)
 class Images:
-    """What a command sees of a source of images.
+    """Images of one source, as a command needs them.
 
     Attributes:
         batches: pixel values to measure inputs with.
@@ -40,7 +40,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Opener:
-    """How images are opened: `folder(source, model, processor)`, and `image(path)` for one."""
+    """The two functions that open images: `folder(source, model, processor)`, and `image(path)` for one."""
 
     folder: Callable[[str, Any, Any], Images]
     image: Callable[[str], Any]

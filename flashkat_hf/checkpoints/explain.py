@@ -1,4 +1,4 @@
-"""What a prediction rests on: attention rollout, and integrated gradients by captum."""
+"""Maps of the pixels that a prediction rests on: attention rollout, and integrated gradients by captum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How learned functions are drawn: a panel for each activation, a shared legend, a picture or a page.
+"""Pictures of learned functions: a panel for each activation, a shared legend, a picture or a page.
 
 matplotlib is imported when a figure is made, and its `pyplot` never.
 """

@@ -1,4 +1,4 @@
-"""What the activations of a model meet: a histogram of each group's inputs."""
+"""The inputs that the activations of a model meet: a histogram for each group of channels."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

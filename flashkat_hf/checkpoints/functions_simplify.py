@@ -41,7 +41,7 @@ POINTS = 256  # that a fit looks at
 
 @dataclass(frozen=True)
 class Choice:
-    """What became of one function.
+    """The replacement of one function by a simpler one, or the decision to keep it.
 
     Attributes:
         before: the function of the model.

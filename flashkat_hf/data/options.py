@@ -1,4 +1,4 @@
-"""What training does to an image, as options; reading them needs no PyTorch."""
+"""The options of augmentation; reading them needs no PyTorch."""
 
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training does to an image; the defaults are KAT's recipe, and each field says what it does."""
+    """Augmentation of training images; the defaults are KAT's recipe, and each field says what it does."""
 
     crop: str = option(
         "random",

@@ -33,7 +33,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Unusable:
-    """What a row has in place of an image, and why; to be skipped like an image that cannot be read."""
+    """A row without a usable image, with the reason; it is skipped like an image that cannot be read."""
 
     reason: str
 
@@ -139,7 +139,7 @@ class Stream(Protocol):
 
     @property
     def start_method(self) -> str | None:
-        """How `multiprocessing` is to start worker processes; None: as the platform does."""
+        """The way to start worker processes, by its name in `multiprocessing`; None: the platform's."""
         ...
 
     def most_workers(self, world_size: int) -> int:

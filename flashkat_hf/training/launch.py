@@ -1,4 +1,4 @@
-"""What `accelerate launch` and its config ask for, in variables of the environment: obeyed, or refused."""
+"""The wishes of `accelerate launch` and its config, in environment variables: obeyed, or refused."""
 
 import os
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""How far a run or an evaluation is: tqdm's bar on a terminal, a line a minute elsewhere."""
+"""The progress of a run or an evaluation: tqdm's bar on a terminal, a line a minute elsewhere."""
 
 import sys
 import time

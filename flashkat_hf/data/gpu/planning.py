@@ -80,7 +80,7 @@ def drawing(rand_augment) -> Any:
 
 
 class WorkerPart:
-    """What a worker process does to one encoded image, before a `BatchAugmentation`."""
+    """A worker process's transform of one encoded image, before a `BatchAugmentation`."""
 
     takes_sample = True
 

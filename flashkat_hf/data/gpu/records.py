@@ -33,7 +33,7 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What augmentation does to the images of a batch, float32.
+    """The augmentation of a batch's images as numbers, float32.
 
     Attributes:
         number: `(batch, layers)`, of an `Operation`.
