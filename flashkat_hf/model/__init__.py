@@ -1,1 +1,1 @@
-"""The files that a checkpoint carries: the formula, its kernels, operators, layers, the config and the model."""
+"""The files of a checkpoint: the formula, its kernels, operators, layers, the config and the model."""
