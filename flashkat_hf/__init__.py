@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .checkpoints.image_processor import make_image_processor
     from .conversion.calibration import calibrate
     from .conversion.conversion import convert
+    from .graphs import graphed_forward, graphed_step
     from .model.coefficients import START_TABLES
     from .model.configuration_flashkat import FlashKATConfig
     from .model.layers import GRKANMlp, GroupRational, SimplifiedActivation
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         FlashKATPreTrainedModel,
     )
     from .model.op_rational import rational
+    from .training.graphed_trainer import GraphedTrainer
 
 __all__ = [
     "START_TABLES",
@@ -30,11 +32,14 @@ __all__ = [
     "FlashKATModel",
     "FlashKATPreTrainedModel",
     "GRKANMlp",
+    "GraphedTrainer",
     "GroupRational",
     "SimplifiedActivation",
     "__version__",
     "calibrate",
     "convert",
+    "graphed_forward",
+    "graphed_step",
     "make_image_processor",
     "rational",
 ]
@@ -44,6 +49,8 @@ __getattr__ = imported_at_first_use(
         "make_image_processor": ".checkpoints.image_processor",
         "calibrate": ".conversion.calibration",
         "convert": ".conversion.conversion",
+        "graphed_forward": ".graphs",
+        "graphed_step": ".graphs",
         "START_TABLES": ".model.coefficients",
         "FlashKATConfig": ".model.configuration_flashkat",
         "GRKANMlp": ".model.layers",
@@ -53,6 +60,7 @@ __getattr__ = imported_at_first_use(
         "FlashKATModel": ".model.modeling_flashkat",
         "FlashKATPreTrainedModel": ".model.modeling_flashkat",
         "rational": ".model.op_rational",
+        "GraphedTrainer": ".training.graphed_trainer",
     },
 )
 

@@ -18,6 +18,7 @@ TOP = {"__init__", "__main__", "cli", "functions", "registration"}
 SHARED = {
     "_version",
     "files",
+    "graphs",
     "hub_errors",
     "lazy",
     "messages",

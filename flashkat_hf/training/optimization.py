@@ -58,7 +58,21 @@ def make_optimizer(model: nn.Module, settings: Settings, device: torch.device) -
 class Schedule:
     """timm's cosine with a linear warm-up, by epoch or by update; a function of where the run stands."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, settings: Settings, updates_per_epoch: int):
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        settings: Settings,
+        updates_per_epoch: int,
+        device: torch.device | None = None,
+    ):
+        """Prepare a schedule.
+
+        Args:
+            optimizer: its groups' learning rates are set.
+            settings: the run's.
+            updates_per_epoch: of the run.
+            device: where the rates are, as tensors that a CUDA graph can read; default: numbers.
+        """
         self.optimizer = optimizer
         self.by_epoch = settings.schedule == "epoch"
         self.updates_per_epoch = updates_per_epoch
@@ -71,20 +85,27 @@ class Schedule:
             warmup_lr_init=settings.warmup_learning_rate,
         )
 
+        groups = optimizer.param_groups
+        self.tensors = [torch.zeros((), device=device) for _ in groups] if device else []
+
     def set(self, epoch: int, update: int) -> float:
         """Set every group's learning rate for update `update` of epoch `epoch`, and return the highest."""
         self.cosine.step(epoch * self.unit + (0 if self.by_epoch else update))
-        return self.rate
+        rate = self.rate
+        for group, tensor in zip(self.optimizer.param_groups, self.tensors, strict=False):
+            group["lr"] = tensor.fill_(group["lr"])
+            group["capturable"] = True
+        return rate
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate of the groups; on a GPU it waits for the device."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def curve(self, num_steps: int) -> list[tuple[int, float]]:
         """Return step and rate of at most 2,000 updates of a run that has ended."""
         steps = range(0, num_steps, -(-num_steps // 2000))
         return [(step + 1, self.set(*divmod(step, self.updates_per_epoch))) for step in steps]
-
-    @property
-    def rate(self) -> float:
-        """The highest learning rate of the groups."""
-        return max(group["lr"] for group in self.optimizer.param_groups)
 
 
 class Mixing:

@@ -26,6 +26,8 @@ class Plan:
     sharded: bool  # the weights are spread over the processes (FSDP)
     compiled: bool  # the training pass goes through torch.compile
     compile_mode: str | None  # of torch.compile; None is its default
+    replicated: bool  # on GPUs, each of which has all the weights
+    graphed: bool  # updates are replayed as CUDA graphs
 
     def describe(self, data: ImageData) -> dict[str, Any]:
         """Return what settings.json says of a run: settings, decisions, and which data it has."""
@@ -47,7 +49,12 @@ def resolve(settings: Settings, accelerator: Accelerator) -> Plan:
     """Return the plan of a run, if its batches can be shared out; the settings stay as they are."""
     micro_batch, accumulate = micro_batches(settings, accelerator.num_processes, accumulation())
     told, mode = dynamo()
-    compiled = told or accelerator.device.type == "cuda" if settings.compile is None else settings.compile
+    kinds = DistributedType.NO, DistributedType.MULTI_GPU
+    replicated = accelerator.device.type == "cuda" and accelerator.distributed_type in kinds
+    serve = replicated and not settings.gradient_checkpointing  # CUDA graphs
+    compiled = settings.compile
+    if compiled is None:
+        compiled = told or (accelerator.device.type == "cuda" and not serve)
     if mode != "default" and not compiled:
         raise ValueError(
             f"accelerate's dynamo_mode {mode} is for a compiled run, which this is not; --compile true"
@@ -63,7 +70,9 @@ def resolve(settings: Settings, accelerator: Accelerator) -> Plan:
         workers=worker_processes(settings),
         sharded=accelerator.distributed_type == DistributedType.FSDP,
         compiled=compiled,
-        compile_mode=compile_mode(settings, accelerator, accumulate, mode),
+        compile_mode=compile_mode(mode, serve and settings.cuda_graphs),
+        replicated=replicated,
+        graphed=serve and settings.cuda_graphs,
     )
 
 
@@ -100,25 +109,15 @@ def worker_processes(settings: Settings) -> int:
     return min(1, max(0, share - 1)) if settings.in_memory else min(16, max(1, share))
 
 
-def compile_mode(
-    settings: Settings, accelerator: Accelerator, accumulate: int, told: str = "default"
-) -> str | None:
-    """Return torch.compile's mode, with CUDA graphs where they serve: the host has time for the batches then.
-
-    They do not serve where gradients accumulate: a replay writes where those of the replay before are. `told`
-    is the mode that accelerate was told.
+def compile_mode(told: str, graphed: bool) -> str | None:
+    """Return torch.compile's mode, without CUDA graphs of its own, for the mode that accelerate was told.
 
     Raises:
         ValueError: accelerate was told to use graphs where they do not serve.
     """
-    replicated = accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
-    serve = replicated and accelerator.device.type == "cuda" and accumulate == 1
-    graphs = serve and settings.cuda_graphs
-    if told == "max-autotune":
-        return told if graphs else "max-autotune-no-cudagraphs"
-    if told == "reduce-overhead" and not graphs:
+    if told == "reduce-overhead" and not graphed:
         raise ValueError(
-            "accelerate's dynamo_mode reduce-overhead replays CUDA graphs, which need a GPU, no accumulation,"
-            " no FSDP and --cuda_graphs true"
+            "accelerate's dynamo_mode reduce-overhead replays CUDA graphs, which need a GPU, no FSDP,"
+            " no --gradient_checkpointing and --cuda_graphs true"
         )
-    return "reduce-overhead" if graphs else None
+    return "max-autotune-no-cudagraphs" if told == "max-autotune" else None

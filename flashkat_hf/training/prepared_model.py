@@ -6,8 +6,10 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
-from torch import nn
+from torch import Tensor, nn
 
+from ..graphs import GraphedCall, GraphedStep
+from ..messages import warn
 from ..model.modeling_flashkat import FlashKATLayer
 from .optimization import AveragedWeights, make_optimizer, whole_weights
 from .plan import Plan
@@ -19,6 +21,7 @@ class PreparedModel:
     def __init__(self, plan: Plan, accelerator: Accelerator, model: nn.Module, processor: Any):
         settings, device = plan.settings, accelerator.device
         self.accelerator = accelerator
+        self.settings = settings
         self.processor = processor
         dtype = getattr(torch, settings.save_dtype)
         copied = plan.sharded or dtype != torch.float32
@@ -35,7 +38,11 @@ class PreparedModel:
             for block in model.modules():
                 if isinstance(block, FlashKATLayer):
                     block.compile(mode=plan.compile_mode)
-        self.module, self.optimizer = accelerator.prepare(model, optimizer)
+        if plan.graphed:  # without DDP, whose hooks a graph does not run: `reduce_gradients` does its work
+            self.module = accelerator.prepare_model(model, evaluation_mode=True)
+            self.optimizer = accelerator.prepare(optimizer)
+        else:
+            self.module, self.optimizer = accelerator.prepare(model, optimizer)
         for name in (
             "forward",
             "_original_forward",
@@ -46,6 +53,59 @@ class PreparedModel:
         self.forward = self.module  # of the training pass
         if plan.compiled and not plan.sharded:
             self.forward = torch.compile(self.module, dynamic=False, mode=plan.compile_mode)
+        self.graphed = plan.graphed
+        self.reduces = plan.graphed and plan.num_processes > 1
+        self.step: GraphedStep | None = None  # captured with the first batch
+        self.finish = GraphedCall(self._change_weights, self._replays)
+
+    def add_gradients(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Add the gradients of a micro-batch; return its loss, a scalar on the device.
+
+        Args:
+            images: `(micro_batch, channels, height, width)` on the device.
+            targets: class probabilities `(micro_batch, classes)`.
+        """
+        batch = {"pixel_values": images, "labels": targets}
+        if self.graphed and self.step is None:
+            try:
+                self.step = GraphedStep(self.accelerator.unwrap_model(self.module), batch, self._pass)
+            except ValueError as error:
+                warn(f"{error}; launching kernels")
+                self.graphed = False
+        if self.step:
+            return self.step(**batch)
+        with self.accelerator.accumulate(self.module):
+            return self._pass(batch)
+
+    def _pass(self, batch: dict[str, Tensor]) -> Tensor:
+        with self.accelerator.autocast():
+            loss = self.forward(**batch).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def reduce_gradients(self) -> None:
+        """Average the gradients over the processes, where the backward pass has not."""
+        if self.reduces:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            torch.distributed.all_reduce(flat, torch.distributed.ReduceOp.AVG)
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def update(self) -> None:
+        """Change the weights by the gradients, and the averaged ones by the weights."""
+        self.finish()
+
+    def _replays(self) -> bool:
+        return self.step is not None and self.step.holds_gradients()
+
+    def _change_weights(self) -> None:
+        if self.settings.clip_norm:
+            self.accelerator.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
+        self.optimizer.step()
+        if self.average:
+            self.average.update(self.accelerator.unwrap_model(self.module))
 
     def whole(self, module: nn.Module) -> nn.Module:
         """Return the model as it is saved, with a module's weights; all processes must ask.

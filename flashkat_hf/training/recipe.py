@@ -110,8 +110,8 @@ class Settings:
     label_smoothing: float = setting(0.1, "part of each label that is spread over all", BELOW_ONE)
     ema_decay: float | None = setting(None, "of averaged weights, evaluated too; default: none", BELOW_ONE)
     precision: Literal["no", "bf16"] | None = setting(None, "default: accelerate's, else bf16 on a GPU")
-    compile: bool | None = setting(None, "torch.compile; default: on a GPU")
-    cuda_graphs: bool = setting(True, "replay a compiled step if nothing is accumulated; takes memory", FREE)
+    compile: bool | None = setting(None, "torch.compile; default: on a GPU without CUDA graphs")
+    cuda_graphs: bool = setting(True, "replay each update on a GPU, the same bits in less time", FREE)
     seed: int = setting(0, "of weights, order, augmentation, mixing and stochastic depth", SEED)
     # what is shown and kept
     evaluate_epochs: int = setting(1, "evaluate after so many epochs, and after the last", COUNT)

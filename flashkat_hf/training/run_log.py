@@ -44,8 +44,8 @@ def describe(
     precision = {"no": "float32", "bf16": "bfloat16 beside float32 weights"}.get(
         plan.precision, plan.precision
     )
-    compiled = ", compiled" if plan.compiled else ""
-    yield f"device: {plan.num_processes} x {name}, {precision}{compiled}, {plan.workers} workers each"
+    ways = ", compiled" * plan.compiled + ", CUDA graphs" * plan.graphed
+    yield f"device: {plan.num_processes} x {name}, {precision}{ways}, {plan.workers} workers each"
     parts = f"{plan.num_processes} x {plan.accumulate} x {plan.micro_batch}"
     epochs = f"{settings.epochs} epochs of {feed.updates_per_epoch:,}"
     yield f"training: {num_steps:,} updates ({epochs}), {settings.batch_size} images each ({parts})"

@@ -58,7 +58,8 @@ class Trainer:
         self.settings = self.plan.settings
         self.main = self.accelerator.is_main_process
         self.agreement = Agreement(self.accelerator.num_processes)
-        self.schedule = Schedule(self.model.optimizer, self.settings, self.feed.updates_per_epoch)
+        device = self.accelerator.device if self.plan.replicated else None
+        self.schedule = Schedule(self.model.optimizer, self.settings, self.feed.updates_per_epoch, device)
         self.mixing = Mixing(self.settings, len(self.data.class_names))
         self.log = RunLog(self.accelerator, self.folder)
         self.meter = Meter(self.accelerator.device)
@@ -109,36 +110,27 @@ class Trainer:
 
     def _update(self, batches: Iterator[dict[str, Tensor]]) -> None:
         """Update the weights once, from `accumulate` batches of each process."""
-        settings, accelerator, progress, meter = self.settings, self.accelerator, self.progress, self.meter
-        model, accumulate = self.model, self.plan.accumulate
-        seed_update(settings.seed, accelerator.process_index, progress.step)
+        settings, progress, meter, model = self.settings, self.progress, self.meter, self.model
+        seed_update(settings.seed, self.accelerator.process_index, progress.step)
         rate = self.schedule.set(progress.epoch, progress.update)
-        total = torch.zeros((), device=accelerator.device)
-        taken = True
-        for _ in range(accumulate):
+        total = torch.zeros((), device=self.accelerator.device)
+        for _ in range(self.plan.accumulate):
             with meter.waiting():
                 batch = next(batches)
-            with meter.stepping(), accelerator.accumulate(model.module):
+            with meter.stepping():
                 images, targets = self.mixing(batch["pixel_values"], batch["labels"])
-                with accelerator.autocast():
-                    loss = model.forward(pixel_values=images, labels=targets).loss
-                accelerator.backward(loss)
-                total += loss.detach() / accumulate
-                if accelerator.sync_gradients:
-                    if settings.clip_norm:
-                        accelerator.clip_grad_norm_(model.module.parameters(), settings.clip_norm)
-                    if settings.skip_nonfinite:
-                        taken = not self.agreement.any(not model.gradient_is_finite())
-                if taken:
-                    model.optimizer.step()
-                model.optimizer.zero_grad()
-        if taken and model.average:
-            model.average.update(accelerator.unwrap_model(model.module))
-        progress.skipped += not taken
+                total += model.add_gradients(images, targets) / self.plan.accumulate
+        with meter.stepping():
+            model.reduce_gradients()
+            skipped = settings.skip_nonfinite and self.agreement.any(not model.gradient_is_finite())
+            if not skipped:
+                model.update()
+            model.optimizer.zero_grad()
+        progress.skipped += bool(skipped)
         progress.update += 1
         progress.step += 1
         meter.images += settings.batch_size
-        self.pending.append((progress.step, rate, accelerator.reduce(total, "mean")))  # pyright: ignore[reportArgumentType]
+        self.pending.append((progress.step, rate, self.accelerator.reduce(total, "mean")))  # pyright: ignore[reportArgumentType]
 
     def _read_losses(self) -> None:
         """Wait for the device, and take notice of the losses since the last time.

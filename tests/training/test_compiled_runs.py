@@ -40,8 +40,8 @@ def test_a_compiled_run(run, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_run_is_compiled_in_bfloat16_and_measured(run):
-    output = run(max_steps=3, ema_decay=0.5, mixup=0.8)
+def test_on_a_gpu_a_run_is_in_bfloat16_and_measured(run):
+    output = run(max_steps=3, ema_decay=0.5, mixup=0.8, compile=True)
     summary = json.loads((output / "summary.json").read_text())
     assert (summary["precision"], summary["compiled"], summary["device"]) == (
         "bf16",
@@ -55,14 +55,36 @@ def test_on_a_gpu_a_run_is_compiled_in_bfloat16_and_measured(run):
 
 
 @pytest.mark.gpu
-def test_cuda_graphs_give_the_bits_of_launches(run, monkeypatch):
-    """After a resume too."""
-    settings = {"epochs": 3, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.3, "ema_decay": 0.8}
+@pytest.mark.parametrize(
+    "changes", [{}, {"micro_batch": 4}, {"clip_norm": 0.5, "skip_nonfinite": True}, {"compile": True}]
+)
+def test_cuda_graphs_give_the_bits_of_launches(run, monkeypatch, changes):
+    """After a resume too, and where gradients accumulate."""
+    settings = {"epochs": 3, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.3, "ema_decay": 0.8, **changes}
     launched = run("launched", **settings, cuda_graphs=False)
+    replays, replay = [], torch.cuda.CUDAGraph.replay
     with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
         after_step(patch, 5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit):
             run("replayed", **settings)
+    assert len(replays) >= 5 + 4  # of the updates' passes, and of all but the first one's new weights
     replayed = run("replayed", resume=True, **settings)
     assert losses(replayed) == losses(launched)
     assert all(torch.equal(tensor, weights(replayed)[name]) for name, tensor in weights(launched).items())
+
+
+@pytest.mark.gpu
+def test_a_step_that_a_graph_cannot_hold_is_launched(run, monkeypatch, capsys):
+    build = assembly.build_model
+
+    def built(settings, class_names):
+        model, processor = build(settings, class_names)
+        model.classifier.register_forward_hook(lambda *given: None)
+        return model, processor
+
+    monkeypatch.setattr(assembly, "build_model", built)
+    hooked = run("hooked", max_steps=3)
+    assert "classifier has hooks; launching kernels" in capsys.readouterr().err
+    monkeypatch.setattr(assembly, "build_model", build)
+    assert losses(hooked) == losses(run("plain", max_steps=3))

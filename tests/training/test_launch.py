@@ -100,9 +100,9 @@ def planned(monkeypatch, device: str = "cpu", kind=DistributedType.NO, settings=
     [
         ("cpu", DistributedType.NO, "default", None),
         ("cpu", DistributedType.NO, "max-autotune", "max-autotune-no-cudagraphs"),
-        ("cuda", DistributedType.NO, "default", "reduce-overhead"),
-        ("cuda", DistributedType.NO, "reduce-overhead", "reduce-overhead"),
-        ("cuda", DistributedType.MULTI_GPU, "max-autotune", "max-autotune"),
+        ("cuda", DistributedType.NO, "default", None),
+        ("cuda", DistributedType.NO, "reduce-overhead", None),
+        ("cuda", DistributedType.MULTI_GPU, "max-autotune", "max-autotune-no-cudagraphs"),
         ("cuda", DistributedType.FSDP, "max-autotune", "max-autotune-no-cudagraphs"),
     ],
 )

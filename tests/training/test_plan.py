@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import DistributedType
 
-from flashkat_hf.training.plan import compile_mode, micro_batches, resolve, worker_processes
+from flashkat_hf.training.plan import micro_batches, resolve, worker_processes
 from flashkat_hf.training.recipe import Settings
 
 
@@ -26,7 +26,7 @@ def test_a_plan_is_frozen_and_leaves_the_settings_alone():
     assert settings.augmentation.on_device == "auto"
     assert plan.settings.augmentation.on_device != "auto"
     assert (plan.micro_batch, plan.accumulate, plan.workers) == (4, 3, 3)
-    assert (plan.compiled, plan.compile_mode, plan.sharded) == (True, None, False)
+    assert (plan.compiled, plan.compile_mode, plan.sharded, plan.graphed) == (False, None, False, True)
     settings.trackers.append("trackio")
     assert plan.settings.trackers == ["wandb"]
     with pytest.raises(FrozenInstanceError):
@@ -34,17 +34,25 @@ def test_a_plan_is_frozen_and_leaves_the_settings_alone():
 
 
 @pytest.mark.parametrize(
-    ("device", "kind", "given", "compiled"),
+    ("device", "kind", "settings", "compiled", "graphed"),
     [
-        ("cpu", DistributedType.NO, None, False),
-        ("cpu", DistributedType.NO, True, True),
-        ("cuda", DistributedType.FSDP, None, True),
-        ("cuda", DistributedType.MULTI_GPU, False, False),
+        ("cpu", DistributedType.NO, {}, False, False),
+        ("cpu", DistributedType.NO, {"compile": True}, True, False),
+        ("cuda", DistributedType.NO, {}, False, True),
+        ("cuda", DistributedType.NO, {"compile": True}, True, True),
+        ("cuda", DistributedType.NO, {"micro_batch": 16}, False, True),
+        ("cuda", DistributedType.NO, {"cuda_graphs": False}, False, False),
+        ("cuda", DistributedType.MULTI_GPU, {}, False, True),
+        ("cuda", DistributedType.NO, {"gradient_checkpointing": True}, True, False),
+        ("cuda", DistributedType.FSDP, {}, True, False),
+        ("cuda", DistributedType.FSDP, {"compile": False}, False, False),
     ],
 )
-def test_a_run_is_compiled_on_a_gpu_unless_told_otherwise(device, kind, given, compiled):
-    plan = resolve(Settings(compile=given), accelerator(device, kind))
-    assert (plan.compiled, plan.sharded) == (compiled, kind == DistributedType.FSDP)
+def test_where_updates_are_compiled_and_replayed(device, kind, settings, compiled, graphed):
+    """On a GPU CUDA graphs save what the host takes; where they do not serve, torch.compile does."""
+    plan = resolve(Settings(**settings), accelerator(device, kind))
+    assert (plan.compiled, plan.graphed, plan.compile_mode) == (compiled, graphed, None)
+    assert plan.sharded == (kind == DistributedType.FSDP)
 
 
 def test_batches_are_shared_out():
@@ -70,19 +78,3 @@ def test_worker_processes_follow_the_cores(monkeypatch):
     assert worker_processes(Settings(data="photos", workers=5)) == 5
     monkeypatch.setattr("flashkat_hf.training.plan.cores", lambda: 512)
     assert worker_processes(Settings(data="photos")) == 16
-
-
-def test_cuda_graphs_where_they_serve():
-    """Gradients that accumulate would be overwritten by the next replay."""
-
-    def mode(device="cuda", kind=DistributedType.NO, accumulate=1, **settings) -> str | None:
-        return compile_mode(Settings(**settings), accelerator(device, kind), accumulate)
-
-    assert mode() == mode(kind=DistributedType.MULTI_GPU) == "reduce-overhead"
-    assert (
-        mode("cpu")
-        is mode(kind=DistributedType.FSDP)
-        is mode(accumulate=2)
-        is mode(cuda_graphs=False)
-        is None
-    )

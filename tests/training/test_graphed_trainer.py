@@ -1,0 +1,91 @@
+"""transformers' Trainer with graphs: what the stock trainer gives, bit for bit."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, GraphedTrainer
+
+
+class Images(Dataset):
+    """22 images of the model's size, with labels."""
+
+    def __len__(self) -> int:
+        return 22
+
+    def __getitem__(self, index: int) -> dict:
+        edge = FlashKATConfig.from_size("micro").image_size
+        generator = torch.Generator().manual_seed(index)
+        return {"pixel_values": torch.randn(3, edge, edge, generator=generator), "labels": index % 5}
+
+
+def trained(kind, folder, resume=None, **changes):
+    """Losses, gradient norms and weights of two epochs of batches of 4, with a smaller last one."""
+    options = {
+        "output_dir": str(folder),
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    torch.manual_seed(0)
+    config = FlashKATConfig.from_size("micro", num_labels=5, drop_path_rate=0.3)
+    model = FlashKATForImageClassification(config)
+    arguments = TrainingArguments(**{**options, **changes})
+    trainer = kind(model=model, args=arguments, train_dataset=Images(), eval_dataset=Images())
+    trainer.train(resume_from_checkpoint=resume)
+    logged = [
+        {name: value for name, value in line.items() if "runtime" not in name and "per_second" not in name}
+        for line in trainer.state.log_history[:-1]
+    ]
+    return trainer, logged, {name: value.cpu() for name, value in model.state_dict().items()}
+
+
+def assert_alike(first, second):
+    assert json.dumps(first[1]) == json.dumps(second[1])
+    assert all(torch.equal(value, second[2][name]) for name, value in first[2].items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"bf16": True}, {"gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1}, {"fp16": True}],
+)
+def test_it_trains_as_the_stock_trainer(changes, tmp_path):
+    trainer, *rest = trained(GraphedTrainer, tmp_path / "graphed", **changes)
+    assert_alike((trainer, *rest), trained(Trainer, tmp_path / "stock", **changes))
+    assert (trainer.graphed is None) == ("fp16" in changes)
+    assert trainer.graphed is None or not trainer.graphed.warned
+
+
+@pytest.mark.gpu
+def test_it_goes_on_from_a_checkpoint(tmp_path):
+    whole = trained(GraphedTrainer, tmp_path / "whole", max_steps=9)
+    resumed = trained(
+        GraphedTrainer, tmp_path / "again", str(tmp_path / "whole" / "checkpoint-6"), max_steps=9
+    )
+    assert all(torch.equal(value, resumed[2][name]) for name, value in whole[2].items())
+
+
+@pytest.mark.gpu
+def test_what_graphs_do_not_serve_is_launched(tmp_path, capsys):
+    trainer, *rest = trained(GraphedTrainer, tmp_path / "graphed", gradient_checkpointing=True)
+    assert trainer.refused
+    assert "gradient checkpointing of FlashKATForImageClassification; launching" in capsys.readouterr().err
+    assert_alike((trainer, *rest), trained(Trainer, tmp_path / "stock", gradient_checkpointing=True))
+
+
+def test_without_a_gpu_it_is_the_stock_trainer(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    graphed = trained(GraphedTrainer, tmp_path / "graphed", max_steps=2)
+    assert_alike(graphed, trained(Trainer, tmp_path / "stock", max_steps=2))
+    assert graphed[0].graphed is None
