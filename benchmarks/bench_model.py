@@ -22,6 +22,13 @@ out:
     python benchmarks/bench_model.py --append --output $R/latency.jsonl --task inference --batch_sizes 1 \
         --modes graphs --turn 50
 
+Every cell of size, image size and batch size, in every mode, beside both ViTs; several of these programs may
+run side by side (`--lock`):
+
+    python benchmarks/bench_model.py --append --output $R/cells.jsonl --modes eager graphs \
+        --turn 3 --turns 12 --batch_sizes 1 8 32 64 512 \
+        --providers flashkat_hf "timm ViT" "transformers ViT"
+
 Scaling: in eager mode against the batch size, where launches show; compiled, which costs half a minute a
 shape and model, at three batch sizes and two larger images. Dynamic shapes would compile once, into other
 kernels:
@@ -62,21 +69,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Literal
 
 import peers
 import timm
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification
 
 from flashkat_hf import FlashKATConfig, FlashKATForImageClassification
 from flashkat_hf.model.modeling_flashkat import FlashKATPatchProjection
 
 BATCH_SIZES = {"tiny": 1024, "small": 512, "base": 256}  # training step on a GPU
 LARGEST_BATCH = {peers.KAT: 32}
-MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}  # names of torch.compile's
+COMPILED, REPLAYED = "compiled", "graphs"
+MODES = ("eager", COMPILED, REPLAYED, f"{COMPILED} {REPLAYED}")
 LABELS, PATCH_SIZE, WARM_UP = 1000, 16, 4
 
 
@@ -110,7 +118,18 @@ def vit_matrix_patches(size: str, image_size: int) -> torch.nn.Module:
     return model
 
 
-PROVIDERS = {"flashkat_hf": flashkat, "timm ViT": vit, "timm ViT, matrix-product patches": vit_matrix_patches}
+def transformers_vit(size: str, image_size: int) -> torch.nn.Module:
+    width = {"tiny": 192, "small": 384, "base": 768}[size]
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64}
+    return Logits(ViTForImageClassification(ViTConfig(**shape, num_labels=LABELS, image_size=image_size)))
+
+
+PROVIDERS = {
+    "flashkat_hf": flashkat,
+    "timm ViT": vit,
+    "timm ViT, matrix-product patches": vit_matrix_patches,
+    "transformers ViT": transformers_vit,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,10 +291,11 @@ def make_step(
     if task == "inference" and gpu:
         model, images = model.bfloat16(), images.bfloat16()
     model.train(task == "train")
-    run = torch.compile(model, mode=MODES[mode]) if MODES[mode] else model
+    run = torch.compile(model) if COMPILED in mode else model
     if task == "inference":
-        return torch.no_grad()(lambda: run(images))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+        infer = torch.no_grad()(lambda: run(images))
+        return replayed(infer) if REPLAYED in mode else infer
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True, capturable=gpu)
 
     def step() -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=gpu):
@@ -285,7 +305,25 @@ def make_step(
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return step
+    return replayed(step) if REPLAYED in mode else step
+
+
+def replayed(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Return a whole step as one CUDA graph: forward, backward and the optimiser."""
+    aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    with torch.cuda.graph(graph):
+        outcome = step()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return outcome
+
+    return replay
 
 
 def warm_step(
@@ -370,6 +408,7 @@ def measure(settings: Settings, size: str, mode: str, image_size: int, batch_siz
             "image_size": image_size,
             "images_per_s": round(batches[provider] / median(samples) * 1e3, 1),
             "ms": round(median(samples), 3),
+            "p10_ms": round(quantiles(samples, n=10)[0], 3),
             "spread": round((max(samples) - min(samples)) / median(samples), 3),
             "peak_gib": peaks[provider],
             "turn": 1 if single else turn,

@@ -1,0 +1,227 @@
+"""Measure whole runs as users start them: transformers' Trainer, ours, and how long a run takes to begin.
+
+    python benchmarks/bench_runs.py --output benchmarks/results/runs.jsonl
+
+- "Trainer": transformers' Trainer, small, 224 pixels, bfloat16, images in memory: stock with our model and
+  with transformers' ViT, eager and compiled, and `GraphedTrainer`. They take turns of short runs in one
+  process; a result is the 10th percentile of the time between updates.
+- "start": seconds from the start of the process to the 10th update of our trainer, kernels cached by a run
+  before.
+- "jpeg": our trainer on 3,200 photographs, 64 at a time, 3 epochs, by default settings: images per second of
+  the later epochs, and the wall time of the process.
+- "accumulated": the same data already on the device, one batch of 64, and 4 of 64 that accumulate.
+
+Each result is a JSON line with the GPU, the versions and the commit.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+import transformers
+from bench_data import Settings as Photographs
+from bench_data import make_folder
+from bench_model import about, refuse_unknown, transformers_vit
+from bench_training import Synthetic
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+
+from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, GraphedTrainer
+from flashkat_hf.training import feed, train
+from flashkat_hf.training.recipe import parse
+from flashkat_hf.training.trainer import Trainer as OurTrainer
+
+CASES = ("Trainer", "start", "jpeg", "accumulated")
+MODES = ("eager", "compiled")
+BATCH_SIZES = (16, 64)
+UPDATE = 10  # of "start"
+
+
+@dataclass(frozen=True)
+class Settings:
+    output: Path = field(metadata={"help": "JSON lines are written here"})
+    cases: list[str] = field(default_factory=lambda: list(CASES), metadata={"help": ", ".join(CASES)})
+    modes: list[str] = field(default_factory=lambda: list(MODES), metadata={"help": "of the Trainer"})
+    size: str = field(default="small", metadata={"help": "tiny, small or base"})
+    steps: int = field(
+        default=25, metadata={"help": "updates of a turn of the Trainer; the first 5 are not counted"}
+    )
+    turns: int = field(default=2, metadata={"help": "turns of each Trainer"})
+    images: int = field(default=3200, metadata={"help": "photographs"})
+    commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
+    child: str | None = field(default=None, metadata={"help": "used by the script itself: flags of a run"})
+
+    def __post_init__(self):
+        refuse_unknown("--cases", self.cases, dict.fromkeys(CASES))
+        refuse_unknown("--modes", self.modes, dict.fromkeys(MODES))
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Images(torch.utils.data.Dataset):
+    """Images in memory, with labels."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self.images = torch.randn(64, 3, 224, 224)
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: int) -> dict:
+        return {"pixel_values": self.images[index % 64], "labels": index % 1000}
+
+
+class Clock(TrainerCallback):
+    """The time of each update."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def on_step_end(self, *_, **__) -> None:
+        self.times.append(time.perf_counter())
+
+
+def trainer_runs(settings: Settings) -> list[dict]:
+    """Time transformers' Trainer and ours of it, by turns."""
+    gpu = settings.device == "cuda"
+
+    def flashkat():
+        return FlashKATForImageClassification(FlashKATConfig.from_size(settings.size, num_labels=1000))
+
+    def vit():
+        return transformers_vit(settings.size, 224).model
+
+    modes = [(mode, {"torch_compile": mode == "compiled"}) for mode in settings.modes]
+    kinds = [
+        (name, mode, kind, make, options)
+        for name, kind, make in (("flashkat_hf", Trainer, flashkat), ("transformers ViT", Trainer, vit))
+        for mode, options in modes
+    ]
+    kinds.append(("flashkat_hf", "GraphedTrainer", GraphedTrainer, flashkat, {}))
+    results = []
+    for batch_size in BATCH_SIZES:
+        models = [make() for *_, make, _ in kinds]
+        intervals: list[list[float]] = [[] for _ in kinds]
+        for _ in range(settings.turns):
+            for (_, _, kind, _, options), model, found in zip(kinds, models, intervals, strict=True):
+                with tempfile.TemporaryDirectory() as folder:
+                    arguments = TrainingArguments(
+                        folder,
+                        max_steps=settings.steps,
+                        per_device_train_batch_size=batch_size,
+                        bf16=gpu,
+                        report_to=[],
+                        save_strategy="no",
+                        disable_tqdm=True,
+                        logging_steps=10**6,
+                        **options,
+                    )
+                    clock = Clock()
+                    data = Images(batch_size * settings.steps)
+                    kind(model=model, args=arguments, train_dataset=data, callbacks=[clock]).train()
+                times = clock.times[5:]
+                found += [after - before for before, after in pairwise(times)]
+        for (name, mode, *_), found in zip(kinds, intervals, strict=True):
+            rate = batch_size / quantiles(found, n=10)[0]
+            results.append({"case": "Trainer", "provider": name, "mode": mode, "batch_size": batch_size})
+            results[-1] |= {
+                "images_per_s": round(rate, 1),
+                "median_images_per_s": round(batch_size / median(found), 1),
+            }
+    return results
+
+
+def run(settings: Settings, data: str, *flags: str, synthetic: bool = False) -> dict:
+    """Run our trainer in a process of its own; return its rates, its wall time, and the time of update 10."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ("--data", data, "--output", f"{folder}/run", "--size", settings.size, *flags)
+        started = time.time()
+        child = json.dumps({"flags": flags, "synthetic": synthetic, "started": started})
+        command = [sys.executable, __file__, "--output", os.devnull, "--child", child]
+        finished = subprocess.run(command, check=False, capture_output=True, text=True)
+        if finished.returncode:
+            raise SystemExit(f"{' '.join(flags)}: {finished.stderr[-2000:]}")
+        wall = time.time() - started
+        lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+        rates = [line["images_per_second"] for line in lines if "kind" not in line]
+        summary = json.loads(Path(folder, "run", "summary.json").read_text())
+    reached = float(finished.stdout.rpartition("update reached after ")[2].split()[0])
+    return {
+        "images_per_s": round(median(rates[1:] or rates), 1),
+        "wall_s": round(wall, 1),
+        "update_10_s": round(reached, 1),
+        "peak_gib": summary["peak_memory_gib"],
+    }
+
+
+def child(given: str) -> None:
+    """Train, and say when update 10 was made."""
+    given = json.loads(given)
+    if given["synthetic"]:
+        Synthetic.steps, feed.TrainBatches = 40, Synthetic
+    update = OurTrainer._update
+
+    def timed(trainer, batches) -> None:
+        update(trainer, batches)
+        if trainer.progress.step == UPDATE:
+            if trainer.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            print(f"update reached after {time.time() - given['started']} s", flush=True)
+
+    OurTrainer._update = timed
+    train(parse(given["flags"]))
+
+
+def our_runs(settings: Settings) -> list[dict]:
+    """Run our trainer on photographs and on what is on the device already."""
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_folder(Path(folder), Photographs(settings.output, settings.images, 1))
+        common = ("--batch_size", "64")
+        if "start" in settings.cases:
+            run(settings, folder, *common, "--epochs", "1", "--max_steps", str(UPDATE))  # kernels get cached
+            found = run(settings, folder, *common, "--epochs", "1", "--max_steps", str(UPDATE))
+            results.append(
+                {"case": "start", "mode": "default", "batch_size": 64, "update_10_s": found["update_10_s"]}
+            )
+        if "jpeg" in settings.cases:
+            for mode, flags in (
+                ("default", ()),
+                ("compiled", ("--compile",)),
+                ("launched", ("--no_cuda_graphs",)),
+            ):
+                results.append({"case": "jpeg", "mode": mode, "batch_size": 64})
+                results[-1] |= run(settings, folder, *common, "--epochs", "3", *flags)
+        if "accumulated" in settings.cases:
+            for batches in (1, 4):
+                flags = ("--batch_size", str(64 * batches), "--micro_batch", "64", "--epochs", "3")
+                flags += ("--workers", "0", "--on_device", "nothing", "--evaluate_epochs", "3")
+                results.append({"case": "accumulated", "mode": f"{batches} x 64", "batch_size": 64 * batches})
+                results[-1] |= run(settings, folder, *flags, synthetic=True)
+    return results
+
+
+def main(settings: Settings) -> None:
+    if settings.child:
+        child(settings.child)
+        return
+    facts = about(settings) | {"transformers": transformers.__version__, "size": settings.size}
+    with settings.output.open("a") as lines:
+        parts = [trainer_runs] if "Trainer" in settings.cases else []
+        parts += [our_runs] if {*settings.cases} - {"Trainer"} else []
+        for part in parts:
+            for result in part(settings):
+                print(json.dumps(result), flush=True)
+                lines.write(json.dumps(result | facts) + "\n")
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(Settings, description=__doc__).parse_args_into_dataclasses())
