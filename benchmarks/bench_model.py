@@ -199,7 +199,7 @@ class Settings(Provided):
     def __post_init__(self):
         super().__post_init__()
         refuse_unknown("--sizes", self.sizes, BATCH_SIZES)
-        refuse_unknown("--modes", self.modes, MODES)
+        refuse_unknown("--modes", self.modes, dict.fromkeys(MODES))
         for name, value in (("turn", self.turn), ("turns", self.turns)):
             refuse(value is not None and value < 1, f"--{name}: {value} must be at least 1")
         wrong = [batch_size for batch_size in self.batch_sizes or () if batch_size < 1]

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -89,7 +90,7 @@ class Clock(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
-def trainer_runs(settings: Settings) -> list[dict]:
+def trainer_runs(settings: Settings) -> Iterator[dict]:
     """Time transformers' Trainer and ours of it, by turns."""
     gpu = settings.device == "cuda"
 
@@ -106,7 +107,6 @@ def trainer_runs(settings: Settings) -> list[dict]:
         for mode, options in modes
     ]
     kinds.append(("flashkat_hf", "GraphedTrainer", GraphedTrainer, flashkat, {}))
-    results = []
     for batch_size in BATCH_SIZES:
         models = [make() for *_, make, _ in kinds]
         intervals: list[list[float]] = [[] for _ in kinds]
@@ -130,13 +130,9 @@ def trainer_runs(settings: Settings) -> list[dict]:
                 times = clock.times[5:]
                 found += [after - before for before, after in pairwise(times)]
         for (name, mode, *_), found in zip(kinds, intervals, strict=True):
-            rate = batch_size / quantiles(found, n=10)[0]
-            results.append({"case": "Trainer", "provider": name, "mode": mode, "batch_size": batch_size})
-            results[-1] |= {
-                "images_per_s": round(rate, 1),
-                "median_images_per_s": round(batch_size / median(found), 1),
-            }
-    return results
+            rates = {"images_per_s": quantiles(found, n=10)[0], "median_images_per_s": median(found)}
+            case = {"case": "Trainer", "provider": name, "mode": mode, "batch_size": batch_size}
+            yield case | {rate: round(batch_size / seconds, 1) for rate, seconds in rates.items()}
 
 
 def run(settings: Settings, data: str, *flags: str, synthetic: bool = False) -> dict:
@@ -180,33 +176,25 @@ def child(given: str) -> None:
     train(parse(given["flags"]))
 
 
-def our_runs(settings: Settings) -> list[dict]:
+def our_runs(settings: Settings) -> Iterator[dict]:
     """Run our trainer on photographs and on what is on the device already."""
-    results = []
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder), Photographs(settings.output, settings.images, 1))
         common = ("--batch_size", "64")
         if "start" in settings.cases:
             run(settings, folder, *common, "--epochs", "1", "--max_steps", str(UPDATE))  # kernels get cached
             found = run(settings, folder, *common, "--epochs", "1", "--max_steps", str(UPDATE))
-            results.append(
-                {"case": "start", "mode": "default", "batch_size": 64, "update_10_s": found["update_10_s"]}
-            )
+            reached = found["update_10_s"]
+            yield {"case": "start", "mode": "default", "batch_size": 64, "update_10_s": reached}
         if "jpeg" in settings.cases:
-            for mode, flags in (
-                ("default", ()),
-                ("compiled", ("--compile",)),
-                ("launched", ("--no_cuda_graphs",)),
-            ):
-                results.append({"case": "jpeg", "mode": mode, "batch_size": 64})
-                results[-1] |= run(settings, folder, *common, "--epochs", "3", *flags)
+            found = run(settings, folder, *common, "--epochs", "3")
+            yield {"case": "jpeg", "mode": "default", "batch_size": 64} | found
         if "accumulated" in settings.cases:
             for batches in (1, 4):
                 flags = ("--batch_size", str(64 * batches), "--micro_batch", "64", "--epochs", "3")
                 flags += ("--workers", "0", "--on_device", "nothing", "--evaluate_epochs", "3")
-                results.append({"case": "accumulated", "mode": f"{batches} x 64", "batch_size": 64 * batches})
-                results[-1] |= run(settings, folder, *flags, synthetic=True)
-    return results
+                case = {"case": "accumulated", "mode": f"{batches} x 64", "batch_size": 64 * batches}
+                yield case | run(settings, folder, *flags, synthetic=True)
 
 
 def main(settings: Settings) -> None:
@@ -221,6 +209,7 @@ def main(settings: Settings) -> None:
             for result in part(settings):
                 print(json.dumps(result), flush=True)
                 lines.write(json.dumps(result | facts) + "\n")
+                lines.flush()
 
 
 if __name__ == "__main__":

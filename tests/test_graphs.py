@@ -27,24 +27,30 @@ def make_batch(seed: int = 0, images: int = 4, device: str = "cuda") -> dict[str
     }
 
 
-def launched(model, batches) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+def in_bfloat16(enabled: bool = True):
+    return torch.autocast("cuda", torch.bfloat16, enabled=enabled)
+
+
+def launched(model, batches, autocast=False) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     """Losses and the gradients that batches add up to, each batch with random numbers of its own."""
     model.zero_grad()
     losses = []
     for seed, batch in enumerate(batches):
         torch.manual_seed(seed)
-        loss = model(**batch).loss
+        with in_bfloat16(autocast):
+            loss = model(**batch).loss
         loss.backward()
         losses.append(loss.detach())
     return losses, [parameter.grad for parameter in model.parameters()]
 
 
-def replayed(model, step, batches):
+def replayed(model, step, batches, autocast=False):
     model.zero_grad()
     losses = []
     for seed, batch in enumerate(batches):
         torch.manual_seed(seed)
-        losses.append(step(**batch))
+        with in_bfloat16(autocast):
+            losses.append(step(**batch))
     return losses, [parameter.grad for parameter in model.parameters()]
 
 
@@ -62,14 +68,14 @@ def test_replays_give_the_bits_of_launches(autocast, changes):
     model = make_model(**changes).cuda().train()
     twin = copy.deepcopy(model)
     batches = [make_batch(seed) for seed in range(3)]
-    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-        state = torch.cuda.get_rng_state()
+    state = torch.cuda.get_rng_state()
+    with in_bfloat16(autocast):
         step = flashkat_hf.graphed_step(model, batches[0])
-        assert torch.equal(torch.cuda.get_rng_state(), state)
-        for part in (batches[:1], batches, batches[1:], batches):
-            assert_equal(replayed(model, step, part), launched(twin, part))
-            for one in (model, twin):
-                torch.optim.SGD(one.parameters(), 0.1).step()
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    for part in (batches[:1], batches, batches[1:], batches):
+        assert_equal(replayed(model, step, part, autocast), launched(twin, part, autocast))
+        for one in (model, twin):
+            torch.optim.SGD(one.parameters(), 0.1).step()
     assert not step.warned
 
 
@@ -122,7 +128,7 @@ def test_modes_are_noticed():
     state = _State(make_model())
     with torch.no_grad():
         assert not state.holds()
-    with torch.autocast("cuda", torch.bfloat16):
+    with in_bfloat16():
         assert not state.holds()
     assert state.holds()
 

@@ -4,10 +4,18 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, GraphedTrainer
+
+
+@pytest.fixture(autouse=True)
+def _accelerator_of_its_own():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 class Images(Dataset):
