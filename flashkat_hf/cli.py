@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .checkpoints.command_options import add_commands
+from .checkpoints.names import check_model_name, check_source_name
 from .checkpoints.published import PUBLISHED
-from .files import check_model_path
 from .messages import one_line, warn
 
 if TYPE_CHECKING:
@@ -160,13 +160,14 @@ def _convert(options: argparse.Namespace) -> str:
         for name in others.split():
             if getattr(options, name):
                 raise ValueError(f"--{name.replace('_', '-')} has no meaning with --to-original")
-        check_model_path(source)
+        check_model_name(source)
         _quieten()
         from .conversion.export import export_original
 
         return f"{output}: {export_original(source, output, naming=options.naming, overwrite=overwrite)}"
     if options.naming:
         raise ValueError("--naming has no meaning without --to-original")
+    check_source_name(source)
     _quieten()
     from .conversion.conversion import convert
 
@@ -211,7 +212,7 @@ def _add_info(commands) -> None:
 
 
 def _info(options: argparse.Namespace) -> str:
-    check_model_path(options.model)
+    check_model_name(options.model)
     _quieten()
     from .checkpoints.description import describe
 
@@ -235,7 +236,10 @@ def _add_push(commands) -> None:
 
 
 def _push(options: argparse.Namespace) -> str:
-    check_model_path(options.folder)
+    from .hub.destination import Destination, check_token
+
+    check_model_name(options.folder)
+    check_token(Destination(options.repo, options.revision or "main"))
     _quieten(sends=True)
     from .hub import push
 
@@ -265,6 +269,9 @@ def _add_publish(commands) -> None:
 
 
 def _publish(options: argparse.Namespace) -> str:
+    from .hub.destination import Destination, check_token
+
+    check_token(Destination(f"{options.namespace}/{options.name}"))
     _quieten(sends=True)
     from .hub import publish
 

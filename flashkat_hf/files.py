@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, JSON, and which paths can be models."""
+"""Files and folders that appear whole or not at all, and JSON."""
 
 import fcntl
 import json
@@ -43,20 +43,6 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path, folder=False) as new:
         new.write_text(text, encoding="utf-8")
-
-
-def check_model_path(name: str) -> None:
-    """Refuse a name that can be no model: a file, a folder that does not exist, the folder of a run.
-
-    Raises:
-        ValueError: in one line; what may be a Hub id passes.
-    """
-    path = Path(name)
-    if path.exists() != path.is_dir() or (len(path.parts) > 1 and path.parent.is_dir() and not path.is_dir()):
-        raise ValueError(f"{name} is not a folder")
-    best = path / "best"
-    if (best / "config.json").is_file() and not (path / "config.json").exists():
-        raise ValueError(f"{name} is the folder of a run, not of a model; try {best}")
 
 
 @contextmanager

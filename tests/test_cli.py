@@ -43,9 +43,9 @@ def test_every_option_reaches_the_function(monkeypatch, capsys):
         lambda *args, **kwargs: seen.update(args=args, **kwargs) or "report",
     )
     options = "--overwrite --image-size 48 --num-labels 7 --set a=1 --transform augreg --no-ema --revision v1"
-    assert main(["convert", "x", "y", *options.split(), "--no-verify", "--calibrate", "images"]) == 0
+    assert main(["convert", "kat-tiny", "y", *options.split(), "--no-verify", "--calibrate", "images"]) == 0
     assert seen == {
-        "args": ("x", "y"),
+        "args": ("kat-tiny", "y"),
         "overwrite": True,
         "image_size": 48,
         "num_labels": 7,
@@ -201,7 +201,7 @@ def test_a_closed_pipe_is_no_error(model_folder, arguments):
 
 @pytest.mark.parametrize(
     ("package", "arguments"),
-    [("torch", "info FOLDER"), ("yaml", "finetune"), ("transformers", "convert a b")],
+    [("torch", "info FOLDER"), ("yaml", "finetune"), ("transformers", "convert kat-tiny OUT")],
 )
 def test_ctrl_c_while_importing(model_folder, tmp_path, package, arguments):
     """The package that stands in sends the signal when it is imported."""

@@ -12,8 +12,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 
 import flashkat_hf
 from flashkat_hf.cli import main
-from flashkat_hf.hub import push
-from flashkat_hf.hub import upload as hub_module
+from flashkat_hf.hub import destination, push
 
 COMMIT, BATCH, PUT = "POST .*/commit/", "POST .*/objects/batch", "PUT /upload/"
 
@@ -110,7 +109,7 @@ def test_a_push_that_recovers(hub, model_folder, pattern, fault):
 
 def test_a_slow_hub(hub, model_folder, monkeypatch, capsys):
     """huggingface_hub would wait for ever. A late commit is found when its answer was given up."""
-    monkeypatch.setattr(hub_module, "SILENCE", 0.4)
+    monkeypatch.setattr(destination, "SILENCE", 0.4)
     hub.fail("whoami", kind="slow", seconds=5)
     assert "the Hub does not answer in time" in fails(["push", str(model_folder), "alice/micro"], capsys)
     hub.fail(COMMIT, kind="slow", seconds=0.6)

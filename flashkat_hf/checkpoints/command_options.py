@@ -2,7 +2,10 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from .names import check_model_name
 
 SUFFIXES = (".png", ".svg", ".html")  # of pictures
 FORMATS = ("table", "latex", "json", "sympy", "numpy", "c")  # of formulas
@@ -16,8 +19,15 @@ def add_commands(commands, make_opener: Callable[[], Any]) -> None:
         make_opener: makes the `commands.Opener` with which a command opens images, when it runs.
     """
 
-    def run(name: str) -> Callable[[argparse.Namespace], str]:
+    def run(name: str, *suffixes: str) -> Callable[[argparse.Namespace], str]:
         def command(options: argparse.Namespace) -> str:
+            for model in (options.model, getattr(options, "compare", None)):
+                if model is not None:
+                    check_model_name(model)
+            if getattr(options, "simplify", None) is not None:
+                _check_simplify(options)
+            if options.output is not None:
+                options.output = _output(options, suffixes)
             opener = make_opener()
             from . import commands as ours
 
@@ -36,7 +46,7 @@ def add_commands(commands, make_opener: Callable[[], Any]) -> None:
         "--theme", choices=("light", "dark"), help="default: light; a page follows its reader's"
     )
     parser.add_argument("--size", choices=("screen", "column"), default="screen", help="column: of a paper")
-    parser.set_defaults(run=run("plot"))
+    parser.set_defaults(run=run("plot", *SUFFIXES))
 
     text = "write the learned functions as formulas, or replace them by simpler ones"
     parser = commands.add_parser("functions", help=text, description=text)
@@ -58,7 +68,7 @@ def add_commands(commands, make_opener: Callable[[], Any]) -> None:
     parser.add_argument("-o", "--output", required=True, help="picture to write: .png or .svg")
     parser.add_argument("--label", help="name or index of the label to explain; default: the most probable")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
-    parser.set_defaults(run=run("explain"))
+    parser.set_defaults(run=run("explain", ".png", ".svg"))
 
 
 def _add_model(parser: argparse.ArgumentParser, output: str, required: bool) -> None:
@@ -70,3 +80,32 @@ def _add_model(parser: argparse.ArgumentParser, output: str, required: bool) -> 
     parser.add_argument("--layer", type=int, metavar="N", help="only this layer")
     parser.add_argument("--group", type=int, metavar="G", help="only this group of channels")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+
+
+def _check_simplify(options: argparse.Namespace) -> None:
+    if not options.simplify > 0:
+        raise ValueError(f"--simplify {options.simplify:g}: the tolerance must be positive")
+    for name in ("images", "output"):
+        if not getattr(options, name):
+            raise ValueError(f"--simplify needs --{name}")
+    for name in ("layer", "group"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} has no meaning with --simplify")
+
+
+def _output(options: argparse.Namespace, suffixes: tuple[str, ...] = ()) -> Path:
+    """Return the path to write to.
+
+    Raises:
+        ValueError: it exists and `--overwrite` is not given, its folder does not, or it ends otherwise.
+    """
+    output = Path(options.output)
+    if suffixes and output.suffix.lower() not in suffixes:
+        raise ValueError(f"{output} must end with {', '.join(suffixes)}")
+    if output.exists() and not options.overwrite:
+        raise ValueError(f"{output} exists; --overwrite replaces it")
+    if output.exists() and output.is_dir() != (getattr(options, "simplify", None) is not None):
+        raise ValueError(f"{output} is {'a' if output.is_dir() else 'no'} folder")
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"{output.parent} is not a folder")
+    return output

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..files import replacing, to_json, write_text
 from ..messages import one_line
-from .command_options import SUFFIXES
 from .explain import explain as draw_explanation
 from .functions import model_functions
 from .functions_drawing import save_functions
@@ -48,7 +47,7 @@ class Opener:
 
 def plot(options: argparse.Namespace, opener: Opener) -> str:
     """Draw the learned functions of a checkpoint, as the options of `flashkat plot` say."""
-    output = _output(options, SUFFIXES)
+    output = options.output
     model, processor = load_checkpoint(options.model)
     other = load_checkpoint(options.compare)[0] if options.compare else None
     batches = opener.folder(options.images, model, processor).batches if options.images else None
@@ -79,7 +78,7 @@ def functions(options: argparse.Namespace, opener: Opener) -> str:
     """Write the learned functions as formulas, or replace them by simpler ones."""
     if options.simplify is not None:
         return _simplify(options, opener)
-    output = _output(options) if options.output else None
+    output = options.output
     model, processor = load_checkpoint(options.model)
     batches = opener.folder(options.images, model, processor).batches if options.images else None
     functions = model_functions(model, batches, layer=options.layer, group=options.group)
@@ -94,15 +93,7 @@ def functions(options: argparse.Namespace, opener: Opener) -> str:
 
 
 def _simplify(options: argparse.Namespace, opener: Opener) -> str:
-    if not options.simplify > 0:
-        raise ValueError(f"--simplify {options.simplify:g}: the tolerance must be positive")
-    for name in ("images", "output"):
-        if not getattr(options, name):
-            raise ValueError(f"--simplify needs --{name}")
-    for name in ("layer", "group"):
-        if getattr(options, name) is not None:
-            raise ValueError(f"--{name} has no meaning with --simplify")
-    output = _output(options)
+    output = options.output
     model, processor = load_checkpoint(options.model)
     images = opener.folder(options.images, model, processor)
     result = simplify(model, images.batches, options.simplify)
@@ -168,7 +159,7 @@ def _record(options: argparse.Namespace, result: Simplification, tested: dict[st
 
 def explain(options: argparse.Namespace, opener: Opener) -> str:
     """Draw what a prediction rests on, as the options of `flashkat explain` say."""
-    output = _output(options, (".png", ".svg"))
+    output = options.output
     model, processor = load_checkpoint(options.model)
     image = opener.image(options.image)
     pixels = processor(image, return_tensors="pt")["pixel_values"]
@@ -179,21 +170,3 @@ def explain(options: argparse.Namespace, opener: Opener) -> str:
     except OSError as error:
         raise ValueError(f"cannot write {output}: {one_line(error)}") from error
     return f"{output} written: {explanation.name}, {explanation.probability:.1%}"
-
-
-def _output(options: argparse.Namespace, suffixes: tuple[str, ...] = ()) -> Path:
-    """Return the path to write to.
-
-    Raises:
-        ValueError: it exists and `--overwrite` is not given, its folder does not, or it ends otherwise.
-    """
-    output = Path(options.output)
-    if suffixes and output.suffix.lower() not in suffixes:
-        raise ValueError(f"{output} must end with {', '.join(suffixes)}")
-    if output.exists() and not options.overwrite:
-        raise ValueError(f"{output} exists; --overwrite replaces it")
-    if output.exists() and output.is_dir() != (getattr(options, "simplify", None) is not None):
-        raise ValueError(f"{output} is {'a' if output.is_dir() else 'no'} folder")
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"{output.parent} is not a folder")
-    return output

@@ -1,7 +1,6 @@
 """Reading a checkpoint to convert: a file, folder, Hub id or published name, never by running code in it."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,9 @@ from transformers.utils.constants import (
 
 from ..checkpoints.downloads import Repository, check_sha256, download
 from ..checkpoints.image_processor import make_image_processor
+from ..checkpoints.names import WEIGHT_SUFFIXES, check_source_name
 from ..checkpoints.published import PUBLISHED, RELEASE_REPOSITORY, Published
-from ..checkpoints.weights import WEIGHT_FILES, WEIGHT_SUFFIXES, read_tensors
+from ..checkpoints.weights import WEIGHT_FILES, read_tensors
 from ..files import read_json
 from ..messages import one_line
 from ..model.configuration_flashkat import FlashKATConfig
@@ -91,26 +91,16 @@ def read_source(
             raise ValueError(
                 f"{RELEASE_REPOSITORY} no longer has {published.file}; try {published.repository}"
             )
-    elif _is_hub_id(name):
+    else:
+        check_source_name(name)
         weights = Repository(name, revision, token).weights()
         folder = weights.parent
         published = next((row for row in PUBLISHED.values() if row.repository == name), None)
-    else:
-        raise ValueError(
-            f"{name} is no file, no folder, no Hub id (owner/name) and no published name "
-            f"({', '.join(PUBLISHED)})"
-        )
     check_sha256(weights)
     try:
         return _read_weights(name, weights, folder, published, ema)
     except ValueError as error:
         raise ValueError(f"cannot convert {name}: {error}") from error
-
-
-def _is_hub_id(name: str) -> bool:
-    path = Path(name).expanduser()
-    is_path = path.suffix in WEIGHT_SUFFIXES or path.parent.is_dir()
-    return not is_path and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
 def _read_weights(

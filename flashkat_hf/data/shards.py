@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..messages import extra, one_line
+from .names import is_tar
 from .samples import IMAGE_SUFFIXES, DataError, ImageData, Partition, Sample, check_classes
 from .seeding import random_integer
 
@@ -131,7 +132,7 @@ def is_shards(source: str) -> bool:
     path = Path(source)
     if path.is_dir():
         return any(path.glob("*.tar")) or any(path.glob("train/*.tar"))
-    return source.endswith((".tar", ".tar}")) or ".tar::" in source
+    return is_tar(source)
 
 
 def open_shards(

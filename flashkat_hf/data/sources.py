@@ -5,7 +5,6 @@ every image.
 """
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from .digits import load_digits
 from .hub_datasets import is_saved, open_dataset
 from .image_folder import is_image_folder, load_image_folder
+from .names import is_hub_id
 from .samples import DataError, ImageData
 from .shards import is_shards, open_shards
 
@@ -78,9 +78,8 @@ def open_data(
     if not pictures and is_shards(text):
         _refuse(f"{text} holds WebDataset shards, which take", of_datasets)
         return open_shards(text, show=rank == 0, **shared)
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.exists() and not path.parent.exists()
     parquet = not pictures and any(any(path.glob(pattern)) for pattern in PARQUET)
-    if on_hub or (path.is_dir() and (is_saved(path) or parquet)):
+    if is_hub_id(text) or (path.is_dir() and (is_saved(path) or parquet)):
         return open_dataset(text, streaming=streaming, world_size=world_size, **of_datasets, **shared)
     _refuse(f"{text} is no data set of datasets, and image folders take", of_any)
     return load_image_folder(source, rank, world_size, skip_corrupt)

@@ -13,8 +13,9 @@ from huggingface_hub import HfApi
 from ..files import workspace
 from ..hub_errors import HubError
 from ..messages import one_line, warn
+from .destination import Destination
 from .staging import stage
-from .upload import Destination, check_access, send
+from .upload import check_access, send
 
 
 @dataclass

@@ -3,8 +3,9 @@
 from ..checkpoints.published import PUBLISHED
 from ..conversion.conversion import convert
 from ..files import workspace
+from .destination import Destination
 from .staging import stage
-from .upload import Destination, Push, Report, check_access, send
+from .upload import Push, Report, check_access, send
 
 
 def publish(

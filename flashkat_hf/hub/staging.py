@@ -12,7 +12,8 @@ from typing import Any
 from huggingface_hub import get_token
 from huggingface_hub.errors import StrictDataclassError
 
-from ..checkpoints.loading import load_checkpoint, read_settings
+from ..checkpoints.loading import load_checkpoint
+from ..checkpoints.reading import read_settings
 from ..checkpoints.remote_code import check_code, write_code
 from ..checkpoints.weights import check_state, read_state
 from ..files import read_json, to_json

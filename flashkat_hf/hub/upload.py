@@ -3,8 +3,7 @@
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,56 +12,20 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     ModelCard,
-    get_session,
-    get_token,
 )
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id
 
 from ..files import workspace
-from ..hub_errors import NO_TOKEN, HubError, explained
-from ..messages import one_line
+from ..hub_errors import HubError
+from .destination import Destination, check_token
 from .staging import Staged, stage
 
 ATTEMPTS = 3  # of a commit; huggingface_hub itself tries uploads six times
 LONGEST_WAIT = 60.0  # seconds between them; a Hub that asks for more ends the push
-SILENCE = 300.0  # seconds without a byte that end a request; huggingface_hub would wait for ever
 STALE_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
-BRANCH = re.compile(r"(?!.*(\.\.|//|/\.|\.lock(/|$)|@\{))[\w.@+-][\w.@+/-]*(?<![./])")
 
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Destination:
-    """A branch on the Hub and how to push to it; the fields are arguments of `push`.
-
-    Raises:
-        ValueError: in one line: the Hub would not take the name of the repository or of the branch.
-    """
-
-    repo_id: str
-    branch: str = "main"
-    private: bool | None = None
-    create_pr: bool = False
-    what_if: bool = False
-    token: str | None = field(default=None, repr=False)
-
-    def __post_init__(self):
-        _check_repo_id(self.repo_id)
-        _check_branch(self.branch)
-
-    @contextmanager
-    def asking(self, action: str = "push to") -> Iterator[None]:
-        """Give up requests after `SILENCE`, and turn what goes wrong into a `HubError` about `action`."""
-        with explained(f"cannot {action} {self.repo_id}", self.repo_id, self.token):
-            client = get_session()
-            timeout, client.timeout = client.timeout, SILENCE
-            try:
-                yield
-            finally:
-                client.timeout = timeout
 
 
 @dataclass
@@ -155,7 +118,7 @@ def push(
         raise ValueError(f"a pull request is opened against main, so revision {revision} has no meaning")
     target = Destination(repo_id, revision or "main", private, create_pr, what_if, token)
     folder = Path(folder).expanduser()
-    _check_token(target)  # before what takes seconds
+    check_token(target)  # before what takes seconds
     if license is None and not (folder / "README.md").exists():
         license = _license_on_branch(target)
     with workspace("flashkat-push-") as staging:
@@ -207,7 +170,7 @@ def check_access(*targets: Destination) -> None:
         HubError: in one line: no token or a bad one, no right to write, another visibility, no network.
     """
     token, action = targets[0].token, f"cannot push to {targets[0].repo_id}"
-    _check_token(targets[0])
+    check_token(targets[0])
     api = HfApi(token=token)
     with targets[0].asking():
         account = api.whoami()
@@ -233,35 +196,6 @@ def check_access(*targets: Destination) -> None:
                 raise HubError(f"cannot push to {repo_id}: {state}; its settings on the Hub change that")
             if not (listed or target.create_pr):
                 api.preupload_lfs_files(repo_id, [CommitOperationAdd("README.md", b"#")])
-
-
-def _check_token(target: Destination) -> None:
-    """Look for an access token, without asking the Hub about it.
-
-    Raises:
-        HubError: there is none.
-    """
-    if not (target.token or get_token()):
-        raise HubError(f"cannot push to {target.repo_id}: {NO_TOKEN}")
-
-
-def _check_repo_id(name: str) -> None:
-    """Refuse a name of a repository that the Hub would refuse."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise ValueError(f"the Hub does not allow the name {name!r}: {one_line(error)}") from error
-    if "/" not in name or name.endswith((".git", ".ipynb")):
-        rule = "owner/name is expected, without .git or .ipynb"
-        raise ValueError(f"the Hub does not allow the name {name!r}: {rule}")
-
-
-def _check_branch(name: str) -> None:
-    """Refuse a name that neither a branch can have nor is `refs/pr/N`."""
-    if not BRANCH.fullmatch(name) or (name.startswith("refs/") and not re.fullmatch(r"refs/pr/\d+", name)):
-        raise ValueError(f"{name!r} cannot be the name of a branch")
-    if re.fullmatch(r"[0-9a-f]{40}", name):
-        raise ValueError(f"{name} is a commit; a branch is needed")
 
 
 def _license_on_branch(target: Destination) -> str | None:

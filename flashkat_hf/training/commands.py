@@ -10,8 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import check_model_path
+from ..checkpoints.names import check_model_name
+from ..data.names import check_source
 from ..messages import extra
+from .output import check_contents, check_place
 from .recipe import DATA, Settings, parse
 
 if TYPE_CHECKING:
@@ -69,9 +71,13 @@ def pretrain(arguments: Sequence[str]) -> str:
 def _train(settings: Settings) -> dict[str, Any] | None:
     if settings.model:
         try:
-            check_model_path(settings.model)
+            check_model_name(settings.model)
         except ValueError as error:
             raise ValueError(f"--model: {error}") from error
+    check_source(settings.data)
+    check_place(settings.output)
+    if settings.output.is_dir():
+        check_contents(settings)
     from .run import train
 
     return train(settings)
@@ -93,7 +99,7 @@ def classify(model: str, images: Sequence[Path], top_k: int) -> str:
     """
     if top_k < 1:
         raise ValueError(f"--top-k: {top_k} must be at least 1")
-    check_model_path(model)
+    check_model_name(model)
     from ..data.samples import open_image
 
     for path in images:  # before the model, which may take long to load
@@ -127,7 +133,8 @@ def evaluate(arguments: Sequence[str]) -> str:
     """
     options = _evaluation_options(arguments)
     if not options.model.startswith(TIMM):
-        check_model_path(options.model)
+        check_model_name(options.model)
+    check_source(options.data)
     from accelerate import Accelerator
     from transformers.utils import logging
 

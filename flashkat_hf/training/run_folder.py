@@ -1,9 +1,7 @@
-"""The folder of a run: what may be in it, when it may be replaced or gone on with, metrics and pictures."""
+"""The folder of a run: what is in it, whether a run may go on with another's, metrics and pictures."""
 
 import importlib.util
 import json
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,18 +19,15 @@ from ..data.samples import Examples, ImageData, open_image
 from ..files import read_json, replacing, restore, to_json, write_text
 from ..model.layers import GroupRational
 from .curves import plot_curves
+from .output import check_contents, check_place
 from .recipe import FIELDS, FREE_NAMES, Settings
 from .run_lock import NAME as LOCK
 from .run_lock import locked
 from .state import os_errors
 
-FILES = ("settings.json", "metrics.jsonl", "summary.json", "curves.png", "functions.png")
-CONTENTS = frozenset({*FILES, "best", "last", "samples", "checkpoints", "logs"})
-SCHEDULER_LOG = re.compile(r"\.(out|err|log|[oe]\d+)$")  # slurm-12.out, job.o12, nohup.out
-
 
 class RunFolder:
-    """The output of a run, all that is in `CONTENTS`; only the main process writes, except checkpoints."""
+    """The output of a run, what is in `output.CONTENTS`; only the main process writes, except checkpoints."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -56,44 +51,15 @@ class RunFolder:
             problem: list[Exception | None] = [None]
             if accelerator.is_main_process:
                 try:
-                    self._check(self._place())
+                    check_place(self.path)
                     held.enter_context(locked(self.path))
-                    self._check(self._contents(settings))
+                    check_contents(settings)
                 except (ValueError, OSError) as error:
                     problem = [error]
             broadcast_object_list(problem)
             if problem[0]:
                 raise problem[0]
             yield
-
-    def _check(self, problem: str | None) -> None:
-        if problem:
-            raise ValueError(f"--output: {self.path} {problem}")
-
-    def _place(self) -> str | None:
-        """Return why no folder can be here, or None."""
-        if os.path.lexists(self.path):
-            if not self.path.is_dir():
-                return "exists and is not a folder; name another"
-            return None if os.access(self.path, os.W_OK | os.X_OK) else "cannot be written to"
-        home = next(parent for parent in self.path.absolute().parents if os.path.lexists(parent))
-        writable = home.is_dir() and os.access(home, os.W_OK | os.X_OK)
-        return None if writable else f"cannot be made, {home} is not a folder that can be written to"
-
-    def _contents(self, settings: Settings) -> str | None:
-        """Return why the run may not have this folder for what is in it, or None."""
-        names = {child.name for child in self.path.iterdir() if not child.name.startswith(LOCK)}
-        logs = {name for name in names if SCHEDULER_LOG.search(name)}
-        if not names or (settings.resume and names == logs):
-            return None
-        if not settings.resume and not settings.overwrite:
-            return "exists; --resume goes on with it, --overwrite replaces it, or name another"
-        if "settings.json" not in names:
-            return "exists and holds no run of this script; name another"
-        others = sorted(name for name in names - CONTENTS if not name.startswith("."))
-        if settings.overwrite and others:
-            return f"also holds what others wrote: {', '.join(others)}; move it or name another"
-        return None
 
     def start(self, description: dict[str, Any], overwrite: bool) -> None:
         """Make the folder, or empty that of an earlier run, and write settings.json."""

@@ -1,8 +1,11 @@
 """`flashkat info` of a model at its start, of a learned one, and of what is no model."""
 
+import json
+
 import pytest
 import torch
 from helpers import micro_config, original_state
+from transformers import CLIPImageProcessor
 
 from flashkat_hf import FlashKATForImageClassification, convert, make_image_processor
 from flashkat_hf.checkpoints.description import describe
@@ -49,6 +52,36 @@ def test_a_signs_change_of_the_denominator_is_no_move(folder):
         model.flashkat.layers[0].mlp.act2.denominator.neg_()
     model.save_pretrained(folder)
     assert describe(str(folder)).endswith("activations at their start tables")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crop_size": {"height": 24, "width": 24}}, "makes images of 24 pixels, but the model takes 32"),
+        ({"image_std": [0.2, float("nan"), 0.2]}, "image_std .*nan.*, no finite numbers"),
+        ({"image_std": [0.2, 0.0, 0.2]}, "image_std .* must be positive"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean .*, but the model takes 3 channels"),
+        ({"image_processor_type": "GreyViTImageProcessor"}, "1 channels"),
+        ({"do_center_crop": False}, "makes images of 37x75 pixels"),
+    ],
+)
+def test_a_processor_that_does_not_fit(folder, changes, message):
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=f"cannot load {folder}: .*{message}"):
+        describe(str(folder))
+
+
+def test_another_processor(folder):
+    """It is imported and tried, as before the model is used; here it divides by 127.5 and subtracts 1."""
+    CLIPImageProcessor(
+        size={"shortest_edge": 32},
+        crop_size=32,
+        image_mean=[1.0] * 3,
+        image_std=[1.0] * 3,
+        rescale_factor=1 / 127.5,
+    ).save_pretrained(folder)
+    assert "mean 0.5 0.5 0.5, std 0.5 0.5 0.5" in describe(str(folder))
 
 
 def test_no_head(tmp_path):

@@ -360,7 +360,7 @@ def test_hints_for_names(bare_folder, tmp_path, monkeypatch):
     bare_folder.rename(run / "best")
     file.write_bytes(b"")
     for name, message in (
-        (str(run), f"has no config.json; try {run / 'best'}$"),
+        (str(run), f"is the folder of a run, not of a model; try {run / 'best'}$"),
         (
             str(file),
             f"{file} is not a folder; a KAT, ViT or DeiT is converted first: flashkat convert {file} ",
