@@ -303,9 +303,10 @@ def _opener() -> "Opener":
     """Return how the commands of `checkpoints/` open images; that folder knows nothing of `data/`."""
     _quieten()
     from .checkpoints.commands import Opener
+    from .data.augmentation import middle
     from .data.samples import open_image
 
-    return Opener(_open_images, open_image)
+    return Opener(_open_images, lambda path, processor: middle(open_image(path), processor))
 
 
 def _open_images(source: str, model, processor) -> "Images":

@@ -39,10 +39,15 @@ class Images:
 
 @dataclass(frozen=True)
 class Opener:
-    """The two functions that open images: `folder(source, model, processor)`, and `image(path)` for one."""
+    """How images are opened: a folder's or a data set's, and one that is shown to a model.
+
+    Attributes:
+        folder: of source, model and image processor.
+        image: of a file's path and the image processor that it is for.
+    """
 
     folder: Callable[[str, Any, Any], Images]
-    image: Callable[[str], Any]
+    image: Callable[[str, Any], Any]
 
 
 def plot(options: argparse.Namespace, opener: Opener) -> str:
@@ -161,7 +166,7 @@ def explain(options: argparse.Namespace, opener: Opener) -> str:
     """Draw what a prediction rests on, as the options of `flashkat explain` say."""
     output = options.output
     model, processor = load_checkpoint(options.model)
-    image = opener.image(options.image)
+    image = opener.image(options.image, processor)
     pixels = processor(image, return_tensors="pt")["pixel_values"]
     explanation = draw_explanation(model, pixels, options.label)
     figure = explanation.plot(processor.image_mean, processor.image_std)

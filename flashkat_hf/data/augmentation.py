@@ -16,7 +16,7 @@ from .gpu.planning import WorkerPart
 from .options import SIGNS, Augmentation
 from .samples import DataError, Transform
 
-__all__ = ["SIGNS", "Augmentation", "batch_transform", "evaluation_transform", "training_transform"]
+__all__ = ["SIGNS", "Augmentation", "batch_transform", "evaluation_transform", "middle", "training_transform"]
 
 
 MOST_ASPECT = 64  # longer side over shorter side of an image that is resized whole
@@ -31,21 +31,53 @@ def training_transform(processor, augmentation: Augmentation) -> Transform:
 
     Returns:
         A function of an RGB image that returns `(channels, height, width)` float32; where `on_device` leaves
-        work to `batch_transform`, of a `Sample`, that returns what that takes.
+        work to `batch_transform`, of a `Sample`, that returns what that takes. For one channel, images
+        become grey before anything else, and all of it is done here.
     """
     size = (processor.crop_size["height"], processor.crop_size["width"])
-    if augmentation.crop == "moves":
-        return _moves(processor, augmentation, size)
-    if augmentation.on_device in ("auto", "nothing"):
-        return _timm_transform(processor, augmentation, size)
+    if augmentation.crop == "moves" or _done_by_workers(processor, augmentation):
+        make = _moves if augmentation.crop == "moves" else _timm_transform
+        transform = make(processor, augmentation, size)
+        if num_channels(processor) == 1:
+            return extra("torchvision.transforms").Compose([_grey, transform, _first_channel])
+        return transform
     parts = _timm_transform(processor, augmentation, size, separate=True)
     return WorkerPart(parts, size, decode=augmentation.on_device == "decoding")
+
+
+def num_channels(processor) -> int:
+    """Return the channels of a processor's images.
+
+    Raises:
+        ValueError: image files have no such number.
+    """
+    count = len(getattr(processor, "image_mean", None) or (0, 0, 0))
+    if count not in (1, 3):
+        raise ValueError(f"the model takes images of {count} channels, but image files have 1 or 3")
+    return count
+
+
+def _done_by_workers(processor, augmentation: Augmentation) -> bool:
+    return augmentation.on_device in ("auto", "nothing") or num_channels(processor) == 1
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """Return an image without its colours, still in three channels, which timm's operations expect."""
+    return image.convert("L").convert("RGB")
+
+
+def _first_channel(pixels: Tensor) -> Tensor:
+    return pixels[:1]
 
 
 def _timm_transform(
     processor, augmentation: Augmentation, size: tuple[int, int], separate: bool = False
 ) -> Any:
     """Return timm's transform, or its three: crop and flip; RandAugment; normalisation and erasing."""
+    mean, std = (
+        tuple(values) * (3 if len(values) == 1 else 1)  # grey has three equal channels here
+        for values in (processor.image_mean, processor.image_std)
+    )
     transform = extra("timm.data").create_transform(
         size,
         is_training=True,
@@ -55,8 +87,8 @@ def _timm_transform(
         hflip=augmentation.flip,
         auto_augment=augmentation.rand_augment,
         color_jitter=augmentation.color_jitter or None,
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
+        mean=mean,
+        std=std,
         re_prob=augmentation.erasing,
         re_mode="pixel",
         separate=separate,
@@ -91,7 +123,7 @@ def batch_transform(processor, augmentation: Augmentation) -> nn.Module | None:
     Otherwise call the module, moved to the device, with each batch as `TrainBatches` gives it, on the CPU; it
     returns `{"pixel_values", "labels"}` on the device.
     """
-    if augmentation.on_device in ("auto", "nothing"):
+    if _done_by_workers(processor, augmentation):
         return None
     size = (processor.crop_size["height"], processor.crop_size["width"])
     return BatchAugmentation(processor.image_mean, processor.image_std, size)
@@ -103,7 +135,11 @@ def evaluation_transform(processor) -> Transform:
     For a processor that resizes (to a shorter side, or to height and width), may crop the center, and
     normalises, this is timm's evaluation transform with the same settings. Another processor does its work
     itself.
+
+    Raises:
+        ValueError: as `num_channels`.
     """
+    num_channels(processor)
     if _METHODS & vars(type(processor)).keys() or not all(hasattr(processor, name) for name in _SETTINGS):
         return partial(_process, processor)
     size, crop = processor.size or {}, processor.crop_size
@@ -181,8 +217,29 @@ _SETTINGS = (
 def _process(
     processor, image: Image.Image
 ) -> Tensor:  # of the module: workers started afresh can unpickle it
-    size = processor.size or {}
+    return processor(middle(image, processor), return_tensors="pt")["pixel_values"][0]
+
+
+def middle(image: Image.Image, processor) -> Image.Image:
+    """Return what a processor's center crop can see of a long thin image, and more; any other image as it is.
+
+    For processors that do their work themselves: what they would resize is no larger than it has to be.
+
+    Raises:
+        DataError: one side is more than `MOST_ASPECT` times the other, and no crop follows.
+        ValueError: as `num_channels`.
+    """
+    num_channels(processor)
+    size, (short, long) = processor.size or {}, sorted(image.size)
     side = size.get("shortest_edge") if getattr(processor, "do_resize", True) else None
-    if side and not size.get("longest_edge") and max(image.size) > MOST_ASPECT * min(image.size):
+    if not side or size.get("longest_edge") or long <= MOST_ASPECT * short:
+        return image
+    if not getattr(processor, "do_center_crop", False):
         raise too_long(image, side)
-    return processor(image, return_tensors="pt")["pixel_values"][0]
+    axis = image.size.index(long)
+    crop = processor.crop_size["height" if axis else "width"]
+    kept = short * (8 + -(-crop // side))
+    kept += (long - kept) % 2  # the middle stays where it is
+    start = max(0, (long - kept) // 2)
+    box = (start, 0, long - start, short) if axis == 0 else (0, start, short, long - start)
+    return image.crop(box)

@@ -100,7 +100,7 @@ def classify(model: str, images: Sequence[Path], top_k: int) -> str:
     if top_k < 1:
         raise ValueError(f"--top-k: {top_k} must be at least 1")
     check_model_name(model)
-    from ..data.samples import open_image
+    from ..data.samples import DataError, open_image
 
     for path in images:  # before the model, which may take long to load
         open_image(path)
@@ -108,6 +108,7 @@ def classify(model: str, images: Sequence[Path], top_k: int) -> str:
     from transformers.utils import logging
 
     from ..checkpoints.loading import load_checkpoint
+    from ..data.augmentation import middle
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -115,7 +116,11 @@ def classify(model: str, images: Sequence[Path], top_k: int) -> str:
     pipe = pipeline("image-classification", model=network, image_processor=processor)
     lines = []
     for path in images:
-        answers = pipe(open_image(path), top_k=top_k)
+        image = open_image(path)
+        try:
+            answers = pipe(middle(image, processor), top_k=top_k)
+        except DataError as error:
+            raise ValueError(f"cannot use the image {path}: {error}") from error
         if not all(math.isfinite(answer["score"]) for answer in answers):
             raise ValueError(f"the model's outputs for {path} are not finite")
         lines.append(f"{path}: " + ", ".join(f"{one['label']} {one['score']:.1%}" for one in answers))

@@ -79,6 +79,9 @@ def _pretrained(settings: Settings, class_names: list[str]) -> tuple[FlashKATFor
         model, processor = load_checkpoint(str(settings.model), drop_path_rate=settings.drop_path)
     except ValueError as error:
         raise ValueError(f"--model: {error}") from error
+    if (channels := model.config.num_channels) not in (1, 3):
+        problem = f"takes images of {channels} channels, but image files have 1 or 3"
+        raise ValueError(f"--model: {settings.model} {problem}")
     model.float()  # half-precision weights would lose AdamW's small steps in their rounding
     config = model.config
     same = [config.id2label.get(index) for index in range(config.num_labels)] == class_names

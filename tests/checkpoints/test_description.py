@@ -61,8 +61,8 @@ def test_a_signs_change_of_the_denominator_is_no_move(folder):
         ({"image_std": [0.2, float("nan"), 0.2]}, "image_std .*nan.*, no finite numbers"),
         ({"image_std": [0.2, 0.0, 0.2]}, "image_std .* must be positive"),
         ({"image_mean": [0.5, 0.5]}, "image_mean .*, but the model takes 3 channels"),
-        ({"image_processor_type": "GreyViTImageProcessor"}, "1 channels"),
-        ({"do_center_crop": False}, "makes images of 37x75 pixels"),
+        ({"image_processor_type": "GreyViTImageProcessor"}, "mean must have 1 elements"),
+        ({"do_center_crop": False}, "makes images of 37x46 pixels"),
     ],
 )
 def test_a_processor_that_does_not_fit(folder, changes, message):

@@ -5,11 +5,13 @@ Training is timm's, with the processor's settings.
 
 import pickle
 import random
+from dataclasses import replace
 
 import numpy
 import pytest
 import timm.data
 import torch
+from data_helpers import smooth_picture
 from PIL import Image
 from transformers import ConvNextImageProcessor, ViTImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -21,6 +23,7 @@ from flashkat_hf.data.augmentation import (
     Augmentation,
     batch_transform,
     evaluation_transform,
+    middle,
     training_transform,
 )
 from flashkat_hf.data.batches import EvalBatches
@@ -295,3 +298,54 @@ def test_kernels_are_needed_on_a_device(monkeypatch):
         ValueError, match=r"^on_device 'augmentation' needs the package triton; use 'nothing'$"
     ):
         recipe.resolved(gpu, False)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(1200, 5), (4, 801), (900, 7)])
+def test_a_processor_of_its_own_way_gets_the_middle_of_a_long_thin_image(size, channels):
+    """As classify, explain and grey models have it: the crop sees the same, but for a fraction of a pixel."""
+    processor, image = make_image_processor(32, num_channels=channels), smooth_picture(0, size)
+    part = middle(image, processor)
+    assert max(part.size) <= 11 * min(image.size)
+    whole, made = (processor(each, return_tensors="pt")["pixel_values"] for each in (image, part))
+    assert (whole - made).abs().max() < 0.05 * whole.std()
+    assert middle(image.crop((0, 0, 200, 4)), processor).size == (200, 4)
+
+
+def test_a_long_thin_image_that_is_not_cropped_is_refused():
+    processor = ConvNextImageProcessor(size={"shortest_edge": 384})
+    with pytest.raises(
+        DataError, match=r"^20000 x 1 pixels would become 7680000 x 384; one side may be at most"
+    ):
+        middle(Image.new("RGB", (20_000, 1)), processor)
+
+
+@pytest.mark.parametrize(
+    "recipe", [Augmentation(on_device="decoding"), replace(SIGNS, flip=0.5)], ids=["photographs", "signs"]
+)
+def test_training_images_for_one_channel(recipe):
+    """Their colours count for nothing, workers do all of it, and the statistics are the processor's."""
+    processor, image = make_image_processor(32, num_channels=1), noise(60, 50)
+    transform = pickle.loads(pickle.dumps(training_transform(processor, recipe)))
+    made = []
+    for picture in (image, image.convert("L").convert("RGB")):
+        with seeded(1, 2):
+            made.append(transform(picture))
+    assert made[0].shape == (1, 32, 32)
+    assert torch.equal(*made)
+    assert batch_transform(processor, recipe) is None
+    plain = Augmentation(rand_augment=None, erasing=0.0, on_device="nothing")
+    white = training_transform(processor, plain)(Image.new("RGB", (40, 40), "white"))
+    torch.testing.assert_close(white, torch.full((1, 32, 32), (1 - 0.449) / 0.226))
+
+
+def test_images_of_four_channels_are_no_files():
+    processor = make_image_processor(32, num_channels=4)
+    message = "^the model takes images of 4 channels, but image files have 1 or 3$"
+    for use in (
+        evaluation_transform,
+        lambda it: middle(noise(9, 9), it),
+        lambda it: training_transform(it, SIGNS),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use(processor)

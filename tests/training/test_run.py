@@ -13,10 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import micro_config
 from safetensors.torch import load_file
 from small_runs import after_step, losses, metrics, weights
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from flashkat_hf import FlashKATForImageClassification, make_image_processor
+from flashkat_hf.cli import main
 from flashkat_hf.data.augmentation import evaluation_transform
 from flashkat_hf.data.batches import EvalBatches, TrainBatches
 from flashkat_hf.data.samples import open_image
@@ -26,8 +29,8 @@ from flashkat_hf.training import trainer as loop
 from flashkat_hf.training.evaluation import evaluate
 from flashkat_hf.training.feed import Feed
 from flashkat_hf.training.initial_model import build_model, save_model
+from flashkat_hf.training.output import CONTENTS
 from flashkat_hf.training.recipe import Settings
-from flashkat_hf.training.run_folder import CONTENTS
 from flashkat_hf.training.speed import loading_rate
 
 SUMMARY = (
@@ -490,3 +493,19 @@ def test_the_data_side_is_measured_once_all_workers_give(monkeypatch):
     assert loading_rate(iter(batches[:3]), workers=2) is None
     times = iter([5.0, 9.0, 16.0])
     assert loading_rate(iter(batches), workers=2) is None  # it takes too long to wait for
+
+
+def test_a_one_channel_model_learns_from_colour_images(run, images, tmp_path, capsys):
+    """As converted from a one-channel ViT: trained, evaluated and asked, by the commands."""
+    FlashKATForImageClassification(micro_config(num_channels=1)).save_pretrained(tmp_path / "grey")
+    make_image_processor(32, num_channels=1).save_pretrained(tmp_path / "grey")
+    output = run(model=str(tmp_path / "grey"), size=None, epochs=1)
+    assert json.loads((output / "best/config.json").read_text())["num_channels"] == 1
+    assert main(["evaluate", str(output / "best"), "--data", str(images), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert shown["top1"] == json.loads((output / "summary.json").read_text())["top1"]
+    assert main(["classify", str(output / "best"), str(images / "val/red/0.png")]) == 0
+    FlashKATForImageClassification(micro_config(num_channels=4)).save_pretrained(tmp_path / "four")
+    make_image_processor(32, num_channels=4).save_pretrained(tmp_path / "four")
+    with pytest.raises(ValueError, match=r"^--model: .*four takes images of 4 channels, but image files"):
+        run("other", model=str(tmp_path / "four"), size=None)
