@@ -5,6 +5,7 @@ import os
 import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -231,13 +232,20 @@ def _white(image: Image.Image) -> int | None:
     return 2 ** (min(bits, 16) - signed * (bits <= 16)) - 1
 
 
-def header(image: Encoded) -> Image.Image:
-    """Return the image with its size and mode, its pixels not decoded yet."""
+@contextmanager
+def header(image: Encoded) -> Iterator[Image.Image]:
+    """Give the image with its size, mode and tags, its pixels not decoded yet; a file is closed afterwards.
+
+    An image that was opened elsewhere is not copied: a copy knows neither its depth nor its orientation.
+    """
     if isinstance(image, Unusable):
         raise ValueError(image.reason)
     if isinstance(image, Image.Image):
-        return image.copy()  # the caller closes what it gets
-    return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+        image.load()
+        yield image
+        return
+    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+        yield opened
 
 
 def unreadable(image: Encoded, name: str | None, error: Exception) -> DataError:

@@ -18,6 +18,7 @@ from data_helpers import (
     encoded,
     image_dataset,
     image_file,
+    smooth_picture,
     write_folder,
     write_shards,
 )
@@ -136,9 +137,37 @@ def test_levels_of_more_than_8_bits_are_scaled_by_their_depth(kind):
     opened = numpy.asarray(open_image(content)).astype(int)
     assert opened.shape == (8, 8, 3)
     assert numpy.array_equal(opened, numpy.stack([LEVELS] * 3, 2))
+    for loaded in (False, True):
+        in_memory = Image.open(io.BytesIO(content))
+        if loaded:
+            in_memory.load()
+        for _ in range(2):  # it stays open, and as it is
+            assert numpy.array_equal(opened, open_image(in_memory))
+
+
+@pytest.mark.parametrize(("form", "mode"), [("TIFF", "RGB"), ("TIFF", "L"), ("JPEG", "RGB"), ("PNG", "RGB")])
+def test_an_image_that_was_opened_elsewhere_is_upright_too(form, mode):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = image_file(smooth_picture(0, (40, 24)).convert(mode), form, exif=exif)
     in_memory = Image.open(io.BytesIO(content))
-    if kind not in ("PGM", "12-bit TIFF"):  # pixels alone do not say their depth
-        assert numpy.array_equal(opened, open_image(in_memory))
+    assert open_image(in_memory).tobytes() == open_image(content).tobytes()
+    assert open_image(in_memory).size == (24, 40)
+    transform, pixels = training_transform(PROCESSOR, Augmentation(on_device="augmentation")), []
+    for image in (in_memory, content, open_image(content)):
+        with seeded(0):
+            pixels.append(transform(Sample(image, 0, "x"))["pixel_values"].float())
+    for other in pixels[:2]:  # a JPEG file is decoded at a fraction
+        assert (other - pixels[2]).abs().mean() <= (5 if form == "JPEG" else 0)
+
+
+def test_frames_of_an_image_that_was_opened_elsewhere_stay(tmp_path):
+    frames = [Image.new("L", (8, 8), level) for level in (10, 200)]
+    frames[0].save(tmp_path / "x.tif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "x.tif") as image:
+        assert open_image(image).getpixel((0, 0)) == (10, 10, 10)
+        image.seek(1)
+        assert open_image(image).getpixel((0, 0)) == (200, 200, 200)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ class WorkerPart:
         encoded = _read(sample) if self.decode else sample.image
         try:
             with header(encoded) as image:
-                turned = image.getexif().get(ORIENTATION) in TURNED
+                turned = _is_turned(image)
                 width, height = image.size[::-1] if turned else image.size
                 box, filter_ = self._box(width, height), self._filter()
                 if self.decode and isinstance(encoded, bytes) and _decodable(image, encoded):
@@ -170,6 +170,13 @@ def _read(sample: Sample) -> Encoded:
         return Path(sample.image).read_bytes()
     except OSError as error:
         raise unreadable(sample.image, sample.name, error) from error
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Return whether a file's orientation will exchange the width and height that are known of it."""
+    tags = getattr(image, "tag_v2", None)  # of TIFF, whose size Pillow exchanges when it opens a file
+    exchanged = tags is not None and image.size != (tags[256], tags[257])
+    return image.getexif().get(ORIENTATION) in TURNED and not exchanged
 
 
 def _decodable(image, encoded: bytes) -> bool:
