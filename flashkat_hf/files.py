@@ -45,6 +45,22 @@ def write_text(path: Path, text: str) -> None:
         new.write_text(text, encoding="utf-8")
 
 
+def check_utf8(name: str, what: str) -> None:
+    """Refuse a name that no text can hold: of bytes that are no UTF-8.
+
+    Args:
+        name: as Python reads it from the disk or the command line.
+        what: it is the name of, for the message.
+
+    Raises:
+        ValueError: in one line.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the name of {what}, {name!a}, is no UTF-8; rename it") from error
+
+
 @contextmanager
 def replacing(target: Path, folder: bool = True) -> Iterator[Path]:
     """Give a new folder, or the name of a new file, beside `target`; it takes its place, synced, at the end.

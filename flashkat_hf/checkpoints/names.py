@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from ..files import check_utf8
 from .published import PUBLISHED
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".tar", ".ckpt")
@@ -15,6 +16,7 @@ def check_model_name(name: str) -> None:
     Raises:
         ValueError: in one line; with the command that converts, for a file of weights or a published KAT.
     """
+    check_utf8(name, "the model")
     path, hint = Path(name), HINT.format(name)
     if path.is_dir():
         best = path / "best"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..files import read_json
+from ..files import check_utf8, read_json
 from ..messages import one_line
 from ..model.configuration_flashkat import FlashKATConfig
 from .downloads import Repository
@@ -130,6 +130,7 @@ def _check_labels(settings: dict[str, Any], outputs: int) -> None:
     for index, label in labels.items():
         if not isinstance(label, str) or not label.strip():
             raise ValueError(f"config.json has {label!r} as the label of output {index}, which is no name")
+        check_utf8(label, f"output {index} in config.json")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from .samples import (
     and_more,
     check_classes,
     check_labels,
+    check_name,
     header,
     normalised,
     unreadable,
@@ -86,7 +87,10 @@ class Walk:
             suffix = os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith("."):
                 continue
-            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+            if is_folder or suffix in IMAGE_SUFFIXES:
+                check_name(entry.name, f"a file or folder in {folder}")
+            if is_folder:
                 yield from self.images(entry.path, (*above, real))
             elif suffix in IMAGE_SUFFIXES:
                 link = entry.is_symlink()
@@ -96,7 +100,7 @@ class Walk:
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 self.dangling.append(entry.path)
             else:
-                self.others[suffix or "no suffix"] += 1
+                self.others[ascii(suffix)[1:-1] or "no suffix"] += 1
 
     def report(self, root: Path) -> None:
         """Say in warnings what was passed over in the image folder `root`."""

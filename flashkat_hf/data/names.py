@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from ..files import check_utf8
+
 
 def check_source(source: str | None) -> None:
     """Refuse what is neither "digits", a folder, a pattern of tar files nor a Hub id.
@@ -10,6 +12,8 @@ def check_source(source: str | None) -> None:
     Raises:
         ValueError: in one line.
     """
+    if source is not None:
+        check_utf8(source, "the data")
     if source not in (None, "digits") and not (Path(source).is_dir() or is_tar(source) or is_hub_id(source)):
         raise ValueError(f"{source} is not a folder")
 

@@ -13,6 +13,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..files import check_utf8
 from ..messages import one_line
 
 # Formats that Pillow opens and that hold no pixels which it decodes by itself.
@@ -270,16 +271,21 @@ def check_classes(class_names: Sequence[str], source: str) -> list[str]:
     return names
 
 
+def check_name(name: str, what: str) -> None:
+    """Raise DataError where a name is no UTF-8; `what` has it."""
+    try:
+        check_utf8(name, what)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
 def normalised(name: str, source: str) -> str:
     """Return a class name with its characters composed (Unicode's NFC), as keyboards write them.
 
     Raises:
         DataError: the name of a folder is no UTF-8.
     """
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"the class name {name!a} in {source} is no UTF-8; rename it") from error
+    check_name(name, f"a class in {source}")
     return unicodedata.normalize("NFC", name)
 
 

@@ -13,17 +13,21 @@ import random
 import re
 import tarfile
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ..messages import extra, one_line
 from .names import is_tar
-from .samples import IMAGE_SUFFIXES, DataError, ImageData, Partition, Sample, check_classes
+from .samples import IMAGE_SUFFIXES, DataError, ImageData, Partition, Sample, check_classes, check_name
 from .seeding import random_integer
 
+logger = logging.get_logger(__name__)
 SPLIT_NAMES = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test")}
 SPECIAL = re.compile(r"__[^/]*__($|/)")  # webdataset passes over such names
 
@@ -90,6 +94,7 @@ def labelled(sample: dict[str, Any], class_names: Sequence[str]) -> Sample:
         DataError: it has no label, or none of these classes.
     """
     images = [key for key in sample if f".{key}" in IMAGE_SUFFIXES]
+    check_name(sample["__key__"], f"an image in {sample['__url__']}")
     name = f"{sample['__url__']}/{sample['__key__']}.{images[0]}"
     if len(images) > 1:
         raise DataError(f"{name} has a second image of the same name, .{images[1]}; a sample has one image")
@@ -207,7 +212,7 @@ def read_shard(url: str) -> Iterator[dict[str, Any]]:
 
 
 def _sizes(urls: list[str], known: dict[str, int], class_names: list[str], show: bool) -> dict[str, int]:
-    sizes = {}
+    sizes, others = {}, Counter()
     bar = extra("tqdm").tqdm(urls, desc="counting images", unit="shard", delay=2, disable=not show)
     for url in bar:
         name = os.path.basename(url)
@@ -216,12 +221,18 @@ def _sizes(urls: list[str], known: dict[str, int], class_names: list[str], show:
         elif "://" in url or url.startswith("pipe:"):
             raise DataError(f"sizes.json beside the shards does not say how many images {name} has")
         else:
-            sizes[url] = _count(url, class_names)
+            sizes[url] = _count(url, class_names, others)
+    if others and show:
+        kinds = ", ".join(f"{count} {ascii(suffix)[1:-1]}" for suffix, count in others.most_common())
+        logger.warning(f"passed over {others.total()} labels without an image that Pillow reads: {kinds}")
     return sizes
 
 
-def _count(path: str, class_names: list[str]) -> int:
-    """Return the number of samples that `read_shard` finds, and check their labels; images are not read."""
+def _count(path: str, class_names: list[str], others: Counter[str]) -> int:
+    """Return the number of samples that `read_shard` finds, and check their labels; images are not read.
+
+    What stands beside a label in place of an image is counted in `others`, by its suffix.
+    """
     count = 0
     try:
         with tarfile.open(path) as tar:
@@ -237,6 +248,9 @@ def _count(path: str, class_names: list[str]) -> int:
                 if any(f".{suffix}" in IMAGE_SUFFIXES for suffix in sample):
                     labelled(sample, class_names)
                     count += 1
+                elif "cls" in sample or b'"label"' in sample.get("json", b""):
+                    rest = sorted(sample.keys() - {"__url__", "__key__", "cls", "json"})
+                    others[f".{rest[0]}" if rest else "without any"] += 1
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"cannot read the shard {path}: {_reason(error)}") from error
     return count
@@ -277,11 +291,11 @@ def _read_first(folders: Iterable[str], name: str, parse: Callable[[str], Any]) 
     for folder in folders:
         try:
             with extra("webdataset").gopen(f"{folder}/{name}" if folder else name) as file:
-                text = file.read().decode()
+                content = file.read()
         except OSError:
             continue
         try:
-            return parse(text)
+            return parse(content.decode())
         except ValueError as error:
             raise DataError(f"{folder}/{name} is damaged: {_reason(error)}") from error
     return None

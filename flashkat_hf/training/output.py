@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from ..files import check_utf8
 from .recipe import Settings
 from .run_lock import NAME as LOCK
 
@@ -18,6 +19,7 @@ def check_place(path: Path) -> None:
     Raises:
         ValueError: in one line.
     """
+    check_utf8(str(path), "--output")
     if os.path.lexists(path):
         if not path.is_dir():
             raise ValueError(f"--output: {path} exists and is not a folder; name another")

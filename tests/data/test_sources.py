@@ -29,6 +29,7 @@ from flashkat_hf.data.augmentation import Augmentation, training_transform
 from flashkat_hf.data.batches import EvalBatches
 from flashkat_hf.data.digits import load_digits
 from flashkat_hf.data.image_folder import load_image_folder
+from flashkat_hf.data.names import check_source
 from flashkat_hf.data.samples import DataError, Partition, Sample, open_image
 from flashkat_hf.data.seeding import seeded
 from flashkat_hf.data.sources import open_data
@@ -374,10 +375,31 @@ def test_class_names_that_unicode_composes_in_two_ways(folder):
     assert list(data.test.labels) == [0, 0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("place", ["train/cat/caf\udce9.png", "val/dog/caf\udce9/1.png"])
+def test_a_file_name_that_is_no_utf_8_is_refused(folder, place):
+    (folder / place).parent.mkdir(exist_ok=True)
+    (folder / place).write_bytes(encoded(1))
+    with pytest.raises(
+        DataError, match=r"^the name of a file or folder in .*(cat|dog), 'caf\\udce9.*no UTF-8"
+    ):
+        open_data(folder)
+
+
+def test_other_names_that_are_no_utf_8(folder, warnings, tmp_path):
+    """Files that are no images only count; the folder itself is refused, before anything is imported."""
+    (folder / "train/cat/notes.caf\udce9").write_text("")
+    load_image_folder(folder)
+    assert warnings[0].endswith(r"that are no images: 1 .caf\udce9")
+    with pytest.raises(ValueError, match=r"^the name of the data, '.*caf\\udce9', is no UTF-8; rename it$"):
+        check_source(str(tmp_path / "caf\udce9"))
+
+
 def test_a_class_name_that_is_no_utf_8_is_refused(folder):
     for split in ("train", "val"):
         (folder / split / "cat").rename(os.fsdecode(os.fsencode(folder / split) + b"/caf\xe9"))
-    with pytest.raises(DataError, match=r"^the class name 'caf\\udce9' in .*/train is no UTF-8; rename it$"):
+    with pytest.raises(
+        DataError, match=r"^the name of a class in .*/train, 'caf\\udce9', is no UTF-8; rename it$"
+    ):
         load_image_folder(folder)
 
 
@@ -894,3 +916,32 @@ def test_a_stream_of_files_on_a_file_system_of_fsspec(monkeypatch):
         DataError, match=r"^cannot read the image memory://.*ant/0.png of validation of owner/"
     ):
         list(batches)
+
+
+def test_labels_of_images_that_pillow_does_not_read_are_counted(tmp_path, monkeypatch):
+    """Not those of texts alone; a label is one in `name.json`, too."""
+    lines: list[str] = []
+    monkeypatch.setattr("flashkat_hf.data.shards.logger.warning", lines.append)
+    write_shards(tmp_path, [2], [2])
+    with tarfile.open(tmp_path / "train-000.tar", "a") as tar:
+        for name, content in (
+            ("a.heic", b"x"), ("a.cls", b"1"), ("b.heic", b"x"), ("b.json", b'{"label": 2}'), ("c.cls", b"0"),
+            ("d.txt", b"a text"), ("d.json", b'{"words": 2}'),
+        ):  # fmt: skip
+            add(tar, name, content)
+    assert open_data(tmp_path).train.num_images == 2
+    assert lines == ["passed over 3 labels without an image that Pillow reads: 2 .heic, 1 without any"]
+
+
+def test_names_in_shards_that_are_no_utf_8(tmp_path):
+    write_shards(tmp_path, [2], [2])
+    with tarfile.open(tmp_path / "train-000.tar", "a") as tar:
+        add(tar, "caf\udce9.png", encoded(1))
+        add(tar, "caf\udce9.cls", b"1")
+    with pytest.raises(
+        DataError, match=r"^the name of an image in .*train-000.tar, 'caf\\udce9', is no UTF-8"
+    ):
+        open_data(tmp_path)
+    (tmp_path / "classes.txt").write_bytes(b"cat\ncaf\xe9\ncow\n")
+    with pytest.raises(DataError, match=r"classes.txt is damaged: .*utf-8"):
+        open_data(tmp_path)
