@@ -154,6 +154,8 @@ def open_dataset(
     if streaming:
         train, test = (_as_stream(part, world_size) for part in (train, test))
     columns = _columns(train.features, source, image_column, label_column)
+    if streaming:  # of files, `cast_column` would come after decoding
+        train, test = (part.decode(False) for part in (train, test))
     image = extra("datasets").Image(decode=False)
     train, test = (
         part.select_columns(list(columns)).cast_column(columns[0], image) for part in (train, test)
@@ -322,6 +324,8 @@ def _encoded(value: dict[str, Any] | None) -> bytes | str | Unusable:
     try:
         with extra("datasets.utils.file_utils").xopen(path, "rb") as file:  # any file system of fsspec
             return file.read()
+    except FileNotFoundError:
+        return Unusable(f"{path}: no such file")
     except Exception as error:  # file systems' errors have no common class
         return Unusable(f"{path}: {one_line(error)}")
 

@@ -51,8 +51,8 @@ def evaluate(
         outputs: the model's output for each class of the data; default: the one of the same number.
         mixed_precision: compute in accelerate's precision, and compiled where the model is; default: in the
             model's own dtype, as `pipeline` does.
-        progress: text of a progress bar on the main process; default: no bar.
-        keep_progress: leave the bar there; otherwise it goes at the end, and a log file gets none.
+        progress: text of a progress bar on the main process, in a log file of a line a minute; default: none.
+        keep_progress: leave the bar on the terminal when it is done.
         stop: is asked every half second; when it is not 0 in any process, all of them end the evaluation.
 
     Returns:
