@@ -5,6 +5,8 @@ A ViT whose MLPs are group-rational KANs, in the shape of today's transformers m
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Unpack
 
 import torch
@@ -263,6 +265,14 @@ class FlashKATPreTrainedModel(PreTrainedModel):
                 f"tensors; it has {len(found)} others, such as {', '.join(found[:3])}"
             )
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save as transformers does, with the permissions of config.json; safetensors shuts others out."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        config = Path(save_directory, "config.json")
+        for weights in Path(save_directory).glob("model*.safetensors"):
+            with suppress(OSError):  # of another owner, or with no config beside it
+                weights.chmod(config.stat().st_mode & 0o666)
 
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False

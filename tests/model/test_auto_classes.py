@@ -1,5 +1,6 @@
 """`import flashkat_hf` is enough for Auto classes, pipelines, saves and loads; broken folders are errors."""
 
+import os
 import subprocess
 import sys
 
@@ -153,3 +154,17 @@ print("works", flashkat_hf.make_image_processor().__class__.__name__)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.stdout.startswith("works"), result.stderr
     assert ("Pil" in result.stdout) == (missing == "torchvision")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_saved_files_have_the_umasks_permissions(tmp_path, umask, mode):
+    """Also in shards; safetensors alone would let nobody but their owner read them."""
+    model, before = FlashKATForImageClassification(micro_config()), os.umask(umask)
+    try:
+        model.save_pretrained(tmp_path / "whole")
+        model.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.suffix == ".safetensors" for path in files) > 2
+    assert {path.stat().st_mode & 0o777 for path in files if path.suffix != ".py"} == {mode}
