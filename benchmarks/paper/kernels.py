@@ -146,12 +146,12 @@ def accesses(settings: Settings) -> Iterator[dict]:
     blocks = math.ceil(images * tokens / ROWS) * GROUPS
     x = torch.empty(settings.shape, device=settings.device)
     tables = (torch.empty(GROUPS, columns, device=settings.device) for columns in (6, 4))
-    tile, _, partial = backward_plan(x, *tables, programs_per_multiprocessor=12)
-    programs = tile.num_programs * tile.segments
+    tile, layout, rows = backward_plan(x, *tables, programs_per_multiprocessor=12)
+    programs, sums = tile.num_programs * tile.segments, COEFFICIENTS * rows * layout[1]
     for name, reads, writes, atomics in (
         (ALGORITHM1, (2 + COEFFICIENTS) * elements, elements, COEFFICIENTS * elements),
         (ALGORITHM2, 2 * elements + COEFFICIENTS * blocks, elements, COEFFICIENTS * blocks),
-        (OURS, 2 * elements + COEFFICIENTS * programs + partial.numel(), elements + partial.numel(), 0),
+        (OURS, 2 * elements + COEFFICIENTS * programs + sums, elements + sums, 0),
     ):
         yield {
             "what": "accesses",

@@ -12,17 +12,22 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .op_attention import HEAD_DIMS, MAX_BATCH, MAX_TOKENS, packed_attention
+from .op_block import block, block_serves
 from .op_norm_rational import add_norm_rational, norm_beside
 from .op_rational_mlp import rational_mlp
 from .operators import HALF, TRITON_DEVICES, decomposes
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
-PLAIN_WEIGHTS = (nn.Parameter, Tensor, type(None))
+PLAIN_WEIGHTS = {nn.Parameter, Tensor, type(None)}
 KNOWN: set[type[nn.Module]] = {
     nn.Linear,
     nn.LayerNorm,
     nn.Dropout,
 }  # what a kernel may stand for; no subclasses
+BLOCK_MODULES = "norm1", "attention", "norm2", "mlp", "drop_path"
+ATTENTION_MODULES = "qkv", "proj", "dropout"
+MLP_MODULES = "act1", "fc1", "act2", "fc2", "dropout"
+LINEAR_PARAMETERS, TABLES = ("weight", "bias"), ("numerator", "denominator")
 
 
 def fusible(cls: ModuleClass) -> ModuleClass:
@@ -49,9 +54,7 @@ def untouched(module: nn.Module) -> bool:
         or "forward" in module.__dict__  # as accelerate puts it there to move weights
     ):
         return False
-    return all(
-        type(weight) in PLAIN_WEIGHTS for weight in module._parameters.values()
-    )  # not quantised, not sharded
+    return PLAIN_WEIGHTS.issuperset(map(type, module._parameters.values()))  # not quantised, not sharded
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -71,6 +74,9 @@ def fused_block(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     The bias gradients of proj and fc2 come from norm2's backward, which has the gradients of both branches,
     if both branches are added as they are.
     """
+    whole = whole_block(layer, hidden_states)
+    if whole is not None:
+        return whole
     attention, norm, mlp, drop_path = layer.attention, layer.norm2, layer.mlp, layer.drop_path
     hidden_states, x = stream_and_norm(layer.norm1, hidden_states)
     if not fuses(hidden_states, norm, mlp, mlp.act1):
@@ -86,6 +92,41 @@ def fused_block(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     biases = attention.proj.bias, mlp.fc2.bias
     hidden_states, x = add_norm_rational(hidden_states, branch, *parameters, norm.eps, *biases)
     return hidden_states + fused_mlp(mlp, x, mlp.fc2.bias.detach())
+
+
+def whole_block(layer: Any, x: Tensor) -> Tensor | None:
+    """Compute a `FlashKATLayer` by one operator, or return None where that does not serve.
+
+    It reads modules and parameters where `nn.Module` keeps them: their names would take a call each.
+    """
+    norm1, attention, norm2, mlp, drop_path = map(layer._modules.get, BLOCK_MODULES)
+    if not fuses(x, norm1, attention, norm2, mlp, drop_path):
+        return None
+    qkv, proj, dropout = map(attention._modules.get, ATTENTION_MODULES)
+    act1, fc1, act2, fc2, mlp_dropout = map(mlp._modules.get, MLP_MODULES)
+    if not fuses(x, qkv, proj, dropout, act1, fc1, act2, fc2, mlp_dropout) or drops(dropout, mlp_dropout):
+        return None
+    config, dtype = attention.config, working_dtype(x)
+    if (
+        (drop_path.training and drop_path.rate)
+        or config._attn_implementation != "packed"
+        or (attention.training and config.attention_probs_dropout_prob)
+    ):
+        return None
+    parameters = [
+        *map(norm1._parameters.get, LINEAR_PARAMETERS),
+        *map(qkv._parameters.get, LINEAR_PARAMETERS),
+        *map(proj._parameters.get, LINEAR_PARAMETERS),
+        *map(norm2._parameters.get, LINEAR_PARAMETERS),
+        *map(act1._parameters.get, TABLES),
+        *map(fc1._parameters.get, LINEAR_PARAMETERS),
+        *map(act2._parameters.get, TABLES),
+        *map(fc2._parameters.get, LINEAR_PARAMETERS),
+    ]
+    if not block_serves(x, parameters, attention.head_dim, dtype):
+        return None
+    heads = config.num_attention_heads, attention.scaling
+    return block(x, heads, (norm1.eps, norm2.eps), dtype, *parameters)
 
 
 def adds_whole_branches(layer: Any, x: Tensor) -> bool:

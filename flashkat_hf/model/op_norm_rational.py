@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from .op_rational import check_arguments
-from .operators import by_device, by_formula, decomposes, differentiable, needs_formula
+from .operators import NO_SECOND_DERIVATIVES, by_device, by_formula, decomposes, differentiable, needs_formula
 from .reference import (
     add_norm_rational_gradients,
     add_norm_rational_value,
@@ -171,10 +171,7 @@ def _gradients(ctx, backward, grad_total: Tensor, grad_y: Tensor, *_) -> tuple:
 
 def _formula_gradients(ctx, grad_total: Tensor, grad_y: Tensor) -> tuple:
     if len(ctx.vector_dtypes) == 4:  # total now goes elsewhere, too: into what is differentiated next
-        raise RuntimeError(
-            "second derivatives do not pass through a fused block: take them with torch.func (grad, jvp, "
-            "hessian), or with a forward hook on each block's drop_path"
-        )
+        raise RuntimeError(NO_SECOND_DERIVATIVES)
     total, _, _, weight, bias, numerator, denominator = ctx.saved_tensors
     formula = partial(_norm_rational, eps=ctx.eps, dtype=ctx.branch_dtype)
     grad, *grads = by_formula(formula, (total, weight, bias, numerator, denominator), grad_y)

@@ -27,6 +27,10 @@ PACKAGE = __name__.rpartition(".")[0]
 NAMESPACE = "flashkat" if PACKAGE == "flashkat_hf.model" else re.sub(r"\W", "_", PACKAGE, flags=re.ASCII)
 TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm's name too
 HALF = (torch.bfloat16, torch.float16)
+NO_SECOND_DERIVATIVES = (
+    "second derivatives do not pass through a fused block: take them with torch.func (grad, jvp, "
+    "hessian), or with a forward hook on each block's drop_path"
+)
 
 
 def has_kernel(x: Tensor) -> bool:

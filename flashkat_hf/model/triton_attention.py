@@ -16,8 +16,8 @@ ptxas-serialized-products.md.
 import torch
 from torch import Tensor
 
+from .triton_launch import launch
 from .triton_math import tl, triton
-from .triton_rational import traceable
 from .triton_sums import gather_sums
 from .triton_tiles import ATTENTION_BLOCK, attention_blocks
 
@@ -339,14 +339,18 @@ def packed_attention_forward(qkv: Tensor, num_heads: int, scale: float) -> tuple
     batch, num_tokens, hidden_size = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     y = qkv.new_empty(batch, num_tokens, hidden_size)
     lse = qkv.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
+    launch_attention_forward(qkv, y, lse, scale)
+    return y, lse
+
+
+def launch_attention_forward(qkv: Tensor, y: Tensor, lse: Tensor, scale: float) -> None:
+    """Launch the forward kernel, if there are elements."""
+    batch, num_heads, num_tokens = lse.shape
     blocks, rest = attention_blocks(num_tokens)
     if qkv.numel():
-        sizes = num_tokens, num_heads, scale, hidden_size // num_heads, rest
-        with torch.accelerator.device_index(qkv.device.index):  # pyright: ignore[reportArgumentType]
-            traceable(packed_attention_forward_kernel, qkv)[blocks, num_heads, batch](
-                qkv, y, lse, *sizes, num_warps=WARPS, **at_most(REGISTERS, qkv)
-            )
-    return y, lse
+        grid, numbers = (blocks, num_heads, batch), (num_tokens, num_heads, scale)
+        kernel, constants = packed_attention_forward_kernel, (y.shape[-1] // num_heads, rest)
+        launch(kernel, grid, (qkv, y, lse), numbers, constants, WARPS, REGISTERS)
 
 
 def packed_attention_backward(
@@ -357,29 +361,43 @@ def packed_attention_backward(
     Returns:
         The gradient of qkv, like qkv, and its column sums `(3 * hidden_size,)` in float32.
     """
-    (batch, num_heads, num_tokens), hidden_size = lse.shape, y.shape[-1]
-    blocks, rest = attention_blocks(num_tokens)
-    head_dim, rows = hidden_size // num_heads, (blocks - 1) * ATTENTION_BLOCK + (rest or ATTENTION_BLOCK)
     grad_qkv = torch.empty_like(qkv)
-    statistics = lse.new_empty(batch, num_heads, rows, STATISTICS.value)
-    rests = lse.new_empty(batch, num_heads, blocks, 2, rest, head_dim)
-    columns = lse.new_empty(1, blocks * batch, 3 * hidden_size)
-    if qkv.numel():
-        sizes, grid = (num_tokens, num_heads, scale, head_dim, rest), (blocks, num_heads, batch)
-        with torch.accelerator.device_index(qkv.device.index):  # pyright: ignore[reportArgumentType]
-            packed_attention_queries_kernel[grid](
-                *(grad_y, qkv, y, lse, grad_qkv, statistics, rests, columns, *sizes),
-                num_warps=WARPS,
-                **at_most(REGISTERS, qkv),
-            )
-            packed_attention_keys_kernel[grid](
-                *(grad_y, qkv, statistics, rests, grad_qkv, columns, *sizes),
-                num_warps=WARPS,
-                **at_most(KEYS_REGISTERS, qkv),
-            )
+    rows, *sizes = attention_scratch(*lse.shape, y.shape[-1])
+    scratch = [lse.new_empty(size) for size in sizes]
+    launch_attention_backward(grad_y, qkv, y, lse, grad_qkv, *scratch, scale=scale)
+    columns = scratch[-1].view(1, rows, qkv.shape[-1])
     return grad_qkv, gather_sums(None, None, columns)[0].squeeze(0)
 
 
-def at_most(registers: int, x: Tensor) -> dict[str, int]:
-    """Return the option that limits a thread's registers, where the compiler has one."""
-    return {"maxnreg": registers} if x.is_cuda and not torch.version.hip else {}
+def attention_scratch(
+    batch: int, num_heads: int, num_tokens: int, hidden_size: int
+) -> tuple[int, int, int, int]:
+    """Return the rows of column sums, and how many numbers the statistics, rests and columns are."""
+    blocks, rest = attention_blocks(num_tokens)
+    rows = (blocks - 1) * ATTENTION_BLOCK + (rest or ATTENTION_BLOCK)
+    statistics = batch * num_heads * rows * STATISTICS.value
+    rests = batch * blocks * 2 * rest * hidden_size
+    return blocks * batch, statistics, rests, blocks * batch * 3 * hidden_size
+
+
+def launch_attention_backward(
+    grad_y: Tensor,
+    qkv: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    grad_qkv: Tensor,
+    statistics: Tensor,
+    rests: Tensor,
+    columns: Tensor,
+    scale: float,
+) -> None:
+    """Launch the backward kernels, if there are elements; `attention_scratch` are those of the last three."""
+    batch, num_heads, num_tokens = lse.shape
+    blocks, rest = attention_blocks(num_tokens)
+    if qkv.numel():
+        grid, numbers = (blocks, num_heads, batch), (num_tokens, num_heads, scale)
+        constants = y.shape[-1] // num_heads, rest
+        queries = grad_y, qkv, y, lse, grad_qkv, statistics, rests, columns
+        launch(packed_attention_queries_kernel, grid, queries, numbers, constants, WARPS, REGISTERS)
+        keys = grad_y, qkv, statistics, rests, grad_qkv, columns
+        launch(packed_attention_keys_kernel, grid, keys, numbers, constants, WARPS, KEYS_REGISTERS)

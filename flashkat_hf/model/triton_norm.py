@@ -8,6 +8,7 @@ its weights and sums stay in registers, and a row of up to 384 channels is reduc
 import torch
 from torch import Tensor
 
+from .triton_launch import launch, planned
 from .triton_math import tl, triton
 from .triton_rational import num_multiprocessors
 from .triton_sums import gather_sums
@@ -216,14 +217,16 @@ def norm_forward(
     """
     y = torch.empty_like(x, dtype=dtype)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
-    tile, num_rows, segments_per_row = row_plan(x, x.shape[-1], NORM_FORWARD)
-    if x.numel():
-        with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType]
-            norm_forward_kernel[(tile.num_programs,)](
-                *(x, weight, bias, y, mean, rstd, num_rows, segments_per_row, eps, *tile.shape),
-                num_warps=tile.num_warps,
-            )
+    launch_norm_forward(x, weight, bias, y, mean, rstd, eps=eps)
     return y, mean, rstd
+
+
+def launch_norm_forward(x: Tensor, *others: Tensor, eps: float) -> None:
+    """Launch the forward kernel on its tensors, if they have elements."""
+    tile, numbers = row_plan(x, x.shape[-1], NORM_FORWARD)
+    if x.numel():
+        grid = tile.num_programs, 1, 1
+        launch(norm_forward_kernel, grid, (x, *others), (*numbers, eps), tile.shape, tile.num_warps)
 
 
 def norm_backward(
@@ -237,33 +240,30 @@ def norm_backward(
         Both ways' gradient of x, like x, and those of weight and bias.
     """
     grad, hidden_size = torch.empty_like(x), x.shape[-1]
-    tile, num_rows, segments_per_row = row_plan(x, hidden_size, NORM_BACKWARD)
-    columns = x.new_empty(2, tile.num_programs * tile.rows, hidden_size, dtype=torch.float32)
-    if x.numel():
-        with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType]
-            norm_backward_kernel[(tile.num_programs,)](
-                *(
-                    grad_x,
-                    grad_y,
-                    x,
-                    mean,
-                    rstd,
-                    weight,
-                    grad,
-                    columns,
-                    num_rows,
-                    segments_per_row,
-                    *tile.shape,
-                ),
-                num_warps=tile.num_warps,
-            )
+    plan = row_plan(x, hidden_size, NORM_BACKWARD)
+    columns = x.new_empty(2, plan[0].num_programs * plan[0].rows, hidden_size, dtype=torch.float32)
+    launch_norm_backward(grad_x, grad_y, x, mean, rstd, weight, grad, columns, plan=plan)
     (columns,) = gather_sums(None, None, columns)
     return grad, columns[0].to(weight.dtype), columns[1].to(bias.dtype)
 
 
-def row_plan(x: Tensor, group_size: int, registers: tuple[float, float]) -> tuple[NormTile, int, int]:
+def launch_norm_backward(*tensors: Tensor, plan: tuple[NormTile, tuple[int, int]]) -> None:
+    """Launch the backward kernel on its tensors, if they have elements."""
+    tile, numbers = plan
+    if tensors[0].numel():
+        grid = tile.num_programs, 1, 1
+        launch(norm_backward_kernel, grid, tensors, numbers, tile.shape, tile.num_warps)
+
+
+def row_plan(x: Tensor, group_size: int, registers: tuple[float, float]) -> tuple[NormTile, tuple[int, int]]:
     """Return the tile of a kernel that reduces along rows, the number of rows, and the segments of a row."""
-    hidden_size = x.shape[-1]
-    num_rows = x.numel() // hidden_size
-    tile = norm_tile(num_rows, hidden_size, group_size, num_multiprocessors(x.device), registers)
-    return tile, num_rows, hidden_size // (tile.parts * tile.width)
+    return _row_plan(x.numel(), x.shape[-1], group_size, num_multiprocessors(x.device), registers)
+
+
+@planned
+def _row_plan(
+    num_elements: int, hidden_size: int, group_size: int, num_multiprocessors: int, registers
+) -> tuple[NormTile, tuple[int, int]]:
+    num_rows = num_elements // hidden_size
+    tile = norm_tile(num_rows, hidden_size, group_size, num_multiprocessors, registers)
+    return tile, (num_rows, hidden_size // (tile.parts * tile.width))

@@ -7,6 +7,7 @@ and their sums stay in registers, too.
 import torch
 from torch import Tensor
 
+from .triton_launch import launch
 from .triton_math import (
     add_coefficient_terms,
     load_denominator,
@@ -30,7 +31,7 @@ from .triton_norm import (
     store_columns,
     store_statistics,
 )
-from .triton_rational import LAYOUT, traceable
+from .triton_rational import LAYOUT
 from .triton_sums import gather_sums
 from .triton_tiles import NORM_BACKWARD_TOTALS, NORM_FORWARD, NORM_RATIONAL_BACKWARD, NormTile
 
@@ -206,16 +207,18 @@ def add_norm_rational_forward(
     """
     total, y = torch.empty_like(residual), torch.empty_like(residual, dtype=branch.dtype)
     mean, rstd = (residual.new_empty(residual.shape[:-1], dtype=torch.float32) for _ in range(2))
-    tile, layout = _plan(residual, numerator, denominator, NORM_FORWARD)
-    if residual.numel():
-        kernel = traceable(add_norm_rational_forward_kernel, residual)
-        with torch.accelerator.device_index(residual.device.index):  # pyright: ignore[reportArgumentType]
-            kernel[(tile.num_programs,)](
-                *(residual, branch, weight, bias, numerator, denominator, total, y, mean, rstd),
-                *(*layout, eps, *tile.shape),
-                num_warps=tile.num_warps,
-            )
+    tensors = residual, branch, weight, bias, numerator, denominator, total, y, mean, rstd
+    launch_norm_rational_forward(*tensors, eps=eps)
     return total, y, mean, rstd
+
+
+def launch_norm_rational_forward(*tensors: Tensor, eps: float) -> None:
+    """Launch the forward kernel on its tensors, if they have elements."""
+    residual, _, _, _, numerator, denominator, *_ = tensors
+    tile, numbers = row_and_table_plan(residual, numerator, denominator, NORM_FORWARD)
+    if residual.numel():
+        kernel, grid = add_norm_rational_forward_kernel, (tile.num_programs, 1, 1)
+        launch(kernel, grid, tensors, (*numbers, eps), tile.shape, tile.num_warps)
 
 
 def add_norm_rational_backward(
@@ -238,27 +241,40 @@ def add_norm_rational_backward(
         and those of numerator and denominator.
     """
     grad, hidden_size = torch.empty_like(total), total.shape[-1]
-    registers = NORM_BACKWARD_TOTALS if totals else NORM_RATIONAL_BACKWARD
-    tile, layout = _plan(total, numerator, denominator, registers)
+    plan = norm_rational_backward_plan(total, numerator, denominator, totals)
+    tile, (_, segments_per_row, *_) = plan
     rows = tile.num_programs * tile.rows
-    partial = total.new_empty(10, rows, hidden_size // (tile.parts * tile.width), dtype=torch.float32)
+    partial = total.new_empty(10, rows, segments_per_row, dtype=torch.float32)
     columns = total.new_empty(4 if totals else 2, rows, hidden_size, dtype=torch.float32)
-    if total.numel():
-        with torch.accelerator.device_index(total.device.index):  # pyright: ignore[reportArgumentType]
-            add_norm_rational_backward_kernel[(tile.num_programs,)](
-                *(grad_total, grad_y, total, mean, rstd, weight, bias, numerator, denominator),
-                *(grad, partial, columns, *layout, *tile.shape, totals),
-                num_warps=tile.num_warps,
-            )
+    tensors = grad_total, grad_y, total, mean, rstd, weight, bias, numerator, denominator
+    launch_norm_rational_backward(*tensors, grad, partial, columns, plan=plan, totals=totals)
     *grad_tables, columns = gather_sums((numerator, denominator), partial, columns)
     return grad, columns, *grad_tables
 
 
-def _plan(
+def launch_norm_rational_backward(
+    *tensors: Tensor, plan: tuple[NormTile, tuple[int, ...]], totals: bool
+) -> None:
+    """Launch the backward kernel on its tensors, if they have elements."""
+    tile, numbers = plan
+    if tensors[0].numel():
+        grid, constants = (tile.num_programs, 1, 1), (*tile.shape, totals)
+        launch(add_norm_rational_backward_kernel, grid, tensors, numbers, constants, tile.num_warps)
+
+
+def norm_rational_backward_plan(
+    total: Tensor, numerator: Tensor, denominator: Tensor, totals: bool
+) -> tuple[NormTile, tuple[int, ...]]:
+    """Return the tile and the numbers of the backward kernel."""
+    registers = NORM_BACKWARD_TOTALS if totals else NORM_RATIONAL_BACKWARD
+    return row_and_table_plan(total, numerator, denominator, registers)
+
+
+def row_and_table_plan(
     total: Tensor, numerator: Tensor, denominator: Tensor, registers: tuple[float, float]
 ) -> tuple[NormTile, tuple[int, ...]]:
-    """Return the tile, and the kernels' arguments from num_rows to denominator_stride."""
-    num_groups = max(numerator.shape[0], denominator.shape[0])
-    tile, num_rows, segments_per_row = row_plan(total, total.shape[-1] // num_groups, registers)
-    strides = 0 if numerator.shape[0] == 1 else 6, 0 if denominator.shape[0] == 1 else 4
-    return tile, (num_rows, segments_per_row, segments_per_row // num_groups, *strides)
+    """Return the tile, and the kernels' numbers from num_rows to denominator_stride."""
+    rows = numerator.shape[0], denominator.shape[0]
+    tile, (num_rows, segments_per_row) = row_plan(total, total.shape[-1] // max(rows), registers)
+    strides = 0 if rows[0] == 1 else 6, 0 if rows[1] == 1 else 4
+    return tile, (num_rows, segments_per_row, segments_per_row // max(rows), *strides)

@@ -6,11 +6,11 @@ compiled in, so another batch size or hidden size runs the same kernel.
 """
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .triton_launch import launch, planned
 from .triton_math import (
     add_coefficient_terms,
     load_denominator,
@@ -112,14 +112,12 @@ def rational_backward_kernel(
 def rational_forward(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
     """Launch the forward kernel; arguments are valid and contiguous, `x` is `(..., hidden_size)`."""
     y = torch.empty_like(x)
-    num_groups = max(numerator.shape[0], denominator.shape[0])
-    tile = forward_tile(x.numel(), x.shape[-1] // num_groups, x.element_size())
+    tile, layout = _forward_plan(x.numel(), *_sizes(x, numerator, denominator))
     if x.numel():
-        with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType] - None is a no-op
-            traceable(rational_forward_kernel, x)[(tile.num_programs,)](
-                *(x, numerator, denominator, y, *_layout(x, numerator, denominator, tile)),
-                num_warps=tile.num_warps,
-            )
+        launch(
+            *(rational_forward_kernel, (tile.num_programs, 1, 1), (x, numerator, denominator, y), layout),
+            *((tile.segments, tile.width), tile.num_warps),
+        )
     return y
 
 
@@ -131,56 +129,70 @@ def rational_backward(
     Arguments are valid and contiguous.
     """
     grad_x = torch.empty_like(x)
-    tile, layout, partial = backward_plan(x, numerator, denominator, programs_per_multiprocessor=12)
+    tile, layout, rows = backward_plan(x, numerator, denominator, programs_per_multiprocessor=12)
+    partial = torch.empty(10, rows, layout[1], dtype=torch.float32, device=x.device)
     if x.numel():
-        with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType]
-            rational_backward_kernel[(tile.num_programs,)](
-                grad_y, x, numerator, denominator, grad_x, partial, *layout, num_warps=tile.num_warps
-            )
+        tensors = grad_y, x, numerator, denominator, grad_x, partial
+        constants = tile.segments, tile.width
+        launch(
+            rational_backward_kernel, (tile.num_programs, 1, 1), tensors, layout, constants, tile.num_warps
+        )
     return (grad_x, *gather_sums((numerator, denominator), partial, None))
 
 
 def backward_plan(
     x: Tensor, numerator: Tensor, denominator: Tensor, programs_per_multiprocessor: int
-) -> tuple[Tile, tuple[int, ...], Tensor]:
-    """Return the tile, the kernel's arguments from num_segments to WIDTH, and room for its sums.
-
-    The sums are `(10, rows, segments_per_row)`.
+) -> tuple[Tile, tuple[int, ...], int]:
+    """Return the tile, the kernel's numbers, and the rows of its sums `(10, rows, segments_per_row)`.
 
     The programs' tiles in a row make whole rows. Without elements there are no programs, and the sums are
     empty.
     """
-    hidden_size, num_groups = x.shape[-1], max(numerator.shape[0], denominator.shape[0])
     programs = programs_per_multiprocessor * num_multiprocessors(x.device)
-    tile = backward_tile(x.numel(), hidden_size, hidden_size // num_groups, x.element_size(), programs)
-    segments_per_row = hidden_size // tile.width
-    rows = tile.num_programs * tile.segments // segments_per_row
-    partial = torch.empty(10, rows, segments_per_row, dtype=torch.float32, device=x.device)
-    return tile, _layout(x, numerator, denominator, tile), partial
+    return _backward_plan(x.numel(), *_sizes(x, numerator, denominator), programs)
 
 
-def _layout(x: Tensor, numerator: Tensor, denominator: Tensor, tile: Tile) -> tuple[int, ...]:
-    """Return the kernels' arguments from num_segments to WIDTH."""
-    segments_per_row = x.shape[-1] // tile.width
+def _sizes(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[int, int, int, int]:
+    """Return what the plans ask about besides the number of elements."""
+    return x.shape[-1], x.element_size(), numerator.shape[0], denominator.shape[0]
+
+
+@planned
+def _forward_plan(
+    num_elements: int, hidden_size: int, element_bytes: int, numerator_rows: int, denominator_rows: int
+) -> tuple[Tile, tuple[int, ...]]:
+    num_groups = max(numerator_rows, denominator_rows)
+    tile = forward_tile(num_elements, hidden_size // num_groups, element_bytes)
+    return tile, _layout(num_elements, hidden_size, numerator_rows, denominator_rows, tile.width)
+
+
+@planned
+def _backward_plan(
+    num_elements: int,
+    hidden_size: int,
+    element_bytes: int,
+    numerator_rows: int,
+    denominator_rows: int,
+    programs: int,
+) -> tuple[Tile, tuple[int, ...], int]:
+    num_groups = max(numerator_rows, denominator_rows)
+    tile = backward_tile(num_elements, hidden_size, hidden_size // num_groups, element_bytes, programs)
+    layout = _layout(num_elements, hidden_size, numerator_rows, denominator_rows, tile.width)
+    return tile, layout, tile.num_programs * tile.segments * tile.width // hidden_size
+
+
+def _layout(
+    num_elements: int, hidden_size: int, numerator_rows: int, denominator_rows: int, width: int
+) -> tuple[int, ...]:
+    """Return the kernels' numbers, those in `LAYOUT`."""
+    segments_per_row = hidden_size // width
     return (
-        x.numel() // tile.width,
+        num_elements // width,
         segments_per_row,
-        segments_per_row // max(numerator.shape[0], denominator.shape[0]),
-        0 if numerator.shape[0] == 1 else 6,
-        0 if denominator.shape[0] == 1 else 4,
-        tile.segments,
-        tile.width,
+        segments_per_row // max(numerator_rows, denominator_rows),
+        0 if numerator_rows == 1 else 6,
+        0 if denominator_rows == 1 else 4,
     )
-
-
-def traceable(kernel: Any, x: Tensor) -> Any:
-    """Return a kernel as it is launched on x.
-
-    In eager mode as it is, else so that `torch.compile` launches it itself.
-    """
-    if type(x) in (Tensor, torch.nn.Parameter) or not isinstance(kernel, triton.JITFunction):
-        return kernel
-    return torch.library.wrap_triton(kernel)
 
 
 @lru_cache

@@ -9,6 +9,7 @@ keep it, and the column sums of that gradient, which are those of the first map'
 import torch
 from torch import Tensor
 
+from .triton_launch import launch, planned
 from .triton_math import (
     add_coefficient_terms,
     load_denominator,
@@ -20,9 +21,9 @@ from .triton_math import (
     tl,
     triton,
 )
-from .triton_rational import LAYOUT, backward_plan, traceable
+from .triton_rational import LAYOUT, backward_plan
 from .triton_sums import gather_sums
-from .triton_tiles import linear_tile
+from .triton_tiles import Tile, linear_tile
 
 
 @triton.jit
@@ -151,20 +152,16 @@ def rational_mlp_forward(
         without `keep`.
     """
     (out_features, in_features), num_rows = weight.shape, x.numel() // x.shape[-1]
-    group_size = out_features // max(numerator.shape[0], denominator.shape[0])
-    tile = linear_tile(in_features, out_features, group_size)
+    rows = numerator.shape[0], denominator.shape[0]
+    plan = linear_plan(num_rows, in_features, out_features, *rows)
+    assert plan
+    programs, numbers, constants, num_warps = plan
     y = x.new_empty(*x.shape[:-1], out_features)
     product = torch.empty_like(y) if keep else y.new_empty(0)
     if num_rows:
-        grid = (triton.cdiv(num_rows, tile.rows) * (out_features // tile.columns),)
-        with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType]
-            traceable(rational_mlp_forward_kernel, x)[grid](
-                *(x, weight, bias, numerator, denominator, product, y, num_rows),
-                *(0 if numerator.shape[0] == 1 else 6, 0 if denominator.shape[0] == 1 else 4),
-                *(in_features, out_features, group_size),
-                *(tile.rows, tile.columns, tile.step, tile.chunk, tile.stages, keep),
-                num_warps=tile.num_warps,
-            )
+        tensors = x, weight, bias, numerator, denominator, product, y
+        constants = *constants, keep
+        launch(rational_mlp_forward_kernel, (programs, 1, 1), tensors, numbers, constants, num_warps)
     return y, product
 
 
@@ -178,13 +175,43 @@ def rational_mlp_backward(
         gradients.
     """
     grad_x, y = torch.empty_like(x), torch.empty_like(x)
-    tile, layout, partial = backward_plan(x, numerator, denominator, programs_per_multiprocessor=4)
-    columns = torch.empty(1, partial.shape[1], x.shape[-1], dtype=torch.float32, device=x.device)
-    if x.numel():
-        with torch.accelerator.device_index(x.device.index):  # pyright: ignore[reportArgumentType]
-            rational_mlp_backward_kernel[(tile.num_programs,)](
-                *(grad_y, x, numerator, denominator, grad_x, y, partial, columns, *layout),
-                num_warps=tile.num_warps,
-            )
+    plan = mlp_backward_plan(x, numerator, denominator)
+    _, layout, rows = plan
+    partial = torch.empty(10, rows, layout[1], dtype=torch.float32, device=x.device)
+    columns = torch.empty(1, rows, x.shape[-1], dtype=torch.float32, device=x.device)
+    launch_mlp_backward(grad_y, x, numerator, denominator, grad_x, y, partial, columns, plan=plan)
     *tables, columns = gather_sums((numerator, denominator), partial, columns)
     return grad_x, y, columns.squeeze(0), *tables
+
+
+def mlp_backward_plan(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tile, tuple[int, ...], int]:
+    """Return what `backward_plan` does, for this file's kernel."""
+    return backward_plan(x, numerator, denominator, programs_per_multiprocessor=4)
+
+
+def launch_mlp_backward(*tensors: Tensor, plan: tuple[Tile, tuple[int, ...], int]) -> None:
+    """Launch the backward kernel on its tensors, if they have elements."""
+    tile, layout, _ = plan
+    if tensors[0].numel():
+        grid, constants = (tile.num_programs, 1, 1), (tile.segments, tile.width)
+        launch(rational_mlp_backward_kernel, grid, tensors, layout, constants, tile.num_warps)
+
+
+@planned
+def linear_plan(
+    num_rows: int, in_features: int, out_features: int, numerator_rows: int, denominator_rows: int
+) -> tuple[int, tuple[int, ...], tuple[int, ...], int] | None:
+    """Return the forward kernel's programs, numbers, constants but for KEEP, and warps.
+
+    None where cuBLAS does better.
+    """
+    group_size = out_features // max(numerator_rows, denominator_rows)
+    tile = linear_tile(in_features, out_features, group_size)
+    if tile is None:
+        return None
+    return (
+        triton.cdiv(num_rows, tile.rows) * (out_features // tile.columns),
+        (num_rows, 0 if numerator_rows == 1 else 6, 0 if denominator_rows == 1 else 4),
+        (in_features, out_features, group_size, tile.rows, tile.columns, tile.step, tile.chunk, tile.stages),
+        tile.num_warps,
+    )

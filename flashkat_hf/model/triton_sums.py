@@ -6,10 +6,55 @@ Partial sums to gradients, in a fixed order, one launch.
 import torch
 from torch import Tensor
 
+from .triton_launch import launch, planned
 from .triton_math import tl, triton
 
 TILE = 2**14  # sums that a program reads at once
 COLUMNS = 32  # columns of a program, whole cache lines
+NUM_WARPS = 16
+
+
+@triton.jit
+def table_sums(
+    program, partial_ptr, denominator_ptr, grad_numerator_ptr, grad_denominator_ptr,
+    num_rows, segments_per_row, rows_a, rows_b, ROWS: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of one coefficient, the ones of a_0..a_5 and |b_1|..|b_4| for programs 0 to 9."""
+    segment = tl.arange(0, SEGMENTS)
+    segment_ptr = partial_ptr + program.to(tl.int64) * num_rows * segments_per_row + segment[:, None]
+    total = tl.zeros([SEGMENTS, ROWS], tl.float32)
+    for first in range(0, num_rows, ROWS):
+        row = first + tl.arange(0, ROWS)[None, :]
+        mask = (row < num_rows) & (segment < segments_per_row)[:, None]
+        total += tl.load(segment_ptr + row.to(tl.int64) * segments_per_row, mask=mask, other=0.0)
+    sums = tl.sum(total, 1)  # along memory: pairwise in the interpreter, too
+    rows = tl.where(program < 6, rows_a, rows_b)
+    table_row = segment // (segments_per_row // rows)  # neighbouring segments of a group stand together
+    for group in range(rows):
+        value = tl.sum(tl.where(table_row == group, sums, 0.0))
+        if program < 6:
+            offset = group * 6 + program
+            tl.store(grad_numerator_ptr + offset, value.to(grad_numerator_ptr.dtype.element_ty))
+        else:
+            offset = group * 4 + program - 6
+            b = tl.load(denominator_ptr + offset)
+            value = tl.where(b < 0, -value, value)  # |b|'s slope, +1 at 0
+            tl.store(grad_denominator_ptr + offset, value.to(grad_denominator_ptr.dtype.element_ty))
+
+
+@triton.jit
+def column_sums(
+    block, column_ptr, column_sum_ptr, num_rows, hidden_size, COLUMN_ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Store the sums over the rows of one block of columns."""
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    column_ptr += column[None, :]
+    total = tl.zeros([COLUMN_ROWS, COLUMNS], tl.float32)
+    for first in range(0, num_rows, COLUMN_ROWS):
+        row = first + tl.arange(0, COLUMN_ROWS)[:, None]
+        inside = (row < num_rows) & (column < hidden_size)[None, :]
+        total += tl.load(column_ptr + row.to(tl.int64) * hidden_size, mask=inside, other=0.0)
+    tl.store(column_sum_ptr + column, tl.sum(total, 0), mask=column < hidden_size)
 
 
 @triton.jit(
@@ -42,39 +87,15 @@ def gather_sums_kernel(
     """
     program = tl.program_id(0)
     if program < COEFFICIENTS:
-        segment = tl.arange(0, SEGMENTS)
-        segment_ptr = partial_ptr + program.to(tl.int64) * num_rows * segments_per_row + segment[:, None]
-        total = tl.zeros([SEGMENTS, ROWS], tl.float32)
-        for first in range(0, num_rows, ROWS):
-            row = first + tl.arange(0, ROWS)[None, :]
-            mask = (row < num_rows) & (segment < segments_per_row)[:, None]
-            total += tl.load(segment_ptr + row.to(tl.int64) * segments_per_row, mask=mask, other=0.0)
-        sums = tl.sum(total, 1)  # along memory: pairwise in the interpreter, too
-        rows = tl.where(program < 6, rows_a, rows_b)
-        table_row = segment // (segments_per_row // rows)  # neighbouring segments of a group stand together
-        for group in range(rows):
-            value = tl.sum(tl.where(table_row == group, sums, 0.0))
-            if program < 6:
-                offset = group * 6 + program
-                tl.store(grad_numerator_ptr + offset, value.to(grad_numerator_ptr.dtype.element_ty))
-            else:
-                offset = group * 4 + program - 6
-                b = tl.load(denominator_ptr + offset)
-                value = tl.where(b < 0, -value, value)  # |b|'s slope, +1 at 0
-                tl.store(grad_denominator_ptr + offset, value.to(grad_denominator_ptr.dtype.element_ty))
+        pointers = partial_ptr, denominator_ptr, grad_numerator_ptr, grad_denominator_ptr
+        table_sums(program, *pointers, num_rows, segments_per_row, rows_a, rows_b, ROWS, SEGMENTS)
     else:
         blocks = tl.cdiv(hidden_size, COLUMNS)
         block = (program - COEFFICIENTS) % blocks
         column_set = (program - COEFFICIENTS) // blocks
-        column = block * COLUMNS + tl.arange(0, COLUMNS)
-        set_ptr = column_ptr + column_set.to(tl.int64) * num_column_rows * hidden_size + column[None, :]
-        column_total = tl.zeros([COLUMN_ROWS, COLUMNS], tl.float32)
-        for column_first in range(0, num_column_rows, COLUMN_ROWS):
-            column_row = column_first + tl.arange(0, COLUMN_ROWS)[:, None]
-            inside = (column_row < num_column_rows) & (column < hidden_size)[None, :]
-            column_total += tl.load(set_ptr + column_row.to(tl.int64) * hidden_size, mask=inside, other=0.0)
-        sums_ptr = column_sum_ptr + column_set * hidden_size + column
-        tl.store(sums_ptr, tl.sum(column_total, 0), mask=column < hidden_size)
+        column_ptr += column_set.to(tl.int64) * num_column_rows * hidden_size
+        column_sum_ptr += column_set * hidden_size
+        column_sums(block, column_ptr, column_sum_ptr, num_column_rows, hidden_size, COLUMN_ROWS, COLUMNS)
 
 
 def gather_sums(
@@ -99,14 +120,26 @@ def gather_sums(
         grads = torch.empty_like(tables[0]), torch.empty_like(tables[1])
         rows, segments_per_row, coefficients = (len(tables[0]), len(tables[1])), given.shape[-1], 10
     sums = given.new_empty(0, 0) if columns is None else columns.new_empty(columns.shape[0], columns.shape[2])
-    segments = max(triton.next_power_of_2(segments_per_row), 16)
-    blocks = sums.shape[0] * triton.cdiv(sums.shape[1], COLUMNS)
-    with torch.accelerator.device_index(given.device.index):  # pyright: ignore[reportArgumentType] - None is a no-op
-        gather_sums_kernel[(coefficients + blocks,)](
+    launch(
+        gather_sums_kernel,
+        (coefficients + sums.shape[0] * triton.cdiv(sums.shape[1], COLUMNS), 1, 1),
+        (
             *(nothing if tensor is None else tensor for tensor in (partial, columns, tables and tables[1])),
-            *(*grads, sums, 0 if partial is None else partial.shape[1], segments_per_row),
-            *(0 if columns is None else columns.shape[1], sums.shape[1], *rows, coefficients),
-            *(max(TILE // segments, 1), segments, TILE // COLUMNS, COLUMNS),
-            num_warps=16,
-        )
+            *grads,
+            sums,
+        ),
+        (
+            *(0 if partial is None else partial.shape[1], segments_per_row),
+            *(0 if columns is None else columns.shape[1], sums.shape[1], *rows),
+        ),
+        (coefficients, *tile_of(segments_per_row), TILE // COLUMNS, COLUMNS),
+        NUM_WARPS,
+    )
     return (*(grads if tables is not None else ()), *(() if columns is None else (sums,)))
+
+
+@planned
+def tile_of(segments_per_row: int) -> tuple[int, int]:
+    """Return the rows and segments of partial sums that a program reads at once."""
+    segments = max(triton.next_power_of_2(segments_per_row), 16)
+    return max(TILE // segments, 1), segments

@@ -1,0 +1,201 @@
+"""A whole block by one operator, beside the same block put together from smaller ones."""
+
+import pytest
+import torch
+from helpers import INTERPRETED, KERNEL_DEVICES, micro_config
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+
+from flashkat_hf import FlashKATForImageClassification
+from flashkat_hf.model import fusing, op_block, operators, triton_sums
+
+pytestmark = pytest.mark.parametrize("device", KERNEL_DEVICES)
+# Triton's interpreter multiplies matrices of bfloat16 by the integers that they are stored as.
+HALF = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _kernels(device, monkeypatch):
+    """Let the kernels serve the device, the CPU in the interpreter."""
+    for module in (fusing, operators):
+        monkeypatch.setattr(module, "TRITON_DEVICES", (device,))
+
+
+@pytest.fixture
+def blocks(monkeypatch) -> list[int]:
+    """Return a list that grows with each block that is computed whole."""
+    calls: list[int] = []
+    whole = op_block.block_forward
+
+    def counted(*arguments):
+        calls.append(len(calls))
+        return whole(*arguments)
+
+    monkeypatch.setattr(op_block, "block_forward", counted)
+    return calls
+
+
+def random_model(device, **overrides) -> FlashKATForImageClassification:
+    config = micro_config(**{"num_hidden_layers": 1, **overrides})
+    model = FlashKATForImageClassification(config).to(device).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def step(model: nn.Module, dtype: torch.dtype | None, batch: int = 2) -> dict[str, torch.Tensor]:
+    """Return logits and gradients of a step of a model, under autocast unless dtype is None."""
+    parameter = next(model.parameters())
+    torch.manual_seed(0)
+    images = torch.randn(batch, 3, 32, 32, device=parameter.device, requires_grad=True)
+    model.zero_grad()
+    with torch.autocast(parameter.device.type, dtype, enabled=dtype is not None):
+        logits = model(images).logits
+    logits.float().square().sum().backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"logits": logits.detach(), "images": images.grad, **grads}  # pyright: ignore[reportReturnType]
+
+
+def check_bits(model, dtype, monkeypatch, **sizes) -> None:
+    """Every number of a step is what the smaller operators give, bit for bit."""
+    whole = step(model, dtype, **sizes)
+    with monkeypatch.context() as context:
+        context.setattr(fusing, "whole_block", lambda *_: None)
+        pieces = step(model, dtype, **sizes)
+    for name, expected in pieces.items():
+        if expected is None or whole[name] is None:
+            assert expected is None
+            assert whole[name] is None
+        else:
+            assert torch.equal(whole[name], expected), name
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"qkv_bias": False, "num_numerator_groups": 8},
+        # widths that are no multiples of a line, products by cuBLAS, tokens with a rest
+        {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 72},
+    ],
+    ids=str,
+)
+def test_bits_under_autocast(overrides, dtype, device, blocks, monkeypatch):
+    check_bits(random_model(device, **overrides), dtype, monkeypatch)
+    assert len(blocks) == 1
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_bits_of_a_model_in_half_precision(dtype, device, blocks, monkeypatch):
+    check_bits(random_model(device).to(dtype), None, monkeypatch, batch=1)
+    assert len(blocks) == 1
+
+
+def test_bits_where_parameters_are_frozen(device, blocks, monkeypatch):
+    """What needs no gradient gets none; images get theirs through it all."""
+    model = random_model(device)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("fc1" in name or "norm1" in name)
+    check_bits(model, torch.float16, monkeypatch)
+    model.requires_grad_(False)
+    check_bits(model, torch.float16, monkeypatch)
+    assert len(blocks) == 2
+
+
+def test_bits_of_checkpoints_and_of_tensors_kept_elsewhere(device, blocks, monkeypatch):
+    model = random_model(device)
+    plain = step(model, torch.float16)
+    with save_on_cpu():
+        kept = step(model, torch.float16)
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.23
+    (enable or model.gradient_checkpointing_enable)()
+    again = step(model, torch.float16)
+    assert len(blocks) == 1 + 1 + 2
+    for name, expected in plain.items():
+        assert torch.equal(kept[name], expected), name
+        assert torch.equal(again[name], expected), name
+
+
+def test_inference_keeps_nothing_and_gives_the_same(device, blocks):
+    model = random_model(device)
+    logits = step(model, torch.float16)["logits"]
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 32, 32, device=device)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context(), torch.autocast(device, torch.float16):
+            assert torch.equal(model(images).logits, logits)
+    assert len(blocks) == 3
+
+
+def test_gradients_twice_from_one_forward(device, blocks):
+    """A kept graph gives the same again: backward writes over nothing that forward saved."""
+    model = random_model(device)
+    with torch.autocast(device, torch.float16):
+        loss = model(torch.randn(2, 3, 32, 32, device=device)).logits.float().square().sum()
+    once, again = (torch.autograd.grad(loss, [*model.parameters()], retain_graph=True) for _ in range(2))
+    assert len(blocks) == 1
+    assert all(map(torch.equal, once, again))
+
+
+def test_a_second_derivative_is_refused(device, blocks):
+    model = random_model(device)
+    with torch.autocast(device, torch.float16):
+        loss = model(torch.randn(1, 3, 32, 32, device=device)).logits.float().sum()
+    with pytest.raises(RuntimeError, match=r"take them with torch\.func"):
+        torch.autograd.grad(loss, [*model.parameters()], create_graph=True)
+    assert len(blocks) == 1
+
+
+def touch(name: str):
+    return lambda layer: layer.get_submodule(name).register_forward_hook(lambda *_: None)
+
+
+def transpose_fc1(layer):
+    layer.mlp.fc1.weight = nn.Parameter(layer.mlp.fc1.weight.detach().T.contiguous().T)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *map(touch, ("norm1", "attention.qkv", "attention.dropout", "mlp", "mlp.act1", "drop_path")),
+        transpose_fc1,
+        lambda layer: setattr(layer.drop_path, "rate", 0.5),
+        lambda layer: setattr(layer.mlp.dropout, "p", 0.5),
+    ],
+)  # fmt: skip
+def test_a_touched_block_is_put_together_from_pieces(change, device, blocks):
+    model = random_model(device)
+    change(model.flashkat.layers[0])
+    step(model, torch.float16, batch=1)
+    assert not blocks
+
+
+def test_sums_of_many_rows(device):
+    """One launch adds up in the order of the launches that it stands for, also over several tiles."""
+    from flashkat_hf.model.triton_block import gather_block_sums_kernel, gather_plan
+    from flashkat_hf.model.triton_launch import launch
+
+    sizes = {"hidden_size": 40, "inner_size": 72, "mlp_rows": 2100, "mlp_segments": 18}
+    sizes |= {"norm2_rows": 70, "norm2_segments": 10, "norm1_rows": 530, "attention_rows": 3}
+    plan = gather_plan(*sizes.values(), 5, 7, 0, 1, 2, 8, 8)
+    scratch = torch.randn(plan.scratch_size, device=device)
+    partial1, partial2, *columns, _, _ = scratch.split_with_sizes(plan.scratch)[::2]
+    denominators = torch.randn(2, 4, device=device), torch.randn(8, 4, device=device)
+    sums = torch.full((plan.sums_size,), torch.nan, device=device)
+    tensors = scratch, *denominators, sums
+    launch(gather_block_sums_kernel, (plan.programs, 1, 1), tensors, plan.numbers, plan.constants, 16)
+    results = sums.split_with_sizes(plan.sums)[::2]
+    tables = (
+        (torch.empty(1, 6, device=device), denominators[0]),
+        (torch.empty(8, 6, device=device), denominators[1]),
+    )
+    expected = []
+    for rows, width in ((4 * 70, 40), (2100, 72), (3, 120), (2 * 530, 40)):
+        column = columns.pop(0).view({280: 4, 1060: 2}.get(rows, 1), -1, width)
+        expected += triton_sums.gather_sums(None, None, column)[0].unbind()
+    for table, partial, segments in ((tables[0], partial1, 10), (tables[1], partial2, 18)):
+        expected += triton_sums.gather_sums(table, partial.view(10, -1, segments), None)
+    assert len(results) == len(expected)
+    assert all(map(torch.equal, results, (tensor.flatten() for tensor in expected)))
