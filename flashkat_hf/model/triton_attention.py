@@ -16,7 +16,7 @@ ptxas-serialized-products.md.
 import torch
 from torch import Tensor
 
-from .triton_launch import launch
+from .triton_launch import launch, planned
 from .triton_math import tl, triton
 from .triton_sums import gather_sums
 from .triton_tiles import ATTENTION_BLOCK, attention_blocks
@@ -31,6 +31,7 @@ KEYS_REGISTERS = 128  # in the keys' kernel: four programs
 STATISTICS = tl.constexpr(
     4
 )  # numbers for a query; two are written, but of so few each thread would load its own
+planned_blocks = planned(attention_blocks)
 UNSPECIALIZED = ("num_tokens", "num_heads", "scale")
 
 
@@ -346,7 +347,7 @@ def packed_attention_forward(qkv: Tensor, num_heads: int, scale: float) -> tuple
 def launch_attention_forward(qkv: Tensor, y: Tensor, lse: Tensor, scale: float) -> None:
     """Launch the forward kernel, if there are elements."""
     batch, num_heads, num_tokens = lse.shape
-    blocks, rest = attention_blocks(num_tokens)
+    blocks, rest = planned_blocks(num_tokens)
     if qkv.numel():
         grid, numbers = (blocks, num_heads, batch), (num_tokens, num_heads, scale)
         kernel, constants = packed_attention_forward_kernel, (y.shape[-1] // num_heads, rest)
@@ -373,7 +374,7 @@ def attention_scratch(
     batch: int, num_heads: int, num_tokens: int, hidden_size: int
 ) -> tuple[int, int, int, int]:
     """Return the rows of column sums, and how many numbers the statistics, rests and columns are."""
-    blocks, rest = attention_blocks(num_tokens)
+    blocks, rest = planned_blocks(num_tokens)
     rows = (blocks - 1) * ATTENTION_BLOCK + (rest or ATTENTION_BLOCK)
     statistics = batch * num_heads * rows * STATISTICS.value
     rests = batch * blocks * 2 * rest * hidden_size
@@ -393,7 +394,7 @@ def launch_attention_backward(
 ) -> None:
     """Launch the backward kernels, if there are elements; `attention_scratch` are those of the last three."""
     batch, num_heads, num_tokens = lse.shape
-    blocks, rest = attention_blocks(num_tokens)
+    blocks, rest = planned_blocks(num_tokens)
     if qkv.numel():
         grid, numbers = (blocks, num_heads, batch), (num_tokens, num_heads, scale)
         constants = y.shape[-1] // num_heads, rest

@@ -160,7 +160,7 @@ def block_forward(x: Tensor, parameters: Parameters, block: Block, keep: bool) -
     statistics = (rows, rows, rows * block.num_heads, rows, rows)
     mean1, rstd1, lse, mean2, rstd2 = pieces(x, torch.float32, statistics)
     lse = lse.view(batch, block.num_heads, num_tokens)
-    normed, mixed, act = (torch.empty_like(x, dtype=block.dtype) for _ in range(3))
+    normed, mixed, act = [torch.empty_like(x, dtype=block.dtype) for _ in range(3)]
     total = torch.empty_like(x)
     launch_norm_forward(x, p.norm1_weight, p.norm1_bias, normed, mean1, rstd1, eps=block.eps1)
     qkv = linear(normed, qkv_weight, biases[0])
@@ -208,36 +208,36 @@ def block_backward(
         *(hidden_size, inner, mlp_plan[2], mlp_plan[1][1]),
         *(norm2_plan[0].num_programs * norm2_plan[0].rows, norm2_plan[1][1]),
         *(norm1_plan[0].num_programs * norm1_plan[0].rows, *attention_scratch(*s.lse.shape, hidden_size)),
-        *(table.shape[0] for table in (*table1, *table2)),
+        *[table.shape[0] for table in (*table1, *table2)],
     )
     scratch = s.x.new_empty(plan.scratch_size, dtype=torch.float32)
     partial1, partial2, *columns, statistics, rests = scratch.split_with_sizes(plan.scratch)[::2]
     columns_norm2, columns_fc1, columns_qkv, columns_norm1 = columns
     grad_rows = grad.to(block.dtype).view(rows, hidden_size)
-    grad_hidden = grad_rows @ s.fc2_weight
+    grad_hidden = grad_rows.mm(s.fc2_weight)
     grad_product, hidden = torch.empty_like(s.product), torch.empty_like(s.product)
     tensors = grad_hidden, s.product, *table2, grad_product, hidden, partial2, columns_fc1
     launch_mlp_backward(*tensors, plan=mlp_plan)
     products: list[Tensor | None] = [None] * 4  # the gradients of weights
     if wanted[14]:
-        products[3] = grad_rows.T @ hidden.view(rows, inner)
+        products[3] = grad_rows.t().mm(hidden.view(rows, inner))
     grad_product = grad_product.view(rows, inner)
     if wanted[10]:
-        products[2] = grad_product.T @ s.act.view(rows, hidden_size)
-    grad_act = grad_product @ s.fc1_weight
+        products[2] = grad_product.t().mm(s.act.view(rows, hidden_size))
+    grad_act = grad_product.mm(s.fc1_weight)
     grad_total = torch.empty_like(s.total)
     inputs = grad, grad_act, s.total, s.mean2, s.rstd2, s.norm2_weight, s.norm2_bias, *table1
     launch_norm_rational_backward(*inputs, grad_total, partial1, columns_norm2, plan=norm2_plan, totals=True)
     grad_rows = grad_total.to(block.dtype).view(rows, hidden_size)
     if wanted[4]:
-        products[1] = grad_rows.T @ s.mixed.view(rows, hidden_size)
-    grad_mixed, grad_qkv = grad_rows @ s.proj_weight, torch.empty_like(s.qkv)
+        products[1] = grad_rows.t().mm(s.mixed.view(rows, hidden_size))
+    grad_mixed, grad_qkv = grad_rows.mm(s.proj_weight), torch.empty_like(s.qkv)
     tensors = grad_mixed, s.qkv, s.mixed, s.lse, grad_qkv, statistics, rests, columns_qkv
     launch_attention_backward(*tensors, scale=block.scale)
     grad_qkv = grad_qkv.view(rows, 3 * hidden_size)
     if wanted[2]:
-        products[0] = grad_qkv.T @ s.normed.view(rows, hidden_size)
-    inputs = grad_total, grad_qkv @ s.qkv_weight, s.x, s.mean1, s.rstd1, s.norm1_weight
+        products[0] = grad_qkv.t().mm(s.normed.view(rows, hidden_size))
+    inputs = grad_total, grad_qkv.mm(s.qkv_weight), s.x, s.mean1, s.rstd1, s.norm1_weight
     launch_norm_backward(*inputs, grad_total, columns_norm1, plan=norm1_plan)  # a row is read before written
     sums = s.x.new_empty(plan.sums_size, dtype=torch.float32)
     tensors = scratch, s.denominator1, s.denominator2, sums
@@ -245,14 +245,14 @@ def block_backward(
     norm2_weight, norm2_bias, proj_bias, fc2_bias, fc1_bias, qkv_bias, norm1_weight, norm1_bias, *tables = (
         sums.split_with_sizes(plan.sums)[::2]
     )
-    tables = [grad.view(shape) for grad, shape in zip(tables, plan.shapes, strict=True)]
+    tables = [*map(Tensor.view_as, tables, (*table1, *table2))]
     qkv_weight, proj_weight, fc1_weight, fc2_weight = cast(products, dtypes[2])
     gradients = (
         *(norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, norm2_weight, norm2_bias),
         *(*tables[:2], fc1_weight, fc1_bias, *tables[2:], fc2_weight, fc2_bias),
     )
     return grad_total, [
-        None if grad is None or dtype is None else grad.to(dtype)
+        None if dtype is None else grad if grad is None or grad.dtype == dtype else grad.to(dtype)
         for grad, dtype in zip(gradients, dtypes, strict=True)
     ]
 
@@ -263,10 +263,10 @@ def cast(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | 
     if not others:
         return list(tensors)
     copies = pieces(others[0], dtype, [*map(Tensor.numel, others)])
-    copies = [copy.view(tensor.shape) for copy, tensor in zip(copies, others, strict=True)]
+    copies = [*map(Tensor.view_as, copies, others)]
     torch._foreach_copy_(copies, others)
-    rest = iter(copies)
-    return [tensor if tensor is None or tensor.dtype == dtype else next(rest) for tensor in tensors]
+    copy = iter(copies)
+    return [tensor if tensor is None or tensor.dtype == dtype else next(copy) for tensor in tensors]
 
 
 def pieces(like: Tensor, dtype: torch.dtype, sizes: Sequence[int]) -> Sequence[Tensor]:
@@ -288,7 +288,6 @@ class GatherPlan(NamedTuple):
     scratch: list[int]  # what `padded` returns: both partial sums, four sets of columns, the attention's two
     sums_size: int
     sums: list[int]  # in turns a gradient's size and a gap's: eight columns, four tables
-    shapes: tuple[tuple[int, int], ...]  # of the tables
     numbers: tuple[int, ...]
     constants: tuple[int, ...]
     programs: int
@@ -326,8 +325,5 @@ def gather_plan(
     ):
         tables += offset, rows, segments, rows_a, rows_b, sum(sums)
         sums += 6 * rows_a, 0, 4 * rows_b, -(6 * rows_a + 4 * rows_b) % COLUMNS
-    shapes = (rows_a1, 6), (rows_b1, 4), (rows_a2, 6), (rows_b2, 4)
     constants = *tile_of(norm2_segments), *tile_of(mlp_segments), TILE // COLUMNS, COLUMNS
-    return GatherPlan(
-        scratch_size, scratch, sum(sums), sums, shapes, (*tables, *columns), constants, programs=first
-    )
+    return GatherPlan(scratch_size, scratch, sum(sums), sums, (*tables, *columns), constants, programs=first)

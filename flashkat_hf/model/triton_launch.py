@@ -28,7 +28,7 @@ _kept: dict[tuple, Any] = {}
 _pointer, _dtype = Tensor.data_ptr, attrgetter("dtype")
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-_keeps = bool(_current_device and _current_stream) and not torch.version.hip
+KEPT_DEVICES = ("cuda",) if _current_device and _current_stream and not torch.version.hip else ()
 
 
 def launch(
@@ -52,7 +52,7 @@ def launch(
         max_registers: of a thread; 0 sets no limit.
     """
     first = tensors[0]
-    if not (_keeps and type(first) in EAGER and first.is_cuda) or is_watched(kernel):
+    if type(first) not in EAGER or first.device.type not in KEPT_DEVICES or is_watched(kernel):
         _by_triton(kernel, grid, tensors, numbers, constants, num_warps, max_registers)
         return
     device, pointers = first.get_device(), [*map(_pointer, tensors)]

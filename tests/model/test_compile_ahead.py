@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from flashkat_hf.data.gpu import triton_augmentation, triton_crops
 from flashkat_hf.model import (
     triton_attention,
+    triton_block,
     triton_norm,
     triton_norm_rational,
     triton_rational,
@@ -62,7 +63,8 @@ def compile_with(kernel, constants: dict[str, int], num_warps: int, dtype: str, 
         elif name in ("eps", "scale"):
             signature[name] = "fp64" if kernel in OPEN else "fp32"
         else:
-            signature[name] = "i64" if name in ("num_segments", "num_rows") else "i32"
+            wide = name in ("num_segments", "num_rows") or name.startswith("offset_")
+            signature[name] = "i64" if wide else "i32"
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options={"num_warps": num_warps, **options})
 
@@ -113,10 +115,14 @@ def test_norm_compiles(hidden_size, capability, dtype):
 @pytest.mark.parametrize("capability", [80, 90])
 def test_sums_compile(capability):
     constants = {"COEFFICIENTS": 10, "ROWS": 64, "SEGMENTS": 256, "COLUMN_ROWS": 512, "COLUMNS": 32}
-    kernel = triton_sums.gather_sums_kernel
-    ptx = compile_with(kernel, constants, 16, "float32", GPUTarget("cuda", capability, 32)).asm["ptx"]
-    assert not re.search(r"\b(atom|red)\.", ptx)
-    assert ".local" not in ptx
+    tiles = {"ROWS_1": 256, "SEGMENTS_1": 64, "ROWS_2": 64, "SEGMENTS_2": 256}
+    for kernel, sizes in (
+        (triton_sums.gather_sums_kernel, constants),
+        (triton_block.gather_block_sums_kernel, {**tiles, "COLUMN_ROWS": 512, "COLUMNS": 32}),
+    ):
+        ptx = compile_with(kernel, sizes, 16, "float32", GPUTarget("cuda", capability, 32)).asm["ptx"]
+        assert not re.search(r"\b(atom|red)\.", ptx)
+        assert ".local" not in ptx
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
