@@ -36,6 +36,7 @@ ORDER = (  # of model/: a file imports what stands before it; a new file needs a
     "coefficients",
     "mimetic",
     "reference",
+    "native_rational",
     "triton_",
     "operators",
     "op_rational",

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from .native_rational import gradients as native_gradients
+from .native_rational import value as native_value
 from .operators import by_device, by_formula, decomposes, differentiable
-from .reference import rational_decomposed, rational_gradients, rational_value
+from .reference import rational_decomposed
 
 try:
     from .triton_rational import rational_backward, rational_forward
@@ -90,8 +92,8 @@ def _formula_gradients(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     return by_formula(rational_decomposed, ctx.saved_tensors, grad_y)
 
 
-value = by_device(rational_value, rational_forward)
-gradients = by_device(rational_gradients, rational_backward)
+value = by_device(native_value, rational_forward)
+gradients = by_device(native_gradients, rational_backward)
 rational_operator = differentiable(
     "rational", (value, _shape_of_y), (gradients, _shapes_of_gradients), _save, _gradients, _formula_gradients
 )

@@ -102,9 +102,9 @@ def count(function) -> tuple[Counter, Counter]:
 def test_the_host_does_little_in_a_training_step(seen):
     """Bound what a step of twelve blocks costs the host, in numbers that no noise moves.
 
-    Counted are calls of Python functions, kernels launched, and our calls that allocate tensors, in forward and
-    backward; no size changes them. The bounds are what there is, and 5% for another transformers.
-    It was 12,231 calls, 156 launches and 408 allocations once. timm's ViT takes 1,400 calls, and 461 nodes of
+    Counted are calls of Python functions, kernels launched, and our calls that allocate tensors, in forward
+    and backward; no size changes them. The bounds are what there is, and 5% for another transformers. It was
+    12,231 calls, 156 launches and 408 allocations once. timm's ViT takes 1,400 calls, and 461 nodes of
     autograd where this takes 33. Loss and optimiser are the user's.
     """
     model = FlashKATForImageClassification(micro_config(num_hidden_layers=12)).train()
