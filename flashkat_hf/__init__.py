@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from .conversion.calibration import calibrate
     from .conversion.conversion import convert
     from .graphs import graphed_forward, graphed_step
+    from .model.backbone_flashkat import FlashKATBackbone
     from .model.coefficients import START_TABLES
     from .model.configuration_flashkat import FlashKATConfig
     from .model.layers import GRKANMlp, GroupRational, SimplifiedActivation
+    from .model.masked_image_flashkat import FlashKATForMaskedImageModeling
     from .model.modeling_flashkat import (
         FlashKATForImageClassification,
         FlashKATModel,
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "START_TABLES",
+    "FlashKATBackbone",
     "FlashKATConfig",
     "FlashKATForImageClassification",
+    "FlashKATForMaskedImageModeling",
     "FlashKATModel",
     "FlashKATPreTrainedModel",
     "GRKANMlp",
@@ -51,11 +55,13 @@ __getattr__ = imported_at_first_use(
         "convert": ".conversion.conversion",
         "graphed_forward": ".graphs",
         "graphed_step": ".graphs",
+        "FlashKATBackbone": ".model.backbone_flashkat",
         "START_TABLES": ".model.coefficients",
         "FlashKATConfig": ".model.configuration_flashkat",
         "GRKANMlp": ".model.layers",
         "GroupRational": ".model.layers",
         "SimplifiedActivation": ".model.layers",
+        "FlashKATForMaskedImageModeling": ".model.masked_image_flashkat",
         "FlashKATForImageClassification": ".model.modeling_flashkat",
         "FlashKATModel": ".model.modeling_flashkat",
         "FlashKATPreTrainedModel": ".model.modeling_flashkat",

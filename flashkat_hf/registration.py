@@ -15,6 +15,8 @@ from typing import Any
 
 CONFIG = "flashkat_hf.model.configuration_flashkat"
 MODELS = "flashkat_hf.model.modeling_flashkat"
+BACKBONE = "flashkat_hf.model.backbone_flashkat"
+MASKED = "flashkat_hf.model.masked_image_flashkat"
 PROCESSORS = "flashkat_hf.checkpoints.image_processor"
 
 
@@ -28,6 +30,9 @@ def _register_models() -> None:
     config, classifier = ours.FlashKATConfig, ours.FlashKATForImageClassification
     auto.AutoModel.register(config, ours.FlashKATModel, exist_ok=True)
     auto.AutoModelForImageClassification.register(config, classifier, exist_ok=True)
+    masked = sys.modules[MASKED].FlashKATForMaskedImageModeling
+    auto.AutoModelForMaskedImageModeling.register(config, masked, exist_ok=True)
+    auto.AutoBackbone.register(config, sys.modules[BACKBONE].FlashKATBackbone, exist_ok=True)
 
 
 def _register_processors() -> None:
@@ -44,10 +49,10 @@ REGISTRATIONS: dict[
     str, tuple[tuple[str, ...], Callable[[], None]]
 ] = {  # transformers' module, ours, what is done
     "transformers.models.auto.configuration_auto": ((CONFIG,), _register_config),
-    "transformers.models.auto.modeling_auto": ((MODELS,), _register_models),
+    "transformers.models.auto.modeling_auto": ((MODELS, BACKBONE, MASKED), _register_models),
     "transformers.models.auto.image_processing_auto": ((CONFIG, PROCESSORS), _register_processors),
 }
-WATCHED = {*REGISTRATIONS, CONFIG, MODELS, PROCESSORS}
+WATCHED = {*REGISTRATIONS, CONFIG, MODELS, BACKBONE, MASKED, PROCESSORS}
 _executed: set[str] = set()
 
 
@@ -68,11 +73,11 @@ def _after(name: str) -> None:
     _executed.add(name)
     for theirs, (ours, register) in REGISTRATIONS.items():
         if name in (theirs, *ours) and theirs in _executed:
+            if any(module in sys.modules and module not in _executed for module in ours):
+                continue
             for module in ours:
-                if module not in sys.modules:
-                    import_module(module)
-            if _executed.issuperset(ours):
-                register()
+                import_module(module)
+            register()
 
 
 class _Watcher(MetaPathFinder):

@@ -127,33 +127,35 @@ def explain(
             internal_batch_size=STEPS_AT_ONCE,
             return_convergence_delta=True,
         )
-    rollout = attention_rollout(outputs.attentions, model.config.pooling)
-    side = model.config.image_size // model.config.patch_size
+    embeddings = model.flashkat.embeddings
+    prefix = embeddings.num_prefix_tokens
+    rollout = attention_rollout(outputs.attentions, model.config.pooling, prefix)
     return Explanation(
         index,
         names[index],
         probabilities[index].item(),
         pixels[0].float().cpu(),
-        rollout[0].reshape(side, side).cpu(),
+        rollout[0].reshape(embeddings.grid(*embeddings.image_size)).cpu(),
         gradients[0].detach().float().sum(0).cpu(),
         -missing.item(),
     )
 
 
-def attention_rollout(attentions: tuple[Tensor, ...], pooling: str = "cls") -> Tensor:
+def attention_rollout(attentions: tuple[Tensor, ...], pooling: str = "cls", num_prefix: int = 1) -> Tensor:
     """Return how much of what is pooled comes from each patch, `(batch, patches)`.
 
     Each layer passes on half of a token itself and half by its mean attention; the layers multiply.
 
     Args:
-        attentions: of each layer `(batch, heads, 1 + patches, 1 + patches)`.
-        pooling: "cls", the first token, or "mean", all the others.
+        attentions: of each layer `(batch, heads, tokens, tokens)`.
+        pooling: "cls", the first token, or "mean", the patches.
+        num_prefix: tokens in front of the patches: the cls token and registers.
     """
     flow = stays = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
     for weights in attentions:
         flow = (0.5 * weights.float().mean(1) + 0.5 * stays) @ flow
-    pooled = flow[:, 0] if pooling == "cls" else flow[:, 1:].mean(1)
-    return pooled[:, 1:]
+    pooled = flow[:, 0] if pooling == "cls" else flow[:, num_prefix:].mean(1)
+    return pooled[:, num_prefix:]
 
 
 def needs(module: str):

@@ -8,6 +8,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from ..model.configuration_flashkat import pair
 from ..model.modeling_flashkat import FlashKATModel
 
 NUM_BINS, LARGEST = (
@@ -76,7 +77,7 @@ def measure_inputs(
         if backbone is None:
             return {name: [assumed_inputs()] * groups for name, groups in num_groups.items()}
         config, source, runner = backbone.config, "noise", backbone
-        batches = [noise_images(NUM_NOISE_IMAGES, config.num_channels, config.image_size)]
+        batches = [noise_images(NUM_NOISE_IMAGES, config.num_channels, *pair(config.image_size))]
     counts = count_inputs(model, num_groups, batches, runner)
     x = bin_centers().numpy()
     return {
@@ -151,10 +152,11 @@ def bin_centers(fine: float = FINE) -> Tensor:
     return (((torch.arange(NUM_BINS, dtype=torch.float64) + 0.5) / NUM_BINS * 2 - 1) * end).sinh() * fine
 
 
-def noise_images(count: int, num_channels: int, size: int) -> Tensor:
-    """Return the same noise `(count, num_channels, size, size)` each time: amplitude 1/f, variance 1."""
-    noise = torch.randn(count, num_channels, size, size, generator=torch.Generator().manual_seed(0))
-    rows, columns = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]
-    frequency = torch.hypot(rows, columns).clamp_min(1 / size)
-    images = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency, s=(size, size))
+def noise_images(count: int, num_channels: int, height: int, width: int | None = None) -> Tensor:
+    """Return the same noise `(count, num_channels, height, width)` each time: amplitude 1/f, variance 1."""
+    width = height if width is None else width
+    noise = torch.randn(count, num_channels, height, width, generator=torch.Generator().manual_seed(0))
+    rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
+    frequency = torch.hypot(rows, columns).clamp_min(1 / max(height, width))
+    images = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency, s=(height, width))
     return (images - images.mean((-2, -1), keepdim=True)) / images.std((-2, -1), keepdim=True)

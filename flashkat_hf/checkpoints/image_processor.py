@@ -1,6 +1,7 @@
 """The image processor of a checkpoint: ViT's with KAT's evaluation transform, or another that fits."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
@@ -10,6 +11,8 @@ from transformers.image_utils import SizeDict
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils.import_utils import is_torchvision_available
+
+from ..model.configuration_flashkat import pair
 
 OWN_WORK = {"preprocess", "_preprocess", "resize", "center_crop", "rescale", "normalize"}
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey: ITU-R 601-2, as Pillow's mode L
@@ -31,7 +34,7 @@ if is_torchvision_available():
 
 
 def make_image_processor(
-    image_size: int = 224,
+    image_size: int | Sequence[int] = 224,
     crop: float = 0.875,
     image_mean: tuple[float, ...] = tuple(IMAGENET_DEFAULT_MEAN),
     image_std: tuple[float, ...] = tuple(IMAGENET_DEFAULT_STD),
@@ -43,7 +46,8 @@ def make_image_processor(
     processor works on tensors, without it on PIL images.
 
     Args:
-        image_size: height and width of the result in pixels.
+        image_size: height and width of the result in pixels, one number or two. Two different ones: images
+            are resized to them, divided by `crop`, whatever their proportions.
         crop: part of the shorter side that the crop keeps, in (0, 1].
         image_mean: mean of each channel, of pixels scaled to [0, 1].
         image_std: standard deviation of each channel.
@@ -62,18 +66,20 @@ def make_image_processor(
         image_mean, image_std = (
             (sum(values) / len(values),) * num_channels for values in (image_mean, image_std)
         )
+    height, width = pair(image_size)
+    size = {"height": round(height / crop), "width": round(width / crop)}
     return processor_class(
         do_convert_rgb=num_channels in (1, 3),
-        size={"shortest_edge": round(image_size / crop)},
+        size={"shortest_edge": size["height"]} if height == width else size,
         resample=Resampling.BICUBIC,
         do_center_crop=True,
-        crop_size={"height": image_size, "width": image_size},
+        crop_size={"height": height, "width": width},
         image_mean=list(image_mean),
         image_std=list(image_std),
     )
 
 
-def fit_processor(processor: Any, num_channels: int, image_size: int) -> None:
+def fit_processor(processor: Any, num_channels: int, image_size: int | Sequence[int]) -> None:
     """Hold an image processor against its model, and state what it does in one form.
 
     That form is the same function: pixels are divided by 255, each channel has a mean and a standard
@@ -82,7 +88,7 @@ def fit_processor(processor: Any, num_channels: int, image_size: int) -> None:
     Args:
         processor: any image processor of transformers.
         num_channels: of the model; an image is passed through if there are images of so many channels.
-        image_size: height and width that the model takes, in pixels.
+        image_size: height and width that the model takes, in pixels, one number or two.
 
     Raises:
         ValueError: statistics that are not finite or have another number of channels; images of another size.
@@ -100,17 +106,21 @@ def fit_processor(processor: Any, num_channels: int, image_size: int) -> None:
             for name in ("image_mean", "image_std"):
                 setattr(processor, name, [value / (255 * scale) for value in getattr(processor, name)])
         processor.do_rescale, processor.rescale_factor, processor.do_normalize = True, 1 / 255, True
+    size = pair(image_size)
     if num_channels in (1, 3):
-        image = new_image("RGB", (2 * image_size + 16, 2 * image_size))
+        image = new_image("RGB", (2 * size[1] + 16, 2 * size[0]))
         channels, height, width = processor(image, return_tensors="np")["pixel_values"][0].shape
-        if (channels, height, width) != (num_channels, image_size, image_size):
-            pixels = f"{height}" if height == width else f"{height}x{width}"
-            made, taken = f"{pixels} pixels", f"{image_size}"
+        if (channels, height, width) != (num_channels, *size):
+            made, taken = f"{_pixels(height, width)} pixels", _pixels(*size)
             if channels != num_channels:
                 made, taken = f"{channels} channels and {made}", f"{num_channels} and {image_size}"
             raise ValueError(f"its processor makes images of {made}, but the model takes {taken}")
     if not getattr(processor, "do_center_crop", None):
-        processor.crop_size = SizeDict(height=image_size, width=image_size)
+        processor.crop_size = SizeDict(height=size[0], width=size[1])
+
+
+def _pixels(height: int, width: int) -> str:
+    return f"{height}" if height == width else f"{height}x{width}"
 
 
 def resize_processor(processor: Any, image_size: int) -> None:
@@ -122,8 +132,11 @@ def resize_processor(processor: Any, image_size: int) -> None:
     kind: type = type(processor)
     if has_own_work(processor) and kind is not GreyViTImageProcessor:
         raise ValueError(f"a {kind.__name__} cannot be set to another image size")
-    scale = image_size / processor.crop_size["height"]
-    sizes = {side: round(pixels * scale) for side, pixels in dict(processor.size).items() if pixels}
+    crop = processor.crop_size
+    scales = {
+        side: image_size / crop["width" if side == "width" else "height"] for side in dict(processor.size)
+    }
+    sizes = {side: round(pixels * scales[side]) for side, pixels in dict(processor.size).items() if pixels}
     processor.size = SizeDict(**sizes)
     processor.crop_size = SizeDict(height=image_size, width=image_size)
 

@@ -1,7 +1,7 @@
 """The code that a checkpoint brings: plain copies of the package's own files, for those who lack the package.
 
 `save_pretrained` of a config or model writes it by itself (`FlashKATConfig._auto_class`); here it is written
-into a folder that was made in another way, and checked. The files are the modeling file and what it imports
+into a folder that was made in another way, and checked. The files are the modeling files and what they import
 by relative names, directly or not; they need torch and transformers, and use triton where it is installed.
 """
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..checkpoints.remote_code import read_config
 from ..files import replacing
 from ..messages import one_line
-from ..model.configuration_flashkat import FlashKATConfig
+from ..model.configuration_flashkat import FlashKATConfig, pair
 from ..model.modeling_flashkat import FlashKATEmbeddings, FlashKATForImageClassification
 from .calibration import LayerFit, find_images, image_batches
 from .calibration import calibrate as fit_act2
@@ -116,7 +116,7 @@ def convert(
     checkpoint = read_source(source, ema=ema, revision=revision, token=token)
     try:
         conversion = Conversion.of(checkpoint, settings or {})
-        conversion.resize(image_size or conversion.config.image_size)
+        conversion.resize(image_size)
         conversion.note_assumptions()
         conversion.set_head(num_labels)
         conversion.set_processor(transform)
@@ -150,11 +150,12 @@ class Conversion:
         config, state = to_flashkat(source.state, settings, source.hints)
         return cls(source, config, state, {*source.hints, *settings}, list(source.notes))
 
-    def resize(self, image_size: int) -> None:
+    def resize(self, image_size: int | None) -> None:
         """Interpolate the positions of result and source for another image size, as the model itself does."""
-        if image_size == self.config.image_size:
+        if image_size in (None, self.config.image_size):
             return
-        if image_size % (patch_size := self.config.patch_size):
+        patch_size, _ = pair(self.config.patch_size)
+        if image_size % patch_size:
             raise ValueError(f"image_size ({image_size}) must be a multiple of patch_size ({patch_size})")
         name = "flashkat.embeddings.position_embeddings"
         old = self.state[name]
@@ -202,7 +203,8 @@ class Conversion:
     def set_processor(self, transform: str | None) -> None:
         """Choose the image processor, with a note where it had to be assumed."""
         channels = self.config.num_channels
-        self.processor, note = image_processor(self.source, self.config.image_size, transform, channels)
+        size, _ = pair(self.config.image_size)
+        self.processor, note = image_processor(self.source, size, transform, channels)
         self.notes += [note] if note else []
         if channels == 1:
             self.notes.append("images become grey, by flashkat_hf's GreyViTImageProcessor")

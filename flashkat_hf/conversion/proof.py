@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..checkpoints.loading import load_processor
-from ..model.configuration_flashkat import FlashKATConfig
+from ..model.configuration_flashkat import FlashKATConfig, pair
 from ..model.modeling_flashkat import FlashKATForImageClassification
 from .source import Source, timm_arguments, timm_model
 from .tensor_names import NAMINGS, has_layer_scale, source_names, strip_prefix
@@ -90,7 +90,7 @@ def prove(source: Source, config: FlashKATConfig, folder: Path, fresh_head: bool
         ValueError: the result does not compute the source's function, or gives numbers that are not finite;
             its processor does not make what it takes; or the library that evaluates the source is missing.
     """
-    shape = (NUM_IMAGES, config.num_channels, config.image_size, config.image_size)
+    shape = (NUM_IMAGES, config.num_channels, *pair(config.image_size))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(shape, generator=generator, dtype=torch.float64)
     processor = load_processor(folder, config)
@@ -165,7 +165,8 @@ def _source_model(source: Source, config: FlashKATConfig, pooled: bool) -> nn.Mo
             model = VisionTransformer(
                 **arguments,
                 init_values=1.0 if has_layer_scale(state) else None,
-                no_embed_class=state["pos_embed"].shape[1] == (config.image_size // config.patch_size) ** 2,
+                no_embed_class=state["pos_embed"].shape[1]
+                == (pair(config.image_size)[0] // pair(config.patch_size)[0]) ** 2,
                 norm_layer=partial(nn.LayerNorm, eps=config.layer_norm_eps),  # pyright: ignore[reportArgumentType]
                 weight_init="skip",
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..messages import one_line
 from ..model.coefficients import start_table
-from ..model.configuration_flashkat import FlashKATConfig
+from ..model.configuration_flashkat import FlashKATConfig, pair
 from ..model.modeling_flashkat import FlashKATForImageClassification
 
 State = dict[str, Tensor]
@@ -177,7 +177,7 @@ def to_flashkat(
         )
     config = _make_config(_read_sizes(state, title), title, settings or {}, hints or {})
     positions = source_names("flashkat.embeddings.position_embeddings", table)[0]
-    if state[positions].shape[1] == (config.image_size // config.patch_size) ** 2:
+    if state[positions].shape[1] == (pair(config.image_size)[0] // pair(config.patch_size)[0]) ** 2:
         state[positions] = torch.cat((torch.zeros_like(state[positions][:, :1]), state[positions]), dim=1)
     return config, _rename(state, config, table)
 

@@ -163,7 +163,7 @@ def fused_mlp(mlp: Any, x: Tensor, out_bias: Tensor) -> Tensor:
 def fuses_attention(attention: Any, x: Tensor) -> bool:
     """Tell whether the kernel for short sequences serves: it wins in half precision, on a GPU."""
     return (
-        attention.config._attn_implementation == "packed"
+        attention.config._attn_implementation in ("sdpa", "packed")
         and fuses(x, attention.qkv)
         and not decomposes(x)
         and working_dtype(x) in HALF

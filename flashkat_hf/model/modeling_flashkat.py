@@ -4,10 +4,10 @@ A ViT whose MLPs are group-rational KANs, in the shape of today's transformers m
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +18,18 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
-from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .coefficients import second_moment
-from .configuration_flashkat import FlashKATConfig
+from .configuration_flashkat import FlashKATConfig, pair
 from .fusing import fused_attention, fused_block, fuses, fuses_attention, fusible, working_dtype
 from .layers import GRKANMlp, GroupRational, SimplifiedActivation
 from .mimetic import mimetic_weights
+from .operators import decomposes, is_traced
 
-# The default: as "sdpa", but by the kernel for short sequences where it wins (FlashKATAttention).
-AttentionInterface.register("packed", sdpa_attention_forward)
+AttentionInterface.register("packed", sdpa_attention_forward)  # the name that "sdpa" had here up to 5.2
+FORWARD_ARGUMENTS = {"output_attentions", "output_hidden_states"}  # beside those that the signature names
 
 
 class FlashKATPatchProjection(nn.Conv2d):
@@ -47,39 +48,83 @@ class FlashKATPatchProjection(nn.Conv2d):
 
 
 class FlashKATEmbeddings(nn.Module):
-    """Patch embeddings behind a cls token, plus learned positions."""
+    """Patch embeddings behind a cls token and register tokens, plus learned positions of cls and patches."""
 
-    def __init__(self, config: FlashKATConfig):
+    mask_token: nn.Parameter | None
+    register_tokens: nn.Parameter | None
+
+    def __init__(self, config: FlashKATConfig, use_mask_token: bool = False):
         super().__init__()
-        self.image_size = config.image_size
-        self.patch_size = config.patch_size
+        size, num_registers = config.hidden_size, config.num_register_tokens
         self.num_channels = config.num_channels
-        self.grid_size = config.image_size // config.patch_size
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.image_size, self.patch_size = pair(config.image_size), pair(config.patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, size))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, size)) if use_mask_token else None
+        self.register_tokens = nn.Parameter(torch.empty(1, num_registers, size)) if num_registers else None
+        self.num_prefix_tokens = 1 + num_registers
         self.patch_embeddings = FlashKATPatchProjection(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+            config.num_channels, size, kernel_size=self.patch_size, stride=self.patch_size
         )
-        self.position_embeddings = nn.Parameter(torch.empty(1, 1 + self.grid_size**2, config.hidden_size))
+        height, width = self.grid(*self.image_size)
+        self.position_embeddings = nn.Parameter(torch.empty(1, 1 + height * width, size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Return how many patches an image has in height and width."""
+        return height // self.patch_size[0], width // self.patch_size[1]
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        bool_masked_pos: Tensor | None = None,
+    ) -> Tensor:
         self._check(pixel_values, interpolate_pos_encoding)
         patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype))
-        positions = self.position_embeddings
-        if interpolate_pos_encoding:
-            positions = self.interpolate_pos_encoding(*patches.shape[-2:])
+        positions, grid = self.position_embeddings, patches.shape[-2:]
+        if interpolate_pos_encoding and tuple(grid) != self.grid(*self.image_size):
+            positions = self.interpolate_pos_encoding(*grid)
         tokens = patches.flatten(2).transpose(1, 2)
+        if bool_masked_pos is not None:
+            tokens = torch.where(self._mask(bool_masked_pos, tokens), self._own_mask_token(tokens), tokens)
         tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens), dim=1)
-        return self.dropout(tokens + positions)
+        tokens = tokens + positions
+        if self.register_tokens is not None:
+            registers = self.register_tokens.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+            tokens = torch.cat((tokens[:, :1], registers, tokens[:, 1:]), dim=1)
+        return self.dropout(tokens)
 
     def interpolate_pos_encoding(self, grid_height: int, grid_width: int) -> Tensor:
         """Return positions `(1, 1 + grid_height * grid_width, hidden_size)` for another grid, bicubic."""
         cls_position, grid = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
-        grid = grid.unflatten(1, (self.grid_size, self.grid_size)).permute(0, 3, 1, 2)
+        grid = grid.unflatten(1, self.grid(*self.image_size)).permute(0, 3, 1, 2)
         grid = nn.functional.interpolate(
             grid, size=(grid_height, grid_width), mode="bicubic", align_corners=False
         )
         return torch.cat((cls_position, grid.flatten(2).transpose(1, 2)), dim=1)
+
+    @torch.no_grad()
+    def resize(self, height: int, width: int) -> None:
+        """Take images of this size from now on, with the positions interpolated to it."""
+        positions = self.interpolate_pos_encoding(*self.grid(height, width)).contiguous()
+        self.position_embeddings = nn.Parameter(positions)
+        self.image_size = height, width
+
+    def _own_mask_token(self, tokens: Tensor) -> Tensor:
+        if self.mask_token is None:
+            raise ValueError(
+                "bool_masked_pos needs a model with a mask token: FlashKATForMaskedImageModeling, or "
+                "FlashKATModel(config, use_mask_token=True)"
+            )
+        return self.mask_token.to(tokens.dtype)
+
+    def _mask(self, bool_masked_pos: Tensor, tokens: Tensor) -> Tensor:
+        if bool_masked_pos.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"bool_masked_pos must have shape (batch, patches), here {tuple(tokens.shape[:2])}, "
+                f"not {tuple(bool_masked_pos.shape)}"
+            )
+        return bool_masked_pos.bool()[..., None]
 
     def _check(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> None:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
@@ -88,15 +133,15 @@ class FlashKATEmbeddings(nn.Module):
                 f"not {tuple(pixel_values.shape)}"
             )
         height, width = pixel_values.shape[-2:]
-        if not interpolate_pos_encoding and (height, width) != (self.image_size, self.image_size):
+        if not interpolate_pos_encoding and (height, width) != self.image_size:
             raise ValueError(
-                f"images are {height}x{width} but the model takes {self.image_size}x{self.image_size}; "
+                f"images are {height}x{width} but the model takes {self.image_size[0]}x{self.image_size[1]}; "
                 "resize them or pass interpolate_pos_encoding=True"
             )
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"image size {height}x{width} must be a multiple of patch_size ({self.patch_size})"
-            )
+        patch_height, patch_width = self.patch_size
+        if height % patch_height or width % patch_width or not height or not width:
+            patch = f"{patch_height}" if patch_height == patch_width else f"{patch_height}x{patch_width}"
+            raise ValueError(f"image size {height}x{width} must be a multiple of patch_size ({patch})")
 
 
 def eager_attention_forward(
@@ -129,7 +174,8 @@ class FlashKATAttention(nn.Module):
     def __init__(self, config: FlashKATConfig):
         super().__init__()
         self.config = config
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_heads: int = config.num_attention_heads  # pyright: ignore[reportAttributeAccessIssue]
+        self.head_dim = config.hidden_size // self.num_heads
         self.scaling = self.head_dim**-0.5
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -148,7 +194,7 @@ class FlashKATAttention(nn.Module):
         """Return what the heads make of the tokens, before `proj`, and their weights."""
         if fuses_attention(self, hidden_states):
             return fused_attention(self, hidden_states), None
-        heads = (3, self.config.num_attention_heads, self.head_dim)
+        heads = (3, self.num_heads, self.head_dim)
         packed = self.qkv(hidden_states).unflatten(-1, heads).permute(2, 0, 3, 1, 4)
         # compiled, unpacking would select each of the three, and pad each gradient with zeros
         query, key, value = packed.unbind()
@@ -248,8 +294,11 @@ class FlashKATPreTrainedModel(PreTrainedModel):
     ):
         """Load as transformers does, but weights of another architecture are an error, not a random model.
 
+        A FlashKAT's own folder or id (by the `model_type` in its config.json) and a `state_dict` that is
+        passed may lack tensors: transformers fills these as at a start, and warns.
+
         Raises:
-            ValueError: the checkpoint holds none of the tensors of this model's layers.
+            ValueError: the checkpoint is none of a FlashKAT, and holds none of the tensors of its layers.
             OSError: transformers finds no weights in a form that it knows, or the Hub cannot be reached.
             RuntimeError: shapes differ from the config's.
         """
@@ -258,7 +307,7 @@ class FlashKATPreTrainedModel(PreTrainedModel):
         )  # pyright: ignore[reportAssignmentType]
         model, info = loaded
         layers = {name for name in model.state_dict() if "layers." in name}  # the originals have a norm, too
-        if layers <= set(info["missing_keys"]):
+        if layers <= set(info["missing_keys"]) and not _is_ours(pretrained_model_name_or_path, kwargs):
             found = sorted(info["unexpected_keys"])
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds none of {cls.__name__}'s {len(layers)} layer "
@@ -273,11 +322,6 @@ class FlashKATPreTrainedModel(PreTrainedModel):
         for weights in Path(save_directory).glob("model*.safetensors"):
             with suppress(OSError):  # of another owner, or with no config beside it
                 weights.chmod(config.stat().st_mode & 0o666)
-
-    def get_correct_attn_implementation(
-        self, requested_attention: str | None, is_init_check: bool = False
-    ) -> str:
-        return super().get_correct_attn_implementation(requested_attention or "packed", is_init_check)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # Custom code's modules without parameters of their own are skipped, for models that would refill what
@@ -302,7 +346,11 @@ class FlashKATPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, FlashKATEmbeddings):
             init.trunc_normal_(module.position_embeddings, std=std)
-            init.normal_(module.cls_token, std=1e-6)
+            for token in (module.cls_token, module.register_tokens):
+                if token is not None:
+                    init.normal_(token, std=1e-6)
+            if module.mask_token is not None:
+                init.zeros_(module.mask_token)
         elif isinstance(module, GroupRational):
             numerator, denominator = module.start()
             init.copy_(module.numerator, numerator)
@@ -323,12 +371,33 @@ class FlashKATPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class FlashKATModel(FlashKATPreTrainedModel):
-    """The transformer without a head: tokens and one pooled vector for each image."""
+def _is_ours(name_or_path: Any, loading: dict[str, Any]) -> bool:
+    """Tell whether tensors were passed to `from_pretrained`, or its folder or id is a FlashKAT's."""
+    if name_or_path is None or loading.get("state_dict") is not None:
+        return True
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    options = {name: loading[name] for name in names if name in loading}
+    try:
+        values, _ = FlashKATConfig.get_config_dict(name_or_path, **options)
+    except OSError:  # it has no config.json
+        return False
+    return values.get("model_type") == "flashkat"
 
-    def __init__(self, config: FlashKATConfig):
+
+class FlashKATModel(FlashKATPreTrainedModel):
+    """The transformer without a head: tokens and one pooled vector for each image.
+
+    Args:
+        config: of the model.
+        add_pooling_layer: whether there is a pooled vector. Without one the tokens are normalised with both
+            poolings; the parameters are the same.
+        use_mask_token: whether there is a mask token, which stands for the patches that are hidden.
+    """
+
+    def __init__(self, config: FlashKATConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
         super().__init__(config)
-        self.embeddings = FlashKATEmbeddings(config)
+        self.add_pooling_layer = add_pooling_layer
+        self.embeddings = FlashKATEmbeddings(config, use_mask_token)
         last = max(config.num_hidden_layers - 1, 1)
         self.layers = nn.ModuleList(
             FlashKATLayer(config, config.drop_path_rate * i / last, i)
@@ -337,12 +406,12 @@ class FlashKATModel(FlashKATPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         pixel_values: Tensor,
         interpolate_pos_encoding: bool = False,
+        bool_masked_pos: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encode images.
@@ -350,27 +419,48 @@ class FlashKATModel(FlashKATPreTrainedModel):
         Args:
             pixel_values: `(batch, num_channels, height, width)`, normalised.
             interpolate_pos_encoding: accept another image size, with positions interpolated to it.
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict` and the attention's own.
+            bool_masked_pos: `(batch, patches)`, true for the patches that the mask token stands for.
+            **kwargs: `output_hidden_states`, `output_attentions` and `return_dict`.
 
         Returns:
-            `last_hidden_state` `(batch, 1 + patches, hidden_size)`, after the norm for cls pooling and before
-            it for mean pooling, and `pooler_output` `(batch, hidden_size)`.
+            `last_hidden_state` `(batch, 1 + registers + patches, hidden_size)` and `pooler_output` `(batch,
+            hidden_size)`. With cls pooling the tokens are normalised, with mean pooling the pooled vector
+            alone.
 
         Raises:
-            ValueError: wrong number of channels or image size.
+            ValueError: wrong number of channels, image size or mask; an argument that is not used.
         """
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
-        hidden_states = hidden_states.to(
-            working_dtype(hidden_states)
-        )  # under autocast, as a model loaded in its dtype
+        hidden_states = self.embed(pixel_values, interpolate_pos_encoding, bool_masked_pos, kwargs)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
+        if not self.add_pooling_layer:
+            return BaseModelOutputWithPooling(last_hidden_state=self.norm(hidden_states))
         if self.config.pooling == "mean":
-            pooled = self.norm(hidden_states[:, 1:].mean(dim=1))
+            pooled = self.norm(hidden_states[:, self.embeddings.num_prefix_tokens :].mean(dim=1))
         else:
             hidden_states = self.norm(hidden_states)
             pooled = hidden_states[:, 0]
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    def embed(
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool,
+        bool_masked_pos: Tensor | None,
+        others: Mapping[str, Any],
+    ) -> Tensor:
+        """Return the tokens that the first layer gets; under autocast in its dtype, as a model loaded in it.
+
+        Raises:
+            ValueError: as `forward`; `others` are the keyword arguments that no signature names.
+        """
+        unused = [
+            name for name, value in others.items() if value is not None and name not in FORWARD_ARGUMENTS
+        ]
+        if unused:
+            raise ValueError(f"{unused[0]} is no argument that {type(self).__name__} uses")
+        tokens = self.embeddings(pixel_values, interpolate_pos_encoding, bool_masked_pos)
+        return tokens.to(working_dtype(tokens))
 
 
 class FlashKATForImageClassification(FlashKATPreTrainedModel):
@@ -379,6 +469,7 @@ class FlashKATForImageClassification(FlashKATPreTrainedModel):
     def __init__(self, config: FlashKATConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
+        self._saw_probabilities = False
         self.flashkat = FlashKATModel(config)
         self.classifier = (
             nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
@@ -399,17 +490,21 @@ class FlashKATForImageClassification(FlashKATPreTrainedModel):
         Args:
             pixel_values: `(batch, num_channels, height, width)`, normalised.
             labels: class indices `(batch,)`, or class probabilities `(batch, num_labels)` as mixup makes
-                them; numbers `(batch,)` or `(batch, 1)` for a model with one label, which does regression.
+                them, whose rows sum to 1; numbers `(batch,)` or `(batch, 1)` for a model with one label,
+                which does regression. Multi-hot labels need `problem_type="multi_label_classification"` in
+                the config, which trains by binary cross-entropy; without it they are an error in eager mode
+                (on a GPU at a model's first floating point labels, since reading them waits for the device).
             interpolate_pos_encoding: accept another image size, with positions interpolated to it.
-            **kwargs: as for `FlashKATModel`.
+            **kwargs: `output_hidden_states`, `output_attentions` and `return_dict`.
 
         Returns:
             `logits` `(batch, num_labels)` and, with labels, `loss`: the batch's mean, see
             `image_classification_loss`.
 
         Raises:
-            ValueError: wrong number of channels, image size or shape of labels.
+            ValueError: wrong number of channels, image size or labels; an argument that is not used.
         """
+        self._refuse_multi_hot(labels)
         outputs = self.flashkat(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
@@ -417,12 +512,31 @@ class FlashKATForImageClassification(FlashKATPreTrainedModel):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
+    @torch.no_grad()
+    def _refuse_multi_hot(self, labels: Tensor | None) -> None:
+        if labels is None or not labels.is_floating_point() or labels.shape[1:] != (self.num_labels,):
+            return
+        seen = self._saw_probabilities and labels.device.type != "cpu"
+        if seen or self.config.problem_type is not None or is_traced(labels) or decomposes(labels):
+            return
+        sums = labels.sum(-1, dtype=torch.float32)
+        far = (sums - 1).abs() > 0.1  # more than rounding, less than another label
+        if far.any():
+            raise ValueError(
+                f"a row of labels sums to {sums[far][0]:g}, so they are no class probabilities; "
+                'multi-hot labels need config.problem_type = "multi_label_classification"'
+            )
+        self._saw_probabilities = True
+
 
 def image_classification_loss(labels: Tensor, logits: Tensor, config: FlashKATConfig) -> Tensor:
     """Return the loss that `problem_type` names; by default cross-entropy, with one label the squared error.
 
-    Cross-entropy, in float32, takes class indices or class probabilities, where the stock loss takes
-    probabilities for a multi-label problem, and notes so in the config.
+    Cross-entropy, in float32, takes class indices or class probabilities, as mixup makes them, where the
+    stock loss takes probabilities for a multi-label problem, and notes so in the config.
+
+    Raises:
+        ValueError: labels of another shape.
     """
     if config.problem_type is None and config.num_labels == 1:
         return nn.functional.mse_loss(logits.squeeze(-1).float(), labels.reshape(logits.shape[0]).float())

@@ -4,7 +4,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 
@@ -115,15 +114,11 @@ def resize(model: FlashKATForImageClassification, processor: Any, image_size: in
         ValueError: `image_size` is not a multiple of the patch size.
     """
     embeddings, config = model.flashkat.embeddings, model.config
-    if image_size % config.patch_size:
+    if any(image_size % patch for patch in embeddings.patch_size):
         raise ValueError(f"--image_size: {image_size} must be a multiple of the patches' {config.patch_size}")
-    grid = image_size // config.patch_size
-    with torch.no_grad():
-        positions = embeddings.interpolate_pos_encoding(grid, grid).contiguous()
-    embeddings.position_embeddings = nn.Parameter(positions)
+    embeddings.resize(image_size, image_size)
     resize_processor(processor, image_size)
-    config.image_size = embeddings.image_size = image_size
-    embeddings.grid_size = grid
+    config.image_size = image_size
 
 
 def merged(model: Any) -> Any:

@@ -47,7 +47,7 @@ def test_gradients_add_up_to_the_output(model, pooling):
     explanation = explain(model, pixels, "digit 3")
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
-    assert model.config._attn_implementation == "packed"
+    assert model.config._attn_implementation == "sdpa"
     model.eval()
     with torch.no_grad():
         logits = model(torch.cat([pixels, torch.zeros_like(pixels)])).logits

@@ -226,7 +226,7 @@ def test_a_config_fetches_no_kernel(bare_folder, name, monkeypatch):
     FlashKATForImageClassification.from_pretrained(bare_folder)
     assert asked
     assert "someone/kernel" not in asked
-    assert model.config._attn_implementation == "packed"
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_an_adapter_beside_the_weights_is_not_followed(bare_folder):

@@ -158,11 +158,12 @@ def test_code_is_completed(tmp_path):
     (tmp_path / "operators.py").unlink()
     (tmp_path / "layers.py").write_text("old\n")
     problems = check_code(tmp_path)
-    assert len(problems) == 5
+    assert len(problems) == 7
     for words in (
         "operators.py is missing",
         "layers.py differs",
         "None for AutoConfig",
+        "None for AutoBackbone",
         "'someone/other--modeling.Model'",
     ):
         assert any(words in problem for problem in problems), problems

@@ -127,12 +127,23 @@ def test_truncated_weights(folder):
         AutoModelForImageClassification.from_pretrained(folder)
 
 
-def test_foreign_weights(folder):
+@pytest.mark.parametrize("config", ['{"model_type": "vit"}', None])
+def test_weights_of_another_architecture(folder, config):
+    """They are an error; tensors that a FlashKAT's own folder or a caller's state lacks start as always."""
     save_file({"layer.weight": torch.zeros(3)}, folder / "model.safetensors", metadata={"format": "pt"})
+    model, info = FlashKATForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert info["missing_keys"] == model.state_dict().keys()
+    assert model.flashkat.layers[1].mlp.act1.numerator[0, :3].tolist() == [0, 1, 0]  # the identity
+    empty = FlashKATModel.from_pretrained(None, config=model.config, state_dict={})
+    assert empty.embeddings.position_embeddings.isfinite().all()
+    own = model.config
+    (folder / "config.json").unlink()
+    if config:
+        (folder / "config.json").write_text(config)
     with pytest.raises(
         ValueError, match=r"holds none of FlashKATForImageClassification.*such as layer.weight"
     ):
-        AutoModelForImageClassification.from_pretrained(folder)
+        FlashKATForImageClassification.from_pretrained(folder, config=own)
 
 
 @pytest.mark.parametrize("missing", ["triton", "torchvision"])
