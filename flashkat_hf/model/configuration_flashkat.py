@@ -176,6 +176,12 @@ class FlashKATConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         names = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
         kept = {name: value for name, value in config_dict.items() if name not in names}
+        for name in (
+            "num_hidden_layers",
+            "pyramid_channels",
+        ):  # what the names of a backbone's stages follow from
+            if name in kwargs:
+                kept[name] = kwargs.pop(name)
         return super().from_dict(kept, **kwargs)
 
     @classmethod
