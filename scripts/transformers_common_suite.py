@@ -1,4 +1,4 @@
-"""FlashKAT's classes in transformers' common test suite; `transformers_common_tests.py` runs this file there."""
+"""FlashKAT's classes in transformers' common test suite, where `transformers_common_tests.py` puts this."""
 
 import unittest
 from typing import ClassVar
@@ -37,6 +37,8 @@ class FlashKATModelTester:
     num_attention_heads = 4
     hidden_size = 32
     seq_length = 1 + (32 // 8) ** 2
+    num_masks = 8
+    mask_length = (32 // 8) ** 2
     is_training = True
 
     def __init__(self, parent: unittest.TestCase):
@@ -61,7 +63,12 @@ class FlashKATModelTester:
 
 
 class FlashKATModelTest(ModelTesterMixin, unittest.TestCase):
-    all_model_classes = (FlashKATModel, FlashKATForImageClassification, FlashKATForMaskedImageModeling)
+    all_model_classes = (
+        FlashKATModel,
+        FlashKATForImageClassification,
+        FlashKATForMaskedImageModeling,
+        FlashKATBackbone,
+    )
     pipeline_model_mapping: ClassVar = {
         "image-feature-extraction": FlashKATModel,
         "image-classification": FlashKATForImageClassification,
@@ -81,6 +88,13 @@ class FlashKATModelTest(ModelTesterMixin, unittest.TestCase):
     def test_inputs_embeds(self):
         pass
 
+    def test_model_get_set_embeddings(self):  # as ViT's: the suite's own asks for an nn.Embedding of words
+        config = self.model_tester.get_config()
+        for model_class in self.all_model_classes:
+            model = model_class(config)
+            assert isinstance(model.get_input_embeddings(), torch.nn.Conv2d)
+            assert model.get_output_embeddings() is None
+
 
 class FlashKATBackboneTest(BackboneTesterMixin, unittest.TestCase):
     all_model_classes = (FlashKATBackbone,)
@@ -88,17 +102,3 @@ class FlashKATBackboneTest(BackboneTesterMixin, unittest.TestCase):
 
     def setUp(self):
         self.model_tester = FlashKATModelTester(self)
-
-
-class FlashKATBackboneModelTest(ModelTesterMixin, unittest.TestCase):
-    """The backbone in the models' suite too, as far as it has what that asks for."""
-
-    all_model_classes = (FlashKATBackbone,)
-    test_resize_embeddings = False
-
-    def setUp(self):
-        self.model_tester = FlashKATModelTester(self)
-
-    @unittest.skip("FlashKAT has no inputs_embeds, it takes images")
-    def test_inputs_embeds(self):
-        pass

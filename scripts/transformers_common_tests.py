@@ -5,10 +5,10 @@
     python scripts/transformers_common_tests.py -k backbone -x    # further arguments go to pytest
     python scripts/transformers_common_tests.py --sdist transformers-5.24.0.tar.gz
 
-The suite is a part of transformers' source distribution, which pip downloads unless `--sdist` names it; none of it
-is kept here. `transformers_common_suite.py` beside this file says how the suite makes our models. The source
-distribution lacks three files that the suite imports, for exporters, generation and configs: empty classes stand
-for the first two (their tests are not run; exporting has tests of our own), a dictionary for the third.
+The suite is a part of transformers' source distribution, which pip downloads unless `--sdist` names it; none
+of it is kept here. `transformers_common_suite.py` beside this file says how the suite makes our models. The
+source distribution lacks three files that the suite imports, for exporters, generation and configs: empty classes
+stand for the first two (their tests are not run; exporting has tests of our own), a dictionary for the third.
 """
 
 import argparse
@@ -29,8 +29,9 @@ ABSENT = {  # files of the suite that its source distribution lacks
     "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
     "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
     "utils/test_configuration_utils.py": (
-        'config_common_kwargs = {"return_dict": False, "output_hidden_states": True, "output_attentions": True, '
-        '"dtype": "float16", "chunk_size_feed_forward": 5, "architectures": ["BertModel"], '
+        'config_common_kwargs = {"return_dict": False, "output_hidden_states": True, '
+        '"output_attentions": True, "dtype": "float16", "chunk_size_feed_forward": 5, '
+        '"architectures": ["BertModel"], '
         '"id2label": {0: "label"}, "label2id": {"label": "0"}, "problem_type": "regression"}\n'
     ),
 }
@@ -66,10 +67,9 @@ def main() -> int:
         shutil.copyfile(SUITE, folder / "tests/test_flashkat.py")
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         settings = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_flashkat.py"]
-        done = subprocess.run(
-            [*command, *arguments], cwd=folder, env={**os.environ, **settings}, check=False
-        )
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command += ["-W", "ignore::pytest.PytestUnknownMarkWarning", "tests/test_flashkat.py"]
+        done = subprocess.run([*command, *arguments], cwd=folder, env={**os.environ, **settings}, check=False)
         return done.returncode
 
 
