@@ -7,8 +7,9 @@
 
 The suite is a part of transformers' source distribution, which pip downloads unless `--sdist` names it; none
 of it is kept here. `transformers_common_suite.py` beside this file says how the suite makes our models. The
-source distribution lacks three files that the suite imports, for exporters, generation and configs: empty classes
-stand for the first two (their tests are not run; exporting has tests of our own), a dictionary for the third.
+source distribution lacks three files that the suite imports, for exporters, generation and configs: empty
+classes stand for the first two (their tests are not run; exporting has tests of our own), a dictionary for
+the third.
 """
 
 import argparse

@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BackboneOutput
 from transformers.utils.generic import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_flashkat import PYRAMID_STAGES, FlashKATConfig
+from .configuration_flashkat import FlashKATConfig
 from .modeling_flashkat import FlashKATModel, FlashKATPreTrainedModel
 
 
@@ -20,52 +20,43 @@ class FlashKATChannelNorm(nn.LayerNorm):
         return super().forward(input.movedim(1, -1)).movedim(-1, 1)
 
 
-class FlashKATPyramid(nn.Module):
-    """A simple feature pyramid: four maps of 4, 2, 1 and half as many pixels a side as there are patches.
+def pyramid_level(name: str, hidden_size: int, channels: int, eps: float) -> nn.Sequential:
+    """Make one level of a simple feature pyramid, which comes from the last block's map alone.
 
-    Each is made of the last block's map alone, by transposed convolutions or a maximum, then a 1x1 and a 3x3
-    convolution with norms.
+    The levels have 4, 2, 1 and half as many pixels a side as there are patches, by transposed convolutions or
+    a maximum; then follow a 1x1 and a 3x3 convolution with norms.
 
     Args:
+        name: in `PYRAMID_STAGES`.
         hidden_size: channels in.
-        channels: of each map.
+        channels: channels out.
         eps: of the norms.
-
-    Shape: `(batch, hidden_size, height, width)` in; a tuple of four `(batch, channels, s * height, s *
-        width)`
-    with s = 4, 2, 1, 1/2 out.
 
     Source: Li et al., Exploring Plain Vision Transformer Backbones for Object Detection, ECCV 2022 (ViTDet).
     """
-
-    def __init__(self, hidden_size: int, channels: int, eps: float):
-        super().__init__()
-        half = hidden_size // 2
-        scales = (
+    half = hidden_size // 2
+    twice = nn.ConvTranspose2d(hidden_size, half, 2, stride=2)
+    scale, width = {
+        "pyramid1": (
             [
-                nn.ConvTranspose2d(hidden_size, half, 2, stride=2),
+                twice,
                 FlashKATChannelNorm(half, eps=eps),
                 nn.GELU(),
                 nn.ConvTranspose2d(half, half // 2, 2, stride=2),
             ],
-            [nn.ConvTranspose2d(hidden_size, half, 2, stride=2)],
-            [],
-            [nn.MaxPool2d(2, ceil_mode=True)],
-        )
-        widths = (half // 2, half, hidden_size, hidden_size)
-        self.maps = nn.ModuleList(
-            nn.Sequential(
-                *scale,
-                nn.Conv2d(width, channels, 1, bias=False),
-                FlashKATChannelNorm(channels, eps=eps),
-                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-                FlashKATChannelNorm(channels, eps=eps),
-            )
-            for scale, width in zip(scales, widths, strict=True)
-        )
-
-    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
-        return tuple(level(features) for level in self.maps)
+            half // 2,
+        ),
+        "pyramid2": ([twice], half),
+        "pyramid3": ([], hidden_size),
+        "pyramid4": ([nn.MaxPool2d(2, ceil_mode=True)], hidden_size),
+    }[name]
+    return nn.Sequential(
+        *scale,
+        nn.Conv2d(width, channels, 1, bias=False),
+        FlashKATChannelNorm(channels, eps=eps),
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        FlashKATChannelNorm(channels, eps=eps),
+    )
 
 
 class FlashKATBackbone(BackboneMixin, FlashKATPreTrainedModel):
@@ -85,9 +76,11 @@ class FlashKATBackbone(BackboneMixin, FlashKATPreTrainedModel):
         self.flashkat = FlashKATModel(config, add_pooling_layer=False)
         channels = config.pyramid_channels
         self.num_features = [channels or config.hidden_size] * len(config.stage_names)
-        self.pyramid = (
-            FlashKATPyramid(config.hidden_size, channels, config.layer_norm_eps) if channels else None
-        )
+        self.pyramid = nn.ModuleDict()
+        if channels is not None:
+            for name in self.out_features:  # no others, whose parameters would learn nothing
+                level = pyramid_level(name, config.hidden_size, channels, config.layer_norm_eps)
+                self.pyramid[name] = level
         self.post_init()
 
     def post_init(self) -> None:
@@ -120,13 +113,20 @@ class FlashKATBackbone(BackboneMixin, FlashKATPreTrainedModel):
             hidden_states = layer(hidden_states, **kwargs)
             chosen[f"stage{number}"] = hidden_states
         grid = base.embeddings.grid(*pixel_values.shape[-2:])
-        if self.pyramid is not None:
-            levels = self.pyramid(self._feature_map(hidden_states, grid, reshape=True))
-            maps = dict(zip(PYRAMID_STAGES, levels, strict=True))
-            return BackboneOutput(tuple(maps[name] for name in self.out_features))  # pyright: ignore[reportArgumentType]
+        if self.config.pyramid_channels is not None:
+            last = self._feature_map(hidden_states, grid, reshape=True)
+            maps = tuple(self._level(name)(last) for name in self.out_features)
+            return BackboneOutput(maps)  # pyright: ignore[reportArgumentType]
         reshape = self.config.reshape_hidden_states
         maps = tuple(self._feature_map(chosen[name], grid, reshape) for name in self.out_features)
         return BackboneOutput(maps)  # pyright: ignore[reportArgumentType]
+
+    def _level(self, name: str) -> nn.Module:
+        if name not in self.pyramid:
+            raise ValueError(
+                f"the backbone was built with the levels {', '.join(self.pyramid)}, not with {name}"
+            )
+        return self.pyramid[name]
 
     def _feature_map(self, hidden_states: Tensor, grid: tuple[int, int], reshape: bool) -> Tensor:
         if self.config.apply_layernorm:

@@ -102,7 +102,10 @@ def test_pyramid(folder):
     two = FlashKATBackbone(
         FlashKATConfig(**{**backbone.config.to_dict(), "out_features": ["pyramid2", "pyramid3"]})
     )
-    assert len(two(torch.randn(1, 3, 24, 40)).feature_maps) == len(two.channels) == 2
+    assert len(two(torch.randn(1, 3, 24, 40)).feature_maps) == len(two.channels) == len(two.pyramid) == 2
+    two.out_features = ["pyramid1"]
+    with pytest.raises(ValueError, match="built with the levels pyramid2, pyramid3, not with pyramid1"):
+        two(torch.randn(1, 3, 24, 40))
 
 
 def test_pyramid_is_made_of_the_last_map_alone():
@@ -112,7 +115,7 @@ def test_pyramid_is_made_of_the_last_map_alone():
     tokens = backbone.flashkat(images).last_hidden_state[:, 1:]
     features = tokens.mT.unflatten(2, (4, 4))
     pooled = features.unflatten(2, (2, 2)).unflatten(4, (2, 2)).amax((3, 5))
-    expected = backbone.pyramid.maps[3][1:](pooled)
+    expected = backbone.pyramid["pyramid4"][1:](pooled)
     torch.testing.assert_close(backbone(images).feature_maps[3], expected)
 
 
