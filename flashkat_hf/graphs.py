@@ -124,6 +124,7 @@ class _Graphed:
                 raise ValueError(f"a CUDA graph cannot hold this step of {name}: {problem}") from error
             finally:
                 torch.clear_autocast_cache()
+        self.state = _State(self.module)  # as the passes have left it
         return graph, result
 
 
@@ -199,7 +200,6 @@ class GraphedForward(_Graphed):
     def __init__(self, module: nn.Module, batch: Batch):
         super().__init__(module, batch)
         with torch.no_grad():
-            self.state = _State(module)  # without gradients
             self.graph, self.outputs = self._capture(lambda: module(**self.inputs), lambda: None)
 
     @torch.no_grad()

@@ -37,6 +37,7 @@ ORDER = (  # of model/: a file imports what stands before it; a new file needs a
     "mimetic",
     "reference",
     "native_rational",
+    "fitting",
     "triton_",
     "operators",
     "op_rational",

@@ -373,7 +373,11 @@ def num_groups(act: GroupRational | SimplifiedActivation) -> int:
 def _formula(act: GroupRational | SimplifiedActivation, group: int) -> tuple[str, tuple[float, ...]]:
     """Return a function's name and its coefficients."""
     if isinstance(act, GroupRational):
+        if not act.by_kernels:
+            degrees = "{} over {}".format(*act.degrees)
+            raise ValueError(f"a rational of degree {degrees} in the form {act.form!r} is no LearnedFunction")
         rows = act.numerator[group % len(act.numerator)], act.denominator[group].abs()
+        rows = tuple(functional.pad(row, (0, n - len(row))) for row, n in zip(rows, (6, 4), strict=True))
     elif act.functions[group] == "rational":
         rows = act.rational_rows(group, torch.empty(0))
         rows = rows[0], rows[1].abs()

@@ -102,7 +102,8 @@ def count_inputs(
 
     def hook(name: str):
         def count(act: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            added = histogram(inputs[0].detach(), num_groups[name], name)
+            x = inputs[0].detach().movedim(getattr(act, "dim", -1), -1)
+            added = histogram(x, num_groups[name], name)
             counts[name] = counts[name] + added if name in counts else added
 
         return count

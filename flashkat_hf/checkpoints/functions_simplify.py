@@ -310,6 +310,11 @@ def _module(old: nn.Module, choices: Sequence[Choice]) -> nn.Module:
     functions = [choice.after if choice.replaced else choice.before for choice in choices]
     if not any(choice.replaced for choice in choices):
         return copy.deepcopy(old)
+    if (dim := getattr(old, "dim", -1)) != -1:
+        raise ValueError(
+            f"{choices[0].before.module} has its channels in dimension {dim}; simplified functions take "
+            "them in the last one"
+        )
     first = next(old.parameters())
     numerator = old.get_parameter("numerator")
     new = SimplifiedActivation(

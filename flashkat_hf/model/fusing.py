@@ -52,6 +52,7 @@ def untouched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__  # as accelerate puts it there to move weights
+        or not getattr(module, "is_plain", True)  # a GroupRational of another form, or channels first
     ):
         return False
     return PLAIN_WEIGHTS.issuperset(map(type, module._parameters.values()))  # not quantised, not sharded
@@ -149,7 +150,9 @@ def stream_and_norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def fuses_mlp(mlp: Any, x: Tensor) -> bool:
     """Tell whether act2 of a `GRKANMlp` can be applied beside the linear maps around it."""
-    return fuses(x, mlp.fc1, mlp.act2, mlp.fc2, mlp.dropout) and not drops(mlp.dropout)
+    if not fuses(x, mlp.fc1, mlp.act2, mlp.fc2, mlp.dropout) or drops(mlp.dropout):
+        return False
+    return mlp.fc1.bias is not None and mlp.fc2.bias is not None
 
 
 def fused_mlp(mlp: Any, x: Tensor, out_bias: Tensor) -> Tensor:

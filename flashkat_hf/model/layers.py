@@ -1,14 +1,20 @@
 """The layers of a Kolmogorov-Arnold Transformer that a plain ViT does not have."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .coefficients import SIMPLE_FUNCTIONS, WITH_AFFINE_MAPS, degrees, start_table
+from .fitting import fit_rational
 from .fusing import fused_mlp, fuses_mlp, fusible, working_dtype
 from .op_rational import rational
+from .reference import FORMS, rational_of_form
+
+KERNEL_DEGREES = (5, 4)
+MAX_ROW = 2**16  # elements C * H * W: backward keeps sums for each, and a CPU's cache coefficients
 
 
 @fusible
@@ -20,41 +26,131 @@ class GroupRational(nn.Module):
         num_groups: groups of channels; channel c belongs to group `c // (hidden_size // num_groups)`.
         num_numerator_groups: rows of the numerator, 1 (shared, as in the released checkpoints) or
             `num_groups`.
-        init: start table, a name in `coefficients.START_TABLES`.
+        init: start table, a name in `coefficients.START_TABLES`. The tables were fitted to the form "terms";
+            their odd terms are next to zero, so they hold for "sum" within 2e-3 on [-8, 8].
+        dim: dimension of the channels: -1, or 1 for images `(N, C, H, W)`.
+        degrees: of numerator and denominator, 1 at least. Kernels serve up to (5, 4) in the form "terms", in
+            plain PyTorch the rest runs. A table that is longer than that cannot start a shorter one.
+        form: of the denominator, "terms" or "sum" as in `reference.FORMS`: other people's checkpoints need
+            the one that they were trained with.
+        device: of the parameters.
+        dtype: of the parameters.
 
-    Shape: `(..., hidden_size)` in and out, same dtype.
+    Shape: channels in dimension `dim`, out as in, same dtype.
     """
 
     def __init__(
-        self, hidden_size: int, num_groups: int = 8, num_numerator_groups: int = 1, init: str = "swish"
+        self,
+        hidden_size: int,
+        num_groups: int = 8,
+        num_numerator_groups: int = 1,
+        init: str = "swish",
+        *,
+        dim: int = -1,
+        degrees: tuple[int, int] = KERNEL_DEGREES,
+        form: str = "terms",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if hidden_size % num_groups:
+        if num_groups < 1 or hidden_size % num_groups:
             raise ValueError(f"hidden_size ({hidden_size}) must be a multiple of num_groups ({num_groups})")
         if num_numerator_groups not in (1, num_groups):
             raise ValueError(
                 f"num_numerator_groups ({num_numerator_groups}) must be 1 or num_groups ({num_groups})"
             )
+        if len(degrees) != 2 or min(degrees) < 1:
+            raise ValueError(f"degrees ({degrees}) must be two numbers, each at least 1")
+        if form not in FORMS:
+            raise ValueError(f"form ({form!r}) must be one of {', '.join(FORMS)}")
         self.hidden_size = hidden_size
         self.init = init
-        self.numerator = nn.Parameter(torch.empty(num_numerator_groups, 6))
-        self.denominator = nn.Parameter(torch.empty(num_groups, 4))
-        with torch.no_grad():
-            for parameter, start in zip((self.numerator, self.denominator), self.start(), strict=True):
-                parameter.copy_(start)
+        self.dim = dim
+        self.degrees = (degrees[0], degrees[1])
+        self.form = form
+        self.by_kernels = form == "terms" and degrees[0] <= 5 and degrees[1] <= 4
+        factory = {"device": device, "dtype": dtype}
+        self.numerator = nn.Parameter(torch.empty(num_numerator_groups, degrees[0] + 1, **factory))
+        self.denominator = nn.Parameter(torch.empty(num_groups, degrees[1], **factory))
+        self.reset_parameters()
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether a kernel that stands for several modules may stand for this one, too."""
+        return self.dim == -1 and self.degrees == KERNEL_DEGREES and self.form == "terms"
 
     def start(self) -> tuple[Tensor, Tensor]:
         """Return the start table in the shapes of the parameters, float32 on the CPU."""
-        table = start_table(self.init)
-        numerator, denominator = torch.tensor(table.numerator), torch.tensor(table.denominator)
-        return numerator.expand(self.numerator.shape), denominator.expand(self.denominator.shape)
+        rows = []
+        for row, parameter in zip(start_table(self.init), (self.numerator, self.denominator), strict=True):
+            columns = parameter.shape[1]
+            if any(row[columns:]):
+                degrees = "{} over {}".format(*self.degrees)
+                raise ValueError(
+                    f"the start table {self.init!r} is of degree 5 over 4 and cannot start a rational of "
+                    f'degree {degrees}; use init="identity" and then fit()'
+                )
+            row = torch.tensor((*row, *[0.0] * columns)[:columns])
+            rows.append(row.expand(parameter.shape))
+        return rows[0], rows[1]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill the parameters with the start table."""
+        for parameter, start in zip((self.numerator, self.denominator), self.start(), strict=True):
+            parameter.copy_(start)
+
+    @torch.no_grad()
+    def fit(self, target: Callable[[Tensor], Tensor] | Tensor, x: Tensor | None = None) -> float:
+        """Fill the parameters so that every group comes as close as it can to a function, or to samples.
+
+        Args:
+            target: an elementwise function, such as `torch.sin`, or its values at `x`.
+            x: where they are compared, any shape, such as what the activation meets; by default 1,001 points
+                on [-5, 5].
+
+        Returns:
+            The largest difference at `x`.
+
+        Raises:
+            ValueError: as `fitting.fit_rational`.
+        """
+        numerator, denominator, error = fit_rational(target, x, self.degrees, self.form)
+        self.numerator.copy_(numerator.expand(self.numerator.shape))
+        self.denominator.copy_(denominator.expand(self.denominator.shape))
+        return error
 
     def forward(self, x: Tensor) -> Tensor:
-        return rational(x, self.numerator, self.denominator)
+        if not -x.ndim <= self.dim < x.ndim or x.shape[self.dim] != self.hidden_size:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}, but x of shape {tuple(x.shape)} has another size in "
+                f"dimension {self.dim}; GroupRational(dim=...) says which dimension the channels are"
+            )
+        if self.dim in (-1, x.ndim - 1):
+            return self.over_last_dimension(x)
+        # (N, C, H, W) is (N, C * H * W): a group is a run of neighbours there, too
+        last = x.movedim(self.dim, -1)
+        long = math.prod(x.shape[self.dim % x.ndim :]) > MAX_ROW
+        if last.is_contiguous() or (long and (x.device.type == "cpu" or torch.is_grad_enabled())):
+            return self.over_last_dimension(last).movedim(-1, self.dim)
+        return self.over_last_dimension(x.flatten(self.dim)).view(x.shape)
+
+    def over_last_dimension(self, x: Tensor) -> Tensor:
+        """Apply the rationals to rows that are runs of equally many neighbours of each group."""
+        if not self.by_kernels:
+            return rational_of_form(x, self.numerator, self.denominator, self.form)
+        numerator, denominator = self.numerator, self.denominator
+        if self.degrees != KERNEL_DEGREES:
+            numerator = functional.pad(numerator, (0, 6 - numerator.shape[1]))
+            denominator = functional.pad(denominator, (0, 4 - denominator.shape[1]))
+        return rational(x, numerator, denominator)
 
     def extra_repr(self) -> str:
-        groups = f"num_groups={len(self.denominator)}, num_numerator_groups={len(self.numerator)}"
-        return f"{self.hidden_size}, {groups}, init={self.init!r}"
+        text = f"{self.hidden_size}, num_groups={len(self.denominator)}"
+        text += f", num_numerator_groups={len(self.numerator)}, init={self.init!r}"
+        defaults = {"dim": -1, "degrees": KERNEL_DEGREES, "form": "terms"}
+        values = {name: getattr(self, name) for name in defaults}
+        return text + "".join(f", {k}={v!r}" for k, v in values.items() if v != defaults[k])
 
 
 class SimplifiedActivation(nn.Module):
@@ -197,6 +293,7 @@ class GRKANMlp(nn.Module):
         act1_functions: name of each group's function in the first activation, as in `SimplifiedActivation`;
             by default all are rationals.
         act2_functions: the same for the second activation.
+        bias: whether the linear maps have biases; without them no kernel stands for map and activation.
 
     Shape: `(..., hidden_size)` in and out. Under autocast the MLP works in autocast's dtype from its input
     on.
@@ -215,13 +312,14 @@ class GRKANMlp(nn.Module):
         dropout: float = 0.0,
         act1_functions: Sequence[str] | None = None,
         act2_functions: Sequence[str] | None = None,
+        bias: bool = True,
     ):
         super().__init__()
         rows = num_groups, num_numerator_groups
         self.act1 = activation(hidden_size, *rows, act1_init, act1_functions)
-        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc1 = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.act2 = activation(intermediate_size, *rows, act2_init, act2_functions)
-        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -271,6 +271,32 @@ def rational_decomposed(x: Tensor, numerator: Tensor, denominator: Tensor) -> Te
     return y.flatten(-2).to(x.dtype)
 
 
+FORMS = {  # of the denominator, by the names that `GroupRational` knows
+    "terms": "1 + |b_1||x| + ... + |b_n||x|^n",
+    "sum": "1 + |b_1 x + ... + b_n x^n|",
+}
+
+
+def rational_of_form(x: Tensor, numerator: Tensor, denominator: Tensor, form: str) -> Tensor:
+    """Apply a group rational of any degrees, by operations that autograd differentiates.
+
+    Args:
+        x: `(..., hidden_size)`, any float dtype; arithmetic in float32, float64 for float64.
+        numerator: `(1 or num_groups, m + 1)`, m >= 1, constant term first.
+        denominator: `(1 or num_groups, n)`, n >= 1, linear term first.
+        form: of the denominator, a name in `FORMS`.
+
+    Source: of the form "sum" Molina et al., Pade activation units, ICLR 2020, their "safe" denominator.
+    """
+    if form == "terms":
+        return rational_decomposed(x, numerator, denominator)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    a, b = (table.to(dtype).T.unsqueeze(-1) for table in (numerator, denominator))
+    grouped = x.to(dtype).unflatten(-1, (_num_groups(numerator, denominator), -1))
+    total = _horner(grouped, torch.cat((torch.zeros_like(b[:1]), b)), reuse=False)
+    return (_horner(grouped, a, reuse=False) / (1 + total * _sign(total))).flatten(-2).to(x.dtype)
+
+
 def _num_groups(numerator: Tensor, denominator: Tensor) -> int:
     return max(numerator.shape[0], denominator.shape[0])
 
