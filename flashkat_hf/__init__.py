@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .checkpoints.image_processor import make_image_processor
     from .conversion.calibration import calibrate
     from .conversion.conversion import convert
+    from .foreign.activations import replace_activations
     from .graphs import graphed_forward, graphed_step
     from .model.backbone_flashkat import FlashKATBackbone
     from .model.coefficients import START_TABLES
@@ -46,6 +47,7 @@ __all__ = [
     "graphed_step",
     "make_image_processor",
     "rational",
+    "replace_activations",
 ]
 __getattr__ = imported_at_first_use(
     __name__,
@@ -56,6 +58,7 @@ __getattr__ = imported_at_first_use(
         "graphed_forward": ".graphs",
         "graphed_step": ".graphs",
         "FlashKATBackbone": ".model.backbone_flashkat",
+        "replace_activations": ".foreign.activations",
         "START_TABLES": ".model.coefficients",
         "FlashKATConfig": ".model.configuration_flashkat",
         "GRKANMlp": ".model.layers",

@@ -14,7 +14,7 @@ from flashkat_hf.checkpoints.remote_code import CODE_FILES
 
 PACKAGE = ROOT / "flashkat_hf"
 # Files beside the folders; they may import every folder.
-TOP = {"__init__", "__main__", "cli", "functions", "registration"}
+TOP = {"__init__", "__main__", "cli", "functions", "registration", "timm"}
 SHARED = {
     "_version",
     "files",
@@ -27,6 +27,7 @@ MAY_IMPORT = {  # which other folders a folder may import
     "model": set(),
     "data": set(),
     "checkpoints": {"model"},
+    "foreign": {"model"},
     "conversion": {"checkpoints", "model", "data"},
     "hub": {"conversion", "checkpoints", "model"},
     "training": {"hub", "conversion", "checkpoints", "model", "data"},

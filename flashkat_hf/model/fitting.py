@@ -43,7 +43,7 @@ def fit_rational(
         ValueError: the samples' shapes differ, are fewer than the coefficients, or are not finite.
     """
     x = torch.linspace(-5, 5, 1001) if x is None else x
-    y = target(x) if callable(target) else target
+    y = target(x.clone()) if callable(target) else target  # it may work in place
     if y.shape != x.shape:
         raise ValueError(f"the function's values have shape {tuple(y.shape)}, but x has {tuple(x.shape)}")
     x, y = (tensor.detach().double().cpu().flatten() for tensor in (x, y))

@@ -1,0 +1,1 @@
+"""Rationals in other people's models, and FlashKATs in other libraries."""
