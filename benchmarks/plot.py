@@ -1,4 +1,4 @@
-"""Draw docs/throughput.png and docs/scaling.png from the results files; `render.py` draws what has changed.
+"""Draw the pictures of speed in docs/ from the results files; `render.py` draws what has changed.
 
 A picture carries the SHA-256 of its results file as "Source", so that a check tells an old picture from a new
 one without drawing it. Needs matplotlib.
@@ -6,13 +6,14 @@ one without drawing it. Needs matplotlib.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
+from speed_tables import OURS, SIZES, cell_ratios, distinct
 
 ROOT = Path(__file__).parent.parent
-OURS = "flashkat_hf"
 COLOURS = {OURS: "#c44e00", "timm ViT": "#4a6fa5", "timm ViT, matrix-product patches": "#7a9cc6"}
 OTHERS = "#9a9a9a"
 
@@ -89,8 +90,40 @@ def scaling(results: list[dict]):
     return figure
 
 
+def cells(results: list[dict]):
+    """Draw how many times as fast a training step is as the faster ViT's: a panel for each mode."""
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.figure import Figure
+
+    ratios = cell_ratios(results)
+    modes = distinct(mode for *_, mode in ratios)
+    batches = sorted({batch for _, _, batch, _ in ratios})
+    rows = sorted(
+        {(size, pixels) for size, pixels, *_ in ratios}, key=lambda row: (SIZES.index(row[0]), row[1])
+    )
+    figure = Figure(figsize=(0.6 + 3.4 * len(modes), 0.9 + 0.42 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
+    for axes, mode in zip(panels, modes, strict=True):
+        found = [[ratios.get((*row, batch, mode), (None, math.nan))[1] for batch in batches] for row in rows]
+        axes.imshow(found, cmap="PuOr", norm=TwoSlopeNorm(1.0, 0.4, 1.9), aspect="auto")
+        for y, line in enumerate(found):
+            for x, ratio in enumerate(line):
+                text = "" if math.isnan(ratio) else f"{ratio:.2f}"
+                axes.text(x, y, text, ha="center", va="center", fontsize=9)
+        axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
+        axes.set_title(mode, fontsize=10)
+        axes.set_xlabel("images of a step", fontsize=9)
+    axes = panels[0]
+    axes.set_yticks(range(len(rows)), [f"{size}, {pixels} px" for size, pixels in rows])
+    others = " and ".join(name for name in distinct(result["provider"] for result in results) if name != OURS)
+    title = f"Training step of FlashKAT: times as fast as the faster of {others}; {results[0]['machine']}"
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 PICTURES: dict[str, tuple[str, Callable]] = {
     "docs/throughput.png": ("benchmarks/results/model.jsonl", throughput),
+    "docs/cells.png": ("benchmarks/results/cells.jsonl", cells),
     "docs/scaling.png": ("benchmarks/results/scaling.jsonl", scaling),
 }
 

@@ -16,12 +16,14 @@ from statistics import mean, stdev
 import plot
 from paper import render as paper_page
 from speed_tables import (
+    cells_table,
     kernel_table,
     latency_table,
     model_table,
     precision_table,
     profile_table,
     roofline_table,
+    runs_table,
     scaling_table,
 )
 
@@ -114,6 +116,7 @@ def picture(link: str, text: str) -> Callable[[list[dict]], str]:
 
 
 THROUGHPUT = "Training throughput of each model size beside timm's ViT"
+CELLS = "How many times as fast a training step is as the faster ViT's, by size, image size and batch"
 SCALING = "Training throughput against the batch size and against the image size"
 PERFORMANCE = "docs/performance.md"
 
@@ -176,6 +179,10 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     (PERFORMANCE, "model", "model", model_table),
     (PERFORMANCE, "inference", "inference", model_table),
     (PERFORMANCE, "latency", "latency", latency_table),
+    (PERFORMANCE, "cells_picture", "cells", picture("cells.png", CELLS)),
+    (PERFORMANCE, "cells", "cells", cells_table),
+    (PERFORMANCE, "cells_inference", "cells_inference", cells_table),
+    (PERFORMANCE, "runs", "runs", runs_table),
     (PERFORMANCE, "profile", "profile", profile_table),
     (PERFORMANCE, "roofline", "profile", roofline_table),
     (PERFORMANCE, "kernels", "profile", kernel_table),

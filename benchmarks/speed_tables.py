@@ -5,6 +5,8 @@ from collections.abc import Hashable, Iterable, Sequence
 
 OURS = "flashkat_hf"
 TOP_KERNELS = 15
+CELL = ("size", "image_size", "batch_size", "mode")
+SIZES = ("tiny", "small", "base")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -114,6 +116,56 @@ def scaling_table(results: list[dict]) -> str:
     size = ", ".join(distinct(result["size"] for result in results))
     header = [f"{size}, training step, images/s", *(f"{provider}, {mode}" for mode, provider in columns)]
     return table(header, rows) + f"\n\n{measured(results, 'benchmarks/bench_model.py')}."
+
+
+def cell_ratios(results: list[dict]) -> dict[tuple, tuple[dict, float]]:
+    """Return our result of each cell and mode, and how many times as fast it is as the fastest other."""
+    cells = defaultdict(dict)
+    for result in results:
+        cells[tuple(result[key] for key in CELL)][result["provider"]] = result
+    ratios = {}
+    for cell, found in cells.items():
+        others = [result["p10_ms"] for provider, result in found.items() if provider != OURS]
+        if OURS in found and others:
+            ratios[cell] = found[OURS], min(others) / found[OURS]["p10_ms"]
+    return ratios
+
+
+def cells_table(results: list[dict]) -> str:
+    """Return a row for each size, image size and batch: images/s and times the best ViT, by mode."""
+    ratios = cell_ratios(results)
+    modes = distinct(mode for *_, mode in ratios)
+    rows = []
+    for cell in sorted(distinct(cell[:3] for cell in ratios), key=lambda cell: (SIZES.index(cell[0]), *cell)):
+        row = [f"{cell[0]}, {cell[1]} pixels, batch {cell[2]}"]
+        for mode in modes:
+            ours, ratio = ratios.get((*cell, mode), (None, 0.0))
+            row.append(f"{ours['batch_size'] / ours['p10_ms'] * 1e3:,.0f} ({ratio:.2f})" if ours else "")
+        rows.append(row)
+    task = "training step" if results[0]["task"] == "train" else "inference"
+    others = ", ".join(name for name in distinct(result["provider"] for result in results) if name != OURS)
+    note = (
+        f"Images/s of flashkat_hf, and in brackets how many times as fast it is as the fastest of: {others}; "
+    )
+    note += f"10th percentile of turns. {measured(results, 'benchmarks/bench_model.py')}."
+    return table([task, *modes], rows) + "\n\n" + note
+
+
+def runs_table(results: list[dict]) -> str:
+    """Return a row for each whole run: transformers' Trainer, and ours."""
+    rows = []
+    for result in results:
+        name = {"Trainer": "transformers' Trainer", "start": "our trainer, to the 10th update"}.get(
+            result["case"], f"our trainer, {result['case']}"
+        )
+        parts = name, result.get("provider", OURS), result["mode"], f"batch {result['batch_size']}"
+        rates = f"{result['images_per_s']:,.0f}" if "images_per_s" in result else ""
+        seconds = result.get("update_10_s") if result["case"] == "start" else result.get("wall_s")
+        rows.append([", ".join(parts), rates, f"{seconds:.1f}" if seconds else ""])
+    about = results[0]
+    note = f"{about['size']}, 224 pixels, {about['machine']}, {about['precision']}, torch {about['torch']}, "
+    note += f"transformers {about['transformers']}, commit {about['commit'][:7]}; `benchmarks/bench_runs.py`."
+    return table(["run", "images/s", "seconds"], rows) + "\n\n" + note
 
 
 def case_name(result: dict) -> str:

@@ -106,8 +106,9 @@ FUNCTIONS = ["rational"] * 3 + ["identity", "gelu", "leaky_relu", "rational", "r
             "num_numerator_groups": 8,
         },
         {"simplified_functions": {"1.act1": FUNCTIONS}},
+        {"image_size": [32, 64], "patch_size": [8, 16], "num_register_tokens": 2},
     ],
-    ids=["plain", "other fields", "simplified", "simplified, one numerator"],
+    ids=["plain", "other fields", "simplified", "simplified, one numerator", "pairs and registers"],
 )
 def test_shapes_are_the_models(fields):
     config = micro_config(**fields)

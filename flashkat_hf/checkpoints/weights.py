@@ -17,7 +17,7 @@ from torch import Tensor
 from ..files import read_json
 from ..messages import one_line
 from ..model.coefficients import SIMPLE_FUNCTIONS
-from ..model.configuration_flashkat import FlashKATConfig
+from ..model.configuration_flashkat import FlashKATConfig, pair
 
 WEIGHT_FILES = (  # in the order in which transformers looks for them
     "model.safetensors",
@@ -157,15 +157,19 @@ def check_num_layers(state: Mapping[str, Tensor], num_layers: Any) -> None:
 
 def tensor_shapes(config: FlashKATConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor of a config's classifier, by name, without importing the model."""
-    width, inner, patch = config.hidden_size, config.intermediate_size, config.patch_size
+    width, inner = config.hidden_size, config.intermediate_size
+    image, patch = pair(config.image_size), pair(config.patch_size)
+    patches = (image[0] // patch[0]) * (image[1] // patch[1])
     shapes = {
         "embeddings.cls_token": (1, 1, width),
-        "embeddings.position_embeddings": (1, 1 + (config.image_size // patch) ** 2, width),
-        "embeddings.patch_embeddings.weight": (width, config.num_channels, patch, patch),
+        "embeddings.position_embeddings": (1, 1 + patches, width),
+        "embeddings.patch_embeddings.weight": (width, config.num_channels, *patch),
         "embeddings.patch_embeddings.bias": (width,),
         "norm.weight": (width,),
         "norm.bias": (width,),
     }
+    if config.num_register_tokens:
+        shapes["embeddings.register_tokens"] = (1, config.num_register_tokens, width)
     maps = {"attention.qkv": (3 * width, width), "attention.proj": (width, width)}
     maps |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
     for index in range(config.num_hidden_layers):

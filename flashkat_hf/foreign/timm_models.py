@@ -62,7 +62,7 @@ class TimmFlashKAT(FlashKATForImageClassification):
         self.dynamic_img_size = dynamic_img_size
         self.num_classes, self.global_pool = num_classes, global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = config.hidden_size
-        self.num_prefix_tokens, self.patch_size = 1, config.patch_size
+        self.num_prefix_tokens, self.patch_size = 1 + config.num_register_tokens, config.patch_size
         self.feature_info = [
             {"module": f"flashkat.layers.{i}", "num_chs": config.hidden_size, "reduction": config.patch_size}
             for i in range(config.num_hidden_layers)
@@ -105,7 +105,7 @@ class TimmFlashKAT(FlashKATForImageClassification):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt ({output_fmt!r}) must be NCHW or NLC")
         taken, last = feature_take_indices(len(self.flashkat.layers), indices)
-        grid = tuple(side // self.patch_size for side in x.shape[-2:])
+        grid = self.flashkat.embeddings.grid(*x.shape[-2:])
         tokens = self.flashkat.embeddings(x, self.dynamic_img_size)
         results = []
         for index, layer in enumerate(
@@ -114,10 +114,12 @@ class TimmFlashKAT(FlashKATForImageClassification):
             tokens = layer(tokens)
             if index in taken:
                 state = self.flashkat.norm(tokens) if norm else tokens
-                patches = state[:, 1:]
+                patches = state[:, self.num_prefix_tokens :]
                 if output_fmt == "NCHW":
                     patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
-                results.append((patches, state[:, :1]) if return_prefix_tokens else patches)
+                results.append(
+                    (patches, state[:, : self.num_prefix_tokens]) if return_prefix_tokens else patches
+                )
         if intermediates_only:
             return results
         return (tokens if self.global_pool == "avg" else self.flashkat.norm(tokens)), results

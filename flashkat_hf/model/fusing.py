@@ -24,6 +24,7 @@ KNOWN: set[type[nn.Module]] = {
     nn.LayerNorm,
     nn.Dropout,
 }  # what a kernel may stand for; no subclasses
+OWN_ATTENTION = "sdpa", "packed"  # names of PyTorch's attention, for which our kernel stands
 BLOCK_MODULES = "norm1", "attention", "norm2", "mlp", "drop_path"
 ATTENTION_MODULES = "qkv", "proj", "dropout"
 MLP_MODULES = "act1", "fc1", "act2", "fc2", "dropout"
@@ -52,7 +53,7 @@ def untouched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__  # as accelerate puts it there to move weights
-        or not getattr(module, "is_plain", True)  # a GroupRational of another form, or channels first
+        or not module.__dict__.get("is_plain", True)  # a GroupRational of another form, or channels first
     ):
         return False
     return PLAIN_WEIGHTS.issuperset(map(type, module._parameters.values()))  # not quantised, not sharded
@@ -110,7 +111,7 @@ def whole_block(layer: Any, x: Tensor) -> Tensor | None:
     config, dtype = attention.config, working_dtype(x)
     if (
         (drop_path.training and drop_path.rate)
-        or config._attn_implementation != "packed"
+        or config._attn_implementation not in OWN_ATTENTION
         or (attention.training and config.attention_probs_dropout_prob)
     ):
         return None
@@ -166,7 +167,7 @@ def fused_mlp(mlp: Any, x: Tensor, out_bias: Tensor) -> Tensor:
 def fuses_attention(attention: Any, x: Tensor) -> bool:
     """Tell whether the kernel for short sequences serves: it wins in half precision, on a GPU."""
     return (
-        attention.config._attn_implementation in ("sdpa", "packed")
+        attention.config._attn_implementation in OWN_ATTENTION
         and fuses(x, attention.qkv)
         and not decomposes(x)
         and working_dtype(x) in HALF

@@ -69,15 +69,12 @@ class GroupRational(nn.Module):
         self.degrees = (degrees[0], degrees[1])
         self.form = form
         self.by_kernels = form == "terms" and degrees[0] <= 5 and degrees[1] <= 4
+        # whether a kernel that stands for several modules may stand for this one, too
+        self.is_plain = dim == -1 and self.degrees == KERNEL_DEGREES and form == "terms"
         factory = {"device": device, "dtype": dtype}
         self.numerator = nn.Parameter(torch.empty(num_numerator_groups, degrees[0] + 1, **factory))
         self.denominator = nn.Parameter(torch.empty(num_groups, degrees[1], **factory))
         self.reset_parameters()
-
-    @property
-    def is_plain(self) -> bool:
-        """Tell whether a kernel that stands for several modules may stand for this one, too."""
-        return self.dim == -1 and self.degrees == KERNEL_DEGREES and self.form == "terms"
 
     def start(self) -> tuple[Tensor, Tensor]:
         """Return the start table in the shapes of the parameters, float32 on the CPU."""
