@@ -14,7 +14,9 @@ import numpy
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils.launch import prepare_multi_gpu_env
 from helpers import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -251,6 +253,19 @@ def test_accelerate_knows_the_configs(name, distributed_type):
             config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"]
             in FlashKATPreTrainedModel._no_split_modules
         )
+
+
+def test_the_docs_flags_are_the_configs():
+    """For those who have the wheel alone: FSDP2 without the file."""
+    page = (ROOT / "docs/training.md").read_text().replace("\\\n", "")
+    (flags,) = re.findall(r"^accelerate launch (--use_fsdp .*)$", page, flags=re.MULTILINE)
+
+    def environment(words: str) -> dict[str, str]:
+        options = launch_command_parser().parse_args(words.replace("...", "").split())
+        return prepare_multi_gpu_env(_validate_launch_command(options)[0])
+
+    file = environment(f"--config_file {ROOT / 'examples/accelerate/fsdp2.yaml'} -m flashkat_hf pretrain")
+    assert environment(flags) == file
 
 
 def test_an_unknown_flag_is_answered_with_the_nearest(train, capsys):

@@ -25,7 +25,7 @@ UNSUPPORTED = (
     ("ACCELERATE_USE_PARALLELISM_CONFIG", "parallelism_config", ("false",), "use DDP or FSDP2"),
 )
 UNSUPPORTED_FSDP = (
-    ("FSDP_VERSION", "fsdp_version", ("2",), "2 is, see examples/accelerate/fsdp2.yaml"),
+    ("FSDP_VERSION", "fsdp_version", ("2",), "2 is: --fsdp_version 2"),
     ("FSDP_OFFLOAD_PARAMS", "fsdp_offload_params", ("false",), "--micro_batch saves memory"),
     (
         "FSDP_ACTIVATION_CHECKPOINTING",
@@ -49,8 +49,10 @@ UNSUPPORTED_DEEPSPEED = (
 MODES = ("default", "reduce-overhead", "max-autotune")
 
 
-def check_launch(settings: Settings, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse what accelerate was told and a run cannot do.
+def check_launch(
+    settings: Settings, on_cpu: bool = False, environment: Mapping[str, str] = os.environ
+) -> None:
+    """Refuse what accelerate was told and a run, perhaps on the CPU, cannot do.
 
     Raises:
         ValueError: in one line, the setting, its value, and what to do instead.
@@ -68,8 +70,8 @@ def check_launch(settings: Settings, environment: Mapping[str, str] = os.environ
         raise ValueError(f"accelerate's gradient_clipping {clipping} is not --clip_norm {settings.clip_norm}")
     if deepspeed and settings.skip_nonfinite:
         raise ValueError("--skip_nonfinite does not see DeepSpeed's gradients; use DDP or FSDP2")
-    if deepspeed and _get(environment, "ACCELERATE_USE_CPU") == "true":
-        raise ValueError("DeepSpeed is for GPUs, but accelerate was told to use the CPU")
+    if deepspeed and on_cpu:  # accelerate would leave it out without a word
+        raise ValueError("DeepSpeed is for GPUs, but this run is on the CPU")
 
 
 def dynamo(environment: Mapping[str, str] = os.environ) -> tuple[bool, str]:

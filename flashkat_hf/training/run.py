@@ -138,8 +138,8 @@ def make_accelerator(settings: Settings) -> Accelerator:
     Raises:
         ValueError: the precision, or another setting of accelerate's, is not supported.
     """
-    check_launch(settings)
     cpu = without_accelerator()  # said aloud: otherwise accelerate does not see torchrun's other processes
+    check_launch(settings, cpu)
     gpu = cast(torch.device, PartialState(cpu=cpu).device).type == "cuda"
     told = os.environ.get("ACCELERATE_MIXED_PRECISION")
     precision = settings.precision or (told or "no").lower()

@@ -11,6 +11,7 @@ from small_runs import losses
 from flashkat_hf.training.launch import check_launch
 from flashkat_hf.training.plan import resolve
 from flashkat_hf.training.recipe import Settings
+from flashkat_hf.training.run import make_accelerator
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
@@ -64,12 +65,11 @@ QUIET = {  # what the launcher sets where nothing is asked for
             {**DEEPSPEED, "ACCELERATE_GRADIENT_CLIPPING": "1.0"},
             "gradient_clipping 1.0 is not --clip_norm None",
         ),
-        ({**DEEPSPEED, "ACCELERATE_USE_CPU": "True"}, "DeepSpeed is for GPUs, but accelerate was told"),
     ],
 )
 def test_what_is_refused(variables, message):
     with pytest.raises(ValueError, match=message) as caught:
-        check_launch(Settings(), QUIET | variables)
+        check_launch(Settings(), environment=QUIET | variables)
     assert "\n" not in str(caught.value)
 
 
@@ -85,7 +85,17 @@ def test_what_is_refused(variables, message):
     ],
 )
 def test_what_is_let_pass(variables):
-    check_launch(Settings(), variables)
+    check_launch(Settings(), environment=variables)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_deepspeed_is_refused_on_the_cpu(monkeypatch, told):
+    """Told to use it, or with nothing else: accelerate would leave DeepSpeed out without a word."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", str(told))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: told)
+    with pytest.raises(ValueError, match=r"^DeepSpeed is for GPUs, but this run is on the CPU$"):
+        make_accelerator(Settings())
 
 
 def planned(monkeypatch, device: str = "cpu", kind=DistributedType.NO, settings=None, **variables):
