@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from operator import length_hint
 from typing import Any, cast
+from unicodedata import normalize
 
 import torch
 from accelerate import Accelerator
@@ -199,7 +200,7 @@ def _progress(
 
 
 def match_classes(class_names: Sequence[str], outputs: Sequence[str]) -> tuple[list[int], str]:
-    """Find the output of a model that stands for each class of the data.
+    """Find the output of a model that stands for each class of the data, however Unicode composes the names.
 
     The rules, in this order: the same names; WordNet ids as class names and a model of ImageNet's classes, by
     timm's table; names that agree but for case, underscores and synonyms ("tench, Tinca tinca" for "tench");
@@ -212,6 +213,7 @@ def match_classes(class_names: Sequence[str], outputs: Sequence[str]) -> tuple[l
     Raises:
         ValueError: no rule gives every class an output of its own.
     """
+    class_names, outputs = ([normalize("NFC", name) for name in names] for names in (class_names, outputs))
     if (matched := _by_key(class_names, outputs, str)) is not None:
         return matched, "by name"
     for names, key, rule in (

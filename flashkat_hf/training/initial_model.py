@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
@@ -83,7 +84,8 @@ def _pretrained(settings: Settings, class_names: list[str]) -> tuple[FlashKATFor
         raise ValueError(f"--model: {settings.model} {problem}")
     model.float()  # half-precision weights would lose AdamW's small steps in their rounding
     config = model.config
-    same = [config.id2label.get(index) for index in range(config.num_labels)] == class_names
+    labels = [config.id2label.get(index, "") for index in range(config.num_labels)]
+    same = [normalize("NFC", label) for label in labels] == class_names
     before, num_labels = config.num_labels, len(class_names)
     if settings.head == "keep" and before != num_labels:
         raise ValueError(f"--head: keep, but {settings.model} has {before} labels, not {num_labels}")

@@ -142,6 +142,21 @@ def test_nothing_to_evaluate_and_labels_without_an_output(batches, message):
         evaluate(Fixed(), batches, Accelerator(cpu=True))
 
 
+def test_names_match_however_unicode_composes_them():
+    data, model = ["caf\u00e9", "dog"], ["dog", "cafe\u0301"]
+    assert match_classes(data, model) == ([1, 0], "by name")
+    assert match_classes(model, data) == ([1, 0], "by name")
+
+
+def test_an_evaluation_says_how_far_it_is_in_a_log_file(monkeypatch, capsys):
+    monkeypatch.setattr("flashkat_hf.training.progress.SECONDS", 0.0)
+    batches = [{"pixel_values": torch.eye(3), "labels": torch.arange(3)}] * 2
+    for keep in (True, False):  # as `flashkat evaluate` and as training has it
+        evaluate(Fixed(), batches, Accelerator(cpu=True), progress="evaluating", keep_progress=keep)
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.split("[")[0] for line in lines] == ["evaluating:  50% 1/2 ", "evaluating: 100% 2/2 "]
+
+
 def test_sharded_models_make_as_many_passes_in_every_process(monkeypatch):
     """A process whose share has ended goes on with an image that does not count, until all have ended."""
     accelerator = Accelerator(cpu=True)

@@ -187,6 +187,16 @@ def test_modules_that_have_no_low_ranks(modules, message):
         build_model(Settings(size="micro", lora_rank=2, lora_modules=modules), NAMES)
 
 
+def test_labels_are_the_same_however_unicode_composes_them(tmp_path):
+    labels = {0: "cafe\u0301", 1: "dog"}  # as another program may have written them
+    FlashKATForImageClassification(micro_config(num_labels=2, id2label=labels)).save_pretrained(tmp_path)
+    make_image_processor(32).save_pretrained(tmp_path)
+    before = FlashKATForImageClassification.from_pretrained(tmp_path).classifier.weight
+    model, _ = build_model(Settings(model=str(tmp_path)), ["caf\u00e9", "dog"])
+    assert torch.equal(model.classifier.weight, before)
+    assert model.config.id2label[0] == "caf\u00e9"
+
+
 def test_a_missing_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=f"--model: {tmp_path / 'none'} is not a folder"):
         build_model(Settings(model=str(tmp_path / "none")), NAMES)
