@@ -92,6 +92,8 @@ class Walk:
                 check_name(entry.name, f"a file or folder in {folder}")
             if is_folder:
                 yield from self.images(entry.path, (*above, real))
+            elif suffix in IMAGE_SUFFIXES and _is_special(entry):
+                self.others["special files"] += 1
             elif suffix in IMAGE_SUFFIXES:
                 link = entry.is_symlink()
                 self.linked |= link
@@ -111,6 +113,13 @@ class Walk:
         if self.others:
             kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.others.most_common())
             logger.warning(f"passed over {self.others.total()} files in {root} that are no images: {kinds}")
+
+
+def _is_special(entry: os.DirEntry) -> bool:
+    """Return whether an entry is a pipe, a socket or a device, which reading would wait for."""
+    if entry.is_symlink():
+        return os.path.exists(entry.path) and not os.path.isfile(entry.path)
+    return not entry.is_file()
 
 
 def load_image_folder(

@@ -259,9 +259,11 @@ def check_classes(class_names: Sequence[str], source: str) -> list[str]:
     """Return the names as a list, `normalised`.
 
     Raises:
-        DataError: there are fewer than two, two are the same, or one is no UTF-8.
+        DataError: there are fewer than two, two are the same, or one is blank or no UTF-8.
     """
     names = [normalised(str(name), source) for name in class_names]
+    if blank := [index for index, name in enumerate(names) if not name.strip()]:
+        raise DataError(f"{source} has a class without a name, number {blank[0]}: {names[blank[0]]!r}")
     if len(names) < 2:
         classes = f"only the class {names[0]}" if names else "no classes"
         raise DataError(f"{source} holds {classes}; at least two are needed")

@@ -99,7 +99,11 @@ def labelled(sample: dict[str, Any], class_names: Sequence[str]) -> Sample:
     if len(images) > 1:
         raise DataError(f"{name} has a second image of the same name, .{images[1]}; a sample has one image")
     try:
-        label = sample["cls"].decode().strip() if "cls" in sample else json.loads(sample["json"])["label"]
+        label = (
+            sample["cls"].decode("utf-8-sig").strip()
+            if "cls" in sample
+            else json.loads(sample["json"])["label"]
+        )
         index = _index(label, class_names)
     except (KeyError, TypeError, ValueError) as error:
         has_label = "cls" in sample or "json" in sample
@@ -295,7 +299,7 @@ def _read_first(folders: Iterable[str], name: str, parse: Callable[[str], Any]) 
         except OSError:
             continue
         try:
-            return parse(content.decode())
+            return parse(content.decode("utf-8-sig"))
         except ValueError as error:
             raise DataError(f"{folder}/{name} is damaged: {_reason(error)}") from error
     return None

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from ..data.options import SIGNS, Augmentation
 from ..messages import extra, one_line
@@ -203,7 +203,7 @@ class Settings:
 FIELDS = [item for cls in (Settings, Augmentation) for item in fields(cls) if item.init]
 NAMES = [item.name for item in FIELDS]
 FREE_NAMES = frozenset(item.name for item in FIELDS if FREE in item.metadata.get("marks", ()))
-TEXTS = {item.name for item in FIELDS if not {bool, int, float} & {item.type, *get_args(item.type)}}
+TRUE, FALSE = ("true", "yes", "on", "y", "t", "1"), ("false", "no", "off", "n", "f", "0")
 LISTS = {item.name for item in FIELDS if item.default_factory is list or isinstance(item.default, tuple)}
 
 
@@ -287,9 +287,9 @@ def _options(item: Field) -> dict[str, Any]:
 
 def _truth(text: str) -> bool:
     word = text.lower()
-    if word not in ("true", "yes", "y", "t", "1", "false", "no", "n", "f", "0"):
+    if word not in (*TRUE, *FALSE):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return word in ("true", "yes", "y", "t", "1")
+    return word in TRUE
 
 
 def _text_or_none(text: str) -> str | None:
@@ -336,26 +336,32 @@ def _default_recipe(command: str, data: str | None, size: str | None) -> str:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Return the names and values of a YAML recipe; of a setting that is text, as it is written.
+    """Return the names and values of a YAML recipe; values are texts as written, or None.
 
     Raises:
-        ValueError: it is no YAML mapping, or has a key that is no setting; the message names it.
+        ValueError: it is no YAML mapping, has a key that is no setting, or one twice; the message names it.
     """
     yaml = extra("yaml")
-    loader = type("Texts", (yaml.SafeLoader,), {"yaml_implicit_resolvers": {}})  # no, on, 010 are texts, too
-    loader.add_implicit_resolver(
+
+    class Texts(yaml.SafeLoader):  # no, on and 010 are texts, too: the command line's parser reads them
+        yaml_implicit_resolvers: ClassVar = {}
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            names = [key.value for key, _ in node.value]
+            if repeated := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{path}: {repeated[0]} is set twice")
+            return super().construct_mapping(node, deep)
+
+    Texts.add_implicit_resolver(
         "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]
     )
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), loader)
+        values = yaml.load(path.read_text(encoding="utf-8"), Texts)
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold names and values, one setting a line")
         for name, value in values.items():
             if name not in NAMES:
                 raise ValueError(f"{path}: {name} is no setting{_suggestion(str(name))}")
-            if name not in TEXTS:  # YAML says what number or truth value is meant
-                parts = [yaml.safe_load(part) if isinstance(part, str) else part for part in _list(value)]
-                values[name] = value = parts if isinstance(value, list) else parts[0]
             if isinstance(value, dict) or (isinstance(value, list) and name not in LISTS):
                 raise ValueError(f"{path}: {name} is one value, not {value}")
             if isinstance(value, list) and None in value:

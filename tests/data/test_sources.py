@@ -251,6 +251,17 @@ def warnings(monkeypatch):
     return lines
 
 
+@pytest.mark.parametrize("skip_corrupt", [False, True])
+def test_pipes_are_passed_over(folder, warnings, tmp_path, skip_corrupt):
+    """Named as images are, too, which would be waited for."""
+    os.mkfifo(folder / "train/cat/pipe.png")
+    os.mkfifo(tmp_path / "pipe")
+    (folder / "val/dog/link.png").symlink_to(tmp_path / "pipe")
+    data = load_image_folder(folder, skip_corrupt=skip_corrupt)
+    assert [len(data.train), len(data.test)] == [4, 4]
+    assert warnings == [f"passed over 2 files in {folder} that are no images: 2 special files"]
+
+
 @pytest.mark.parametrize("target", ["..", "../..", ".", "../cat", "loop"])
 def test_a_link_to_a_folder_that_holds_it_is_passed_over(folder, warnings, target):
     link = folder / "train" / "cat" / "loop"
@@ -945,3 +956,18 @@ def test_names_in_shards_that_are_no_utf_8(tmp_path):
     (tmp_path / "classes.txt").write_bytes(b"cat\ncaf\xe9\ncow\n")
     with pytest.raises(DataError, match=r"classes.txt is damaged: .*utf-8"):
         open_data(tmp_path)
+
+
+def test_the_mark_that_windows_editors_write_first_counts_for_nothing(tmp_path):
+    write_shards(tmp_path, [3], [3])
+    (tmp_path / "classes.txt").write_bytes("\ufeff".encode() + "\r\n".join(CLASSES).encode())
+    with tarfile.open(tmp_path / "train-000.tar", "a") as tar:
+        add(tar, "x.png", encoded(3))
+        add(tar, "x.cls", "\ufeffant\r\n".encode())
+    data = open_data(tmp_path)
+    assert (data.class_names, data.train.num_images) == (CLASSES, 4)
+
+
+def test_a_class_without_a_name_is_refused(tmp_path):
+    with pytest.raises(DataError, match=f"^{tmp_path} has a class without a name, number 1: ' '$"):
+        open_data(write_shards(tmp_path, [3], [3]), class_names=["ant", " ", "cow"])

@@ -43,9 +43,26 @@ def test_pretraining_is_the_papers(size, drop_path):
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_sets_what_it_says(path):
     values = parsed("--recipe", path.stem).to_dict()
-    for name, value in read_recipe(path).items():
-        expected = tuple(value) if isinstance(value, list) else value
-        assert values[name] == (None if expected == "none" else expected), name
+    for name, text in read_recipe(path).items():
+        said = yaml.safe_load(path.read_text())[name]  # which these write as YAML understands it
+        expected = tuple(said) if isinstance(said, list) else said
+        assert values[name] == (None if text == "none" else type(values[name])(expected)), name
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("epochs: 010", "epochs", 10),  # not 8, as YAML 1.1 has it
+        ("seed: 1_0", "seed", 10),
+        ("resume: on", "resume", True),
+        ("compile: off", "compile", False),
+        ("label_smoothing: .5", "label_smoothing", 0.5),
+        ("data: 010", "data", "010"),
+    ],
+)
+def test_a_recipe_is_read_as_the_command_line(tmp_path, text, name, value):
+    (tmp_path / "mine.yaml").write_text(text)
+    assert getattr(parsed("--recipe", tmp_path / "mine.yaml"), name) == value
 
 
 def test_the_command_line_goes_before_the_recipe():
@@ -230,7 +247,7 @@ def test_bad_settings(arguments, message):
         ("epochs: 2.5", "argument --epochs: invalid int value: '2.5'"),
         ("resume: perhaps", "argument --resume"),
         ("3: 4", "mine.yaml: 3 is no setting"),
-        ("epochs: [1, 2]", r"mine.yaml: epochs is one value, not \[1, 2\]"),
+        ("epochs: [1, 2]", r"mine.yaml: epochs is one value, not \['1', '2'\]"),
         ("class_names: [a, null]", "class_names has an empty entry; null and ~ as names need quotes"),
         ("trackers: {a: b}", "mine.yaml: trackers is one value, not {'a': 'b'}"),
     ],
