@@ -96,7 +96,7 @@ def _statistics(folder: Path, config: FlashKATConfig) -> tuple[str, str]:
     if (
         settings == plain
         and has_edge
-        and edge["shortest_edge"] in range(1, 2**20)
+        and edge["shortest_edge"] in range(1, 4 * size)
         and all(_are_numbers(values, channels) for values in (mean, std))
         and min(std) > 0
     ):

@@ -15,6 +15,7 @@ from transformers.utils.import_utils import is_torchvision_available
 from ..model.configuration_flashkat import pair
 
 OWN_WORK = {"preprocess", "_preprocess", "resize", "center_crop", "rescale", "normalize"}
+MOST_TIMES = 16  # what an image may be resized to, as a multiple of what the model takes
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey: ITU-R 601-2, as Pillow's mode L
 
 
@@ -91,8 +92,14 @@ def fit_processor(processor: Any, num_channels: int, image_size: int | Sequence[
         image_size: height and width that the model takes, in pixels, one number or two.
 
     Raises:
-        ValueError: statistics that are not finite or have another number of channels; images of another size.
+        ValueError: statistics that are not finite or have another number of channels; images of another size,
+            or cropped from far larger ones.
     """
+    sides = [side for side in dict(getattr(processor, "size", None) or {}).values() if side]
+    largest = MOST_TIMES * max(image_size, 64)
+    if not all(type(side) is int and 0 < side <= largest for side in sides):
+        problem = f"its processor resizes to {sides}, but the model takes {image_size} pixels"
+        raise ValueError(f"{problem}; up to {largest} are expected")
     if has_own_work(processor):
         _check_statistics(processor, num_channels)
     else:

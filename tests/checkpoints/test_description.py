@@ -62,6 +62,11 @@ def test_a_signs_change_of_the_denominator_is_no_move(folder):
         ({"image_std": [0.2, 0.0, 0.2]}, "image_std .* must be positive"),
         ({"image_mean": [0.5, 0.5]}, "image_mean .*, but the model takes 3 channels"),
         ({"image_processor_type": "GreyViTImageProcessor"}, "mean must have 1 elements"),
+        (
+            {"size": {"shortest_edge": 100_000}},
+            r"resizes to \[100000\], .* 32 pixels; up to 1024 are expected",
+        ),
+        ({"size": {"shortest_edge": "37"}}, r"resizes to \['37'\]"),
         ({"do_center_crop": False}, "makes images of 37x46 pixels"),
     ],
 )
