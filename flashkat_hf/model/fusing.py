@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .op_attention import HEAD_DIMS, MAX_BATCH, MAX_TOKENS, packed_attention
-from .op_block import block, block_serves
+from .op_block import block, block_serves, block_tail, tail_serves
 from .op_norm_rational import add_norm_rational, norm_beside
 from .op_rational_mlp import rational_mlp
 from .operators import HALF, TRITON_DEVICES, decomposes
@@ -25,10 +25,8 @@ KNOWN: set[type[nn.Module]] = {
     nn.Dropout,
 }  # what a kernel may stand for; no subclasses
 OWN_ATTENTION = "sdpa", "packed"  # names of PyTorch's attention, for which our kernel stands
-BLOCK_MODULES = "norm1", "attention", "norm2", "mlp", "drop_path"
-ATTENTION_MODULES = "qkv", "proj", "dropout"
-MLP_MODULES = "act1", "fc1", "act2", "fc2", "dropout"
-LINEAR_PARAMETERS, TABLES = ("weight", "bias"), ("numerator", "denominator")
+TAIL, MLP = ("attention", "norm2", "mlp", "drop_path"), ("act1", "fc1", "act2", "fc2", "dropout")
+LINEAR, TABLES = ("weight", "bias"), ("numerator", "denominator")
 
 
 def fusible(cls: ModuleClass) -> ModuleClass:
@@ -76,9 +74,9 @@ def fused_block(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     The bias gradients of proj and fc2 come from norm2's backward, which has the gradients of both branches,
     if both branches are added as they are.
     """
-    whole = whole_block(layer, hidden_states)
-    if whole is not None:
-        return whole
+    tail = tail_parameters(layer, hidden_states)
+    if tail is not None:
+        return one_node_block(layer, hidden_states, tail, **kwargs)
     attention, norm, mlp, drop_path = layer.attention, layer.norm2, layer.mlp, layer.drop_path
     hidden_states, x = stream_and_norm(layer.norm1, hidden_states)
     if not fuses(hidden_states, norm, mlp, mlp.act1):
@@ -96,39 +94,37 @@ def fused_block(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     return hidden_states + fused_mlp(mlp, x, mlp.fc2.bias.detach())
 
 
-def whole_block(layer: Any, x: Tensor) -> Tensor | None:
-    """Compute a `FlashKATLayer` by one operator, or return None where that does not serve.
+def one_node_block(layer: Any, x: Tensor, tail: list[Tensor], **kwargs: Any) -> Tensor:
+    """Compute a `FlashKATLayer` by one node of autograd, or by one for what is behind its attention."""
+    norm1, attention, norm2 = map(layer._modules.get, ("norm1", "attention", "norm2"))
+    qkv = attention._modules["qkv"]
+    head = [*map(norm1._parameters.get, LINEAR), *map(qkv._parameters.get, LINEAR)]
+    if fuses(x, norm1) and fuses_attention(attention, x) and block_serves(x, head):
+        heads = attention.config.num_attention_heads, attention.scaling
+        return block(x, heads, (norm1.eps, norm2.eps), working_dtype(x), head + tail)
+    x, normed = stream_and_norm(norm1, x)
+    mixed, _ = attention.mix(normed, **kwargs)
+    return block_tail(x, mixed, norm2.eps, tail)
 
-    It reads modules and parameters where `nn.Module` keeps them: their names would take a call each.
+
+def tail_parameters(layer: Any, x: Tensor) -> list[Tensor] | None:
+    """Return the parameters of a `FlashKATLayer` from proj on; None where `block_tail` does not serve them.
+
+    Modules and parameters are read where `nn.Module` keeps them: by name each would cost the host a call.
     """
-    norm1, attention, norm2, mlp, drop_path = map(layer._modules.get, BLOCK_MODULES)
-    if not fuses(x, norm1, attention, norm2, mlp, drop_path):
+    attention, norm2, mlp, drop_path = map(layer._modules.get, TAIL)
+    if not fuses(x, attention, norm2, mlp, drop_path) or (drop_path.training and drop_path.rate):
         return None
-    qkv, proj, dropout = map(attention._modules.get, ATTENTION_MODULES)
-    act1, fc1, act2, fc2, mlp_dropout = map(mlp._modules.get, MLP_MODULES)
-    if not fuses(x, qkv, proj, dropout, act1, fc1, act2, fc2, mlp_dropout) or drops(dropout, mlp_dropout):
-        return None
-    config, dtype = attention.config, working_dtype(x)
-    if (
-        (drop_path.training and drop_path.rate)
-        or config._attn_implementation not in OWN_ATTENTION
-        or (attention.training and config.attention_probs_dropout_prob)
-    ):
+    proj, dropout = map(attention._modules.get, ("proj", "dropout"))
+    act1, fc1, act2, fc2, mlp_dropout = map(mlp._modules.get, MLP)
+    if not fuses(x, proj, dropout, act1, fc1, act2, fc2, mlp_dropout) or drops(dropout, mlp_dropout):
         return None
     parameters = [
-        *map(norm1._parameters.get, LINEAR_PARAMETERS),
-        *map(qkv._parameters.get, LINEAR_PARAMETERS),
-        *map(proj._parameters.get, LINEAR_PARAMETERS),
-        *map(norm2._parameters.get, LINEAR_PARAMETERS),
-        *map(act1._parameters.get, TABLES),
-        *map(fc1._parameters.get, LINEAR_PARAMETERS),
-        *map(act2._parameters.get, TABLES),
-        *map(fc2._parameters.get, LINEAR_PARAMETERS),
+        *(*map(proj._parameters.get, LINEAR), *map(norm2._parameters.get, LINEAR)),
+        *(*map(act1._parameters.get, TABLES), *map(fc1._parameters.get, LINEAR)),
+        *(*map(act2._parameters.get, TABLES), *map(fc2._parameters.get, LINEAR)),
     ]
-    if not block_serves(x, parameters, attention.head_dim, dtype):
-        return None
-    heads = config.num_attention_heads, attention.scaling
-    return block(x, heads, (norm1.eps, norm2.eps), dtype, *parameters)
+    return parameters if tail_serves(x, parameters) else None
 
 
 def adds_whole_branches(layer: Any, x: Tensor) -> bool:
@@ -168,7 +164,7 @@ def fuses_attention(attention: Any, x: Tensor) -> bool:
     """Tell whether the kernel for short sequences serves: it wins in half precision, on a GPU."""
     return (
         attention.config._attn_implementation in OWN_ATTENTION
-        and fuses(x, attention.qkv)
+        and fuses(x, attention._modules["qkv"])
         and not decomposes(x)
         and working_dtype(x) in HALF
         and x.shape[0] <= MAX_BATCH

@@ -1,47 +1,46 @@
-"""The operator `block`: a whole KAT block in eager mode, one node for autograd.
+"""The operators `block`, a whole KAT block in eager mode, and `block_tail`, what stands behind its attention.
 
-It has no formula of its own: where something traces or transforms, and where a module is touched,
-`fusing.py` puts the block together from smaller operators.
+One node for autograd each, and no formula of their own: where something traces or transforms, and where a
+module is touched, `fusing.py` puts the block together from smaller operators.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .op_attention import HEAD_DIMS, MAX_BATCH, MAX_TOKENS
-from .operators import HALF, NO_SECOND_DERIVATIVES, decomposes, has_kernel, is_traced, needs_formula
+from .operators import NO_SECOND_DERIVATIVES, decomposes, has_kernel, is_traced, needs_formula
 
 try:
-    from .triton_block import Block, Parameters, Saved, block_backward, block_forward
+    from .triton_block import Block, Head, Parameters, Tail, block_backward, block_forward
 except ImportError:  # no triton: blocks are put together from modules
-    Block = Parameters = Saved = block_backward = block_forward = None
+    Block = Head = Parameters = Tail = block_backward = block_forward = None
 
-QKV_BIAS = 3  # its place in `Parameters`
+NUM_HEAD, NUM_HEAD_PARAMETERS = 8, 4  # fields of `Head`, and those of `Parameters` that belong to it
 
 
-def block_serves(x: Tensor, parameters: list[Tensor | None], head_dim: int, dtype: torch.dtype) -> bool:
-    """Tell whether `block` takes a residual stream and a block's parameters, in the order of `Parameters`.
+def tail_serves(x: Tensor, parameters: Sequence[Tensor | None]) -> bool:
+    """Tell whether `block_tail` takes a residual stream and a block's parameters from proj on."""
+    if block_forward is None or is_traced(x) or decomposes(x) or not has_kernel(x):
+        return False
+    return x.ndim == 3 and x.numel() > 0 and x.is_contiguous() and _takes(parameters, x.get_device())
 
-    Args:
-        x: of any shape and dtype.
-        parameters: as its modules have them.
-        head_dim: channels of a head.
-        dtype: of the matrix products.
+
+def block_serves(x: Tensor, parameters: Sequence[Tensor | None]) -> bool:
+    """Tell whether `block` takes what `tail_serves` allows with norm1's and qkv's parameters before it.
+
+    The attention kernel takes x; qkv's bias, the last one, may be missing.
     """
-    if block_forward is None or is_traced(x) or decomposes(x) or not has_kernel(x) or dtype not in HALF:
-        return False
-    if x.ndim != 3 or x.numel() == 0 or x.shape[0] > MAX_BATCH or x.shape[1] > MAX_TOKENS:
-        return False
-    if not x.is_contiguous() or head_dim not in HEAD_DIMS:
-        return False
-    device = x.get_device()
-    for i, parameter in enumerate(parameters):
-        if parameter is None:
-            if i != QKV_BIAS:  # which alone may be missing
-                return False
-        elif (
-            not parameter.is_contiguous()
+    *others, bias = parameters
+    return _takes(others if bias is None else parameters, x.get_device())
+
+
+def _takes(parameters: Sequence[Tensor | None], device: int) -> bool:
+    for parameter in parameters:
+        if (
+            parameter is None
+            or not parameter.is_contiguous()
             or parameter.get_device() != device
             or parameter.dtype == torch.float64
         ):
@@ -54,29 +53,47 @@ def block(
     heads: tuple[int, float],
     eps: tuple[float, float],
     dtype: torch.dtype,
-    *parameters: Tensor | None,
+    parameters: Sequence[Tensor | None],
 ) -> Tensor:
     """Compute `total = x + proj(attention(norm1(x)))`, then `total + fc2(act2(fc1(act1(norm2(total)))))`.
 
     Args:
-        x: `(batch, num_tokens, hidden_size)`, contiguous; what `block_serves` takes.
+        x: `(batch, num_tokens, hidden_size)`; what `block_serves` takes.
         heads: number of heads, and factor of the scores.
         eps: added to the variances of norm1 and norm2.
-        dtype: of the matrix products; float32 arithmetic elsewhere.
+        dtype: of the matrix products, half precision; float32 arithmetic elsewhere.
         parameters: in the order of `Parameters`.
 
     Returns:
         `(batch, num_tokens, hidden_size)`, in the dtype of the sum of x and a product.
     """
-    return _Block.apply(x, Block(*heads, *eps, dtype), *parameters)  # pyright: ignore
+    return _Block.apply(x, None, Block(*heads, *eps, dtype), *parameters)  # pyright: ignore
+
+
+def block_tail(x: Tensor, mixed: Tensor, eps: float, parameters: Sequence[Tensor | None]) -> Tensor:
+    """Compute `total = x + proj(mixed)`, then `total + fc2(act2(fc1(act1(norm2(total)))))`.
+
+    Args:
+        x: `(batch, num_tokens, hidden_size)`; what `tail_serves` takes.
+        mixed: like x, what the heads made of it; products are in its dtype.
+        eps: added to norm2's variance.
+        parameters: those of `Parameters` from proj on.
+
+    Returns:
+        As `block`.
+    """
+    none = (None,) * NUM_HEAD_PARAMETERS
+    mixed = mixed.contiguous()
+    return _Block.apply(x, mixed, Block(0, 0.0, 0.0, eps, mixed.dtype), *none, *parameters)  # pyright: ignore
 
 
 class _Block(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, block, *parameters):
-        y, saved = block_forward(x, Parameters(*parameters), block, any(ctx.needs_input_grad))  # pyright: ignore
-        if saved is not None:
-            ctx.save_for_backward(*saved)
+    def forward(ctx: Any, x, mixed, block, *parameters):
+        keep = any(ctx.needs_input_grad)
+        y, head, tail = block_forward(x, mixed, Parameters(*parameters), block, keep)  # pyright: ignore
+        if tail is not None:
+            ctx.save_for_backward(*(head or (None,) * NUM_HEAD), *tail)
             ctx.block = block
             ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
         return y
@@ -85,7 +102,10 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         if needs_formula(grad):
             raise RuntimeError(NO_SECOND_DERIVATIVES)
-        saved = Saved(*ctx.saved_tensors)  # pyright: ignore
-        wanted = ctx.needs_input_grad[2:]
-        grad_x, grads = block_backward(grad.contiguous(), saved, ctx.block, ctx.dtypes, wanted)  # pyright: ignore
-        return grad_x, None, *grads
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        head = None if saved[0] is None else Head(*saved[:NUM_HEAD])  # pyright: ignore
+        tail = Tail(*saved[NUM_HEAD:])  # pyright: ignore
+        grad_x, grad_mixed, grads = block_backward(  # pyright: ignore
+            grad.contiguous(), head, tail, ctx.block, ctx.dtypes, wanted
+        )
+        return grad_x, grad_mixed, None, *grads

@@ -32,19 +32,22 @@ class Block(NamedTuple):
     """What a block's tensors do not say."""
 
     num_heads: int
-    scale: float
+    scale: float  # of the scores
     eps1: float
     eps2: float
-    dtype: torch.dtype  # of the products, half precision
+    dtype: torch.dtype  # of the products
 
 
 class Parameters(NamedTuple):
-    """A block's parameters, all contiguous and on one device; dtypes are any but float64."""
+    """A block's parameters, contiguous, on one device, of any dtype but float64.
 
-    norm1_weight: Tensor
-    norm1_bias: Tensor
-    qkv_weight: Tensor
-    qkv_bias: Tensor | None
+    A block that begins behind its attention has none of the first four.
+    """
+
+    norm1_weight: Tensor | None
+    norm1_bias: Tensor | None
+    qkv_weight: Tensor | None
+    qkv_bias: Tensor | None  # may be missing alone
     proj_weight: Tensor
     proj_bias: Tensor
     norm2_weight: Tensor
@@ -59,28 +62,33 @@ class Parameters(NamedTuple):
     fc2_bias: Tensor
 
 
-class Saved(NamedTuple):
-    """What backward needs of forward, in the products' dtype where nothing else is said."""
+class Head(NamedTuple):
+    """What backward needs of norm1 and attention."""
 
     x: Tensor
-    normed: Tensor
+    normed: Tensor  # in the products' dtype, as qkv and its weight
     qkv: Tensor
-    mixed: Tensor
+    mean: Tensor  # float32, as the next two
+    rstd: Tensor
+    lse: Tensor
+    qkv_weight: Tensor
+    norm_weight: Tensor
+
+
+class Tail(NamedTuple):
+    """What backward needs of the rest."""
+
     total: Tensor  # in x's dtype
+    mixed: Tensor  # in the products' dtype, as all but the statistics and parameters
     act: Tensor
     product: Tensor
-    mean1: Tensor  # these five in float32
-    rstd1: Tensor
-    lse: Tensor
-    mean2: Tensor
-    rstd2: Tensor
-    qkv_weight: Tensor
+    mean: Tensor  # float32, as the next one
+    rstd: Tensor
     proj_weight: Tensor
     fc1_weight: Tensor
     fc2_weight: Tensor
-    norm1_weight: Tensor  # these seven as the parameters are
-    norm2_weight: Tensor
-    norm2_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
     numerator1: Tensor
     denominator1: Tensor
     numerator2: Tensor
@@ -146,115 +154,170 @@ def gather_block_sums_kernel(
         column_sums(block, column_ptr, sums_ptr, rows, width, COLUMN_ROWS, COLUMNS)
 
 
-def block_forward(x: Tensor, parameters: Parameters, block: Block, keep: bool) -> tuple[Tensor, Saved | None]:
-    """Compute a block; x is `(batch, num_tokens, hidden_size)`, contiguous, and not empty.
+def block_forward(
+    x: Tensor, mixed: Tensor | None, parameters: Parameters, block: Block, keep: bool
+) -> tuple[Tensor, Head | None, Tail | None]:
+    """Compute a block.
+
+    Args:
+        x: the residual stream `(batch, num_tokens, hidden_size)`, contiguous, and not empty.
+        mixed: what the heads made of norm1's tokens, like x, in the products' dtype; None: that is still to
+            do, and the products are in half precision.
+        parameters: of the block.
+        block: what else there is to know.
+        keep: whether backward is to come.
 
     Returns:
-        The block's output, and with `keep` what backward needs.
+        The block's output, and with `keep` what backward needs; no `Head` where `mixed` is given.
     """
-    p, (batch, num_tokens, hidden_size) = parameters, x.shape
-    weights = (p.qkv_weight, p.proj_weight, p.fc1_weight, p.fc2_weight)
+    p, rows, hidden_size = parameters, x.shape[0] * x.shape[1], x.shape[2]
+    weights = p.qkv_weight, p.proj_weight, p.fc1_weight, p.fc2_weight
     biases = p.qkv_bias, p.proj_bias, p.fc1_bias, p.fc2_bias
     qkv_weight, proj_weight, fc1_weight, fc2_weight, *biases = cast((*weights, *biases), block.dtype)
-    rows = batch * num_tokens
-    statistics = (rows, rows, rows * block.num_heads, rows, rows)
-    mean1, rstd1, lse, mean2, rstd2 = pieces(x, torch.float32, statistics)
-    lse = lse.view(batch, block.num_heads, num_tokens)
-    normed, mixed, act = [torch.empty_like(x, dtype=block.dtype) for _ in range(3)]
-    total = torch.empty_like(x)
-    launch_norm_forward(x, p.norm1_weight, p.norm1_bias, normed, mean1, rstd1, eps=block.eps1)
-    qkv = linear(normed, qkv_weight, biases[0])
-    launch_attention_forward(qkv, mixed, lse, block.scale)
+    statistics = pieces(x, torch.float32, (rows, rows, rows, rows, rows * block.num_heads))
+    mean1, rstd1, mean2, rstd2, lse = statistics
+    head = None
+    if mixed is None:
+        lse = lse.view(x.shape[0], block.num_heads, x.shape[1])
+        normed, mixed = [torch.empty_like(x, dtype=block.dtype) for _ in range(2)]
+        launch_norm_forward(x, p.norm1_weight, p.norm1_bias, normed, mean1, rstd1, eps=block.eps1)
+        qkv = linear(normed, qkv_weight, biases[0])
+        launch_attention_forward(qkv, mixed, lse, block.scale)
+        if keep:
+            head = Head(x, normed, qkv, mean1, rstd1, lse, qkv_weight, p.norm1_weight)
+        del normed, qkv
     branch = linear(mixed, proj_weight, biases[1])
-    norm2 = p.norm2_weight, p.norm2_bias, p.numerator1, p.denominator1
-    launch_norm_rational_forward(x, branch, *norm2, total, act, mean2, rstd2, eps=block.eps2)
-    tables = p.numerator2, p.denominator2
-    if linear_plan(rows, hidden_size, p.fc1_weight.shape[0], tables[0].shape[0], tables[1].shape[0]):
-        hidden, product = rational_mlp_forward(act, fc1_weight, p.fc1_bias, *tables, keep)
+    total, act = torch.empty_like(x), torch.empty_like(x, dtype=block.dtype)
+    norm = p.norm2_weight, p.norm2_bias
+    table1, table2 = (p.numerator1, p.denominator1), (p.numerator2, p.denominator2)
+    launch_norm_rational_forward(x, branch, *norm, *table1, total, act, mean2, rstd2, eps=block.eps2)
+    del branch
+    table_rows = table2[0].shape[0], table2[1].shape[0]
+    if block.dtype.itemsize == 2 and linear_plan(rows, hidden_size, p.fc1_weight.shape[0], *table_rows):
+        hidden, product = rational_mlp_forward(act, fc1_weight, p.fc1_bias, *table2, keep)
     else:
         product = linear(act, fc1_weight, biases[2])
-        hidden = rational_forward(product, *tables)
+        hidden = rational_forward(product, *table2)
     y = total + linear(hidden, fc2_weight, biases[3])
     if not keep:
-        return y, None
-    activations = x, normed, qkv, mixed, total, act, product, mean1, rstd1, lse, mean2, rstd2
-    norms = p.norm1_weight, p.norm2_weight, p.norm2_bias
-    tables = p.numerator1, p.denominator1, p.numerator2, p.denominator2
-    return y, Saved(*activations, qkv_weight, proj_weight, fc1_weight, fc2_weight, *norms, *tables)
+        return y, None, None
+    weights = proj_weight, fc1_weight, fc2_weight
+    return y, head, Tail(total, mixed, act, product, mean2, rstd2, *weights, *norm, *table1, *table2)
 
 
 def block_backward(
-    grad: Tensor, saved: Saved, block: Block, dtypes: Sequence[torch.dtype | None], wanted: Sequence[bool]
-) -> tuple[Tensor, list[Tensor | None]]:
+    grad: Tensor,
+    head: Head | None,
+    tail: Tail,
+    block: Block,
+    dtypes: Sequence[torch.dtype | None],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     """Compute a block's gradients.
 
     Args:
         grad: of the block's output, contiguous.
-        saved: from `block_forward`.
-        block: likewise.
+        head: from `block_forward`.
+        tail: likewise.
+        block: as there.
         dtypes: of the parameters; None for one that there is not.
-        wanted: which parameters need a gradient; the others' may be missing.
+        wanted: which parameters need a gradient; a weight that does not gets none.
 
     Returns:
-        The gradient of x, and those of `Parameters`.
+        The gradient of x, that of `mixed` where it was given, and those of `Parameters`.
     """
-    s, (batch, num_tokens, hidden_size) = saved, saved.x.shape
-    rows, inner = batch * num_tokens, s.product.shape[-1]
-    table1, table2 = (s.numerator1, s.denominator1), (s.numerator2, s.denominator2)
-    mlp_plan = mlp_backward_plan(s.product, *table2)
-    norm2_plan = norm_rational_backward_plan(s.total, *table1, totals=True)
-    norm1_plan = row_plan(s.x, hidden_size, NORM_BACKWARD)
+    hidden_size, inner_size = tail.act.shape[-1], tail.product.shape[-1]
+    tables = tail.numerator1, tail.denominator1, tail.numerator2, tail.denominator2
+    mlp_plan = mlp_backward_plan(tail.product, *tables[2:])
+    norm2_plan = norm_rational_backward_plan(tail.total, *tables[:2], totals=True)
+    norm1_plan, head_sizes = None, (0, 0, 0, 0, 0)
+    if head is not None:
+        norm1_plan = row_plan(head.x, hidden_size, NORM_BACKWARD)
+        norm1_rows = norm1_plan[0].num_programs * norm1_plan[0].rows
+        head_sizes = norm1_rows, *attention_scratch(*head.lse.shape, hidden_size)
     plan = gather_plan(
-        *(hidden_size, inner, mlp_plan[2], mlp_plan[1][1]),
-        *(norm2_plan[0].num_programs * norm2_plan[0].rows, norm2_plan[1][1]),
-        *(norm1_plan[0].num_programs * norm1_plan[0].rows, *attention_scratch(*s.lse.shape, hidden_size)),
-        *[table.shape[0] for table in (*table1, *table2)],
+        *(hidden_size, inner_size, mlp_plan[2], mlp_plan[1][1]),
+        *(norm2_plan[0].num_programs * norm2_plan[0].rows, norm2_plan[1][1], *head_sizes),
+        *[table.shape[0] for table in tables],
     )
-    scratch = s.x.new_empty(plan.scratch_size, dtype=torch.float32)
-    partial1, partial2, *columns, statistics, rests = scratch.split_with_sizes(plan.scratch)[::2]
-    columns_norm2, columns_fc1, columns_qkv, columns_norm1 = columns
-    grad_rows = grad.to(block.dtype).view(rows, hidden_size)
-    grad_hidden = grad_rows.mm(s.fc2_weight)
-    grad_product, hidden = torch.empty_like(s.product), torch.empty_like(s.product)
-    tensors = grad_hidden, s.product, *table2, grad_product, hidden, partial2, columns_fc1
-    launch_mlp_backward(*tensors, plan=mlp_plan)
-    products: list[Tensor | None] = [None] * 4  # the gradients of weights
-    if wanted[14]:
-        products[3] = grad_rows.t().mm(hidden.view(rows, inner))
-    grad_product = grad_product.view(rows, inner)
-    if wanted[10]:
-        products[2] = grad_product.t().mm(s.act.view(rows, hidden_size))
-    grad_act = grad_product.mm(s.fc1_weight)
-    grad_total = torch.empty_like(s.total)
-    inputs = grad, grad_act, s.total, s.mean2, s.rstd2, s.norm2_weight, s.norm2_bias, *table1
-    launch_norm_rational_backward(*inputs, grad_total, partial1, columns_norm2, plan=norm2_plan, totals=True)
-    grad_rows = grad_total.to(block.dtype).view(rows, hidden_size)
-    if wanted[4]:
-        products[1] = grad_rows.t().mm(s.mixed.view(rows, hidden_size))
-    grad_mixed, grad_qkv = grad_rows.mm(s.proj_weight), torch.empty_like(s.qkv)
-    tensors = grad_mixed, s.qkv, s.mixed, s.lse, grad_qkv, statistics, rests, columns_qkv
+    scratch = tail.total.new_empty(plan.scratch_size, dtype=torch.float32)
+    partial1, partial2, columns2, columns_fc1, *of_head = scratch.split_with_sizes(plan.scratch)[::2]
+    sums_of_tail = (partial1, columns2), (partial2, columns_fc1)
+    plans = norm2_plan, mlp_plan
+    grad, grad_mixed, *products = tail_backward(grad, tail, block.dtype, wanted, plans, sums_of_tail)
+    if head is None:
+        grad_mixed, products = grad_mixed.view_as(tail.mixed), [None, *products]
+    else:
+        grad, product = head_backward(grad, grad_mixed, head, tail.mixed, block, wanted, norm1_plan, of_head)
+        grad_mixed, products = None, [product, *products]
+    sums = tail.total.new_empty(plan.sums_size, dtype=torch.float32)
+    tensors = scratch, tail.denominator1, tail.denominator2, sums
+    launch(gather_block_sums_kernel, (plan.programs, 1, 1), tensors, plan.numbers, plan.constants, NUM_WARPS)
+    grads = sums.split_with_sizes(plan.sums)[::2]
+    numerator1, denominator1, numerator2, denominator2 = map(Tensor.view_as, grads[:4], tables)
+    norm2_weight, norm2_bias, proj_bias, fc2_bias, fc1_bias, *of_head = grads[4:]
+    qkv_bias, *norm1 = of_head or (None, None, None)
+    qkv_weight, proj_weight, fc1_weight, fc2_weight = cast(products, dtypes[14])
+    gradients = Parameters(
+        *(*norm1, qkv_weight, qkv_bias, proj_weight, proj_bias, norm2_weight, norm2_bias),
+        *(numerator1, denominator1, fc1_weight, fc1_bias, numerator2, denominator2, fc2_weight, fc2_bias),
+    )
+    return (
+        grad,
+        grad_mixed,
+        [
+            None if dtype is None else grad if grad is None or grad.dtype == dtype else grad.to(dtype)
+            for grad, dtype in zip(gradients, dtypes, strict=True)
+        ],
+    )
+
+
+def tail_backward(
+    grad: Tensor, tail: Tail, dtype: torch.dtype, wanted: Sequence[bool], plans: tuple, sums: tuple
+) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of `total`, of `mixed`, and of the weights of proj, fc1 and fc2."""
+    t, rows, hidden_size = tail, grad.shape[0] * grad.shape[1], grad.shape[2]
+    grad_rows = grad.to(dtype).view(rows, hidden_size)
+    act, mixed = t.act.view(rows, hidden_size), t.mixed.view(rows, hidden_size)
+    grad_hidden = grad_rows.mm(t.fc2_weight)
+    grad_product, hidden = [torch.empty_like(grad_hidden) for _ in range(2)]
+    table1, table2 = (t.numerator1, t.denominator1), (t.numerator2, t.denominator2)
+    launch_mlp_backward(grad_hidden, t.product, *table2, grad_product, hidden, *sums[1], plan=plans[1])
+    del grad_hidden
+    fc2_weight = grad_rows.t().mm(hidden) if wanted[14] else None
+    del hidden
+    fc1_weight = grad_product.t().mm(act) if wanted[10] else None
+    grad_act, grad_total = grad_product.mm(t.fc1_weight), torch.empty_like(t.total)
+    del grad_product
+    norm = t.mean, t.rstd, t.norm_weight, t.norm_bias
+    inputs = grad, grad_act, t.total, *norm, *table1
+    launch_norm_rational_backward(*inputs, grad_total, *sums[0], plan=plans[0], totals=True)
+    grad_rows = grad_total.to(dtype).view(rows, hidden_size)
+    proj_weight = grad_rows.t().mm(mixed) if wanted[4] else None
+    return grad_total, grad_rows.mm(t.proj_weight), proj_weight, fc1_weight, fc2_weight
+
+
+def head_backward(
+    grad: Tensor,
+    grad_mixed: Tensor,
+    head: Head,
+    mixed: Tensor,
+    block: Block,
+    wanted: Sequence[bool],
+    norm_plan: tuple,
+    sums: Sequence[Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """Write x's gradient over that of `total`, and return it and the gradient of qkv's weight."""
+    rows, hidden_size = grad_mixed.shape
+    columns_qkv, columns_norm, *scratch = sums
+    grad_qkv = torch.empty_like(head.qkv)
+    tensors = grad_mixed, head.qkv, mixed, head.lse, grad_qkv, *scratch, columns_qkv
     launch_attention_backward(*tensors, scale=block.scale)
     grad_qkv = grad_qkv.view(rows, 3 * hidden_size)
-    if wanted[2]:
-        products[0] = grad_qkv.t().mm(s.normed.view(rows, hidden_size))
-    inputs = grad_total, grad_qkv.mm(s.qkv_weight), s.x, s.mean1, s.rstd1, s.norm1_weight
-    launch_norm_backward(*inputs, grad_total, columns_norm1, plan=norm1_plan)  # a row is read before written
-    sums = s.x.new_empty(plan.sums_size, dtype=torch.float32)
-    tensors = scratch, s.denominator1, s.denominator2, sums
-    launch(gather_block_sums_kernel, (plan.programs, 1, 1), tensors, plan.numbers, plan.constants, NUM_WARPS)
-    norm2_weight, norm2_bias, proj_bias, fc2_bias, fc1_bias, qkv_bias, norm1_weight, norm1_bias, *tables = (
-        sums.split_with_sizes(plan.sums)[::2]
-    )
-    tables = [*map(Tensor.view_as, tables, (*table1, *table2))]
-    qkv_weight, proj_weight, fc1_weight, fc2_weight = cast(products, dtypes[2])
-    gradients = (
-        *(norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, norm2_weight, norm2_bias),
-        *(*tables[:2], fc1_weight, fc1_bias, *tables[2:], fc2_weight, fc2_bias),
-    )
-    return grad_total, [
-        None if dtype is None else grad if grad is None or grad.dtype == dtype else grad.to(dtype)
-        for grad, dtype in zip(gradients, dtypes, strict=True)
-    ]
+    weight = grad_qkv.t().mm(head.normed.view(rows, hidden_size)) if wanted[2] else None
+    inputs = grad, grad_qkv.mm(head.qkv_weight), head.x, head.mean, head.rstd, head.norm_weight
+    launch_norm_backward(*inputs, grad, columns_norm, plan=norm_plan)  # a row is read before it is written
+    return grad, weight
 
 
 def cast(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
@@ -287,7 +350,9 @@ class GatherPlan(NamedTuple):
     scratch_size: int
     scratch: list[int]  # what `padded` returns: both partial sums, four sets of columns, the attention's two
     sums_size: int
-    sums: list[int]  # in turns a gradient's size and a gap's: eight columns, four tables
+    sums: list[
+        int
+    ]  # in turns a gradient's size and a gap's: four tables, five columns, and three of the head
     numbers: tuple[int, ...]
     constants: tuple[int, ...]
     programs: int
@@ -307,23 +372,23 @@ def gather_plan(
         (2, norm1_rows, hidden_size),
     )
     partials = 10 * norm2_rows * norm2_segments, 10 * mlp_rows * mlp_segments
-    scratch_size, scratch = padded(
-        4, *partials, *(n * rows * width for n, rows, width in sets), statistics, rests
-    )
+    column_sizes = [count * rows * width for count, rows, width in sets]
+    scratch_size, scratch = padded(4, *partials, *column_sizes, statistics, rests)
     offsets = [sum(scratch[: 2 * i]) for i in range(len(scratch) // 2)]
-    columns: list[int] = []  # numbers of the sets
+    tables: list[int] = []  # the kernel's numbers
     sums: list[int] = []
-    first = 20
-    for (count, rows, width), offset in zip(sets, offsets[2:6], strict=True):
-        columns += offset, rows, width, first, sum(sums)
-        sums += [width, -width % COLUMNS] * count
-        first += count * triton.cdiv(width, COLUMNS)
-    tables: list[int] = []
     for offset, rows, segments, rows_a, rows_b in (
         (offsets[0], norm2_rows, norm2_segments, rows_a1, rows_b1),
         (offsets[1], mlp_rows, mlp_segments, rows_a2, rows_b2),
     ):
         tables += offset, rows, segments, rows_a, rows_b, sum(sums)
         sums += 6 * rows_a, 0, 4 * rows_b, -(6 * rows_a + 4 * rows_b) % COLUMNS
+    columns: list[int] = []  # likewise
+    first = 20
+    for (count, rows, width), offset in zip(sets, offsets[2:6], strict=True):
+        columns += offset, rows, width, first, sum(sums)
+        if rows:  # else the set has neither programs nor sums
+            sums += [width, -width % COLUMNS] * count
+            first += count * triton.cdiv(width, COLUMNS)
     constants = *tile_of(norm2_segments), *tile_of(mlp_segments), TILE // COLUMNS, COLUMNS
     return GatherPlan(scratch_size, scratch, sum(sums), sums, (*tables, *columns), constants, programs=first)

@@ -226,7 +226,7 @@ def launch_norm_forward(x: Tensor, *others: Tensor, eps: float) -> None:
     tile, numbers = row_plan(x, x.shape[-1], NORM_FORWARD)
     if x.numel():
         grid = tile.num_programs, 1, 1
-        launch(norm_forward_kernel, grid, (x, *others), (*numbers, eps), tile.shape, tile.num_warps)
+        launch(norm_forward_kernel, grid, (x, *others), (*numbers, eps), tile[:4], tile.num_warps)
 
 
 def norm_backward(
@@ -252,7 +252,7 @@ def launch_norm_backward(*tensors: Tensor, plan: tuple[NormTile, tuple[int, int]
     tile, numbers = plan
     if tensors[0].numel():
         grid = tile.num_programs, 1, 1
-        launch(norm_backward_kernel, grid, tensors, numbers, tile.shape, tile.num_warps)
+        launch(norm_backward_kernel, grid, tensors, numbers, tile[:4], tile.num_warps)
 
 
 def row_plan(x: Tensor, group_size: int, registers: tuple[float, float]) -> tuple[NormTile, tuple[int, int]]:

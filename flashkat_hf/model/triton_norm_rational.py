@@ -218,7 +218,7 @@ def launch_norm_rational_forward(*tensors: Tensor, eps: float) -> None:
     tile, numbers = row_and_table_plan(residual, numerator, denominator, NORM_FORWARD)
     if residual.numel():
         kernel, grid = add_norm_rational_forward_kernel, (tile.num_programs, 1, 1)
-        launch(kernel, grid, tensors, (*numbers, eps), tile.shape, tile.num_warps)
+        launch(kernel, grid, tensors, (*numbers, eps), tile[:4], tile.num_warps)
 
 
 def add_norm_rational_backward(
@@ -258,7 +258,7 @@ def launch_norm_rational_backward(
     """Launch the backward kernel on its tensors, if they have elements."""
     tile, numbers = plan
     if tensors[0].numel():
-        grid, constants = (tile.num_programs, 1, 1), (*tile.shape, totals)
+        grid, constants = (tile.num_programs, 1, 1), (*tile[:4], totals)
         launch(add_norm_rational_backward_kernel, grid, tensors, numbers, constants, tile.num_warps)
 
 

@@ -50,17 +50,14 @@ def backward_tile(
 
 
 class NormTile(NamedTuple):
+    """Layout of rows; the first four numbers are the kernels' constants ROWS, SEGMENTS, PARTS and WIDTH."""
+
     rows: int  # of a program at a time: a power of two
     segments: int  # of a row: a power of two, at least as many as there are
     parts: int  # loads that a thread needs for its segment
     width: int  # channels of a load: a power of two
     num_warps: int
     num_programs: int
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Constants of the kernels: ROWS, SEGMENTS, PARTS and WIDTH."""
-        return self.rows, self.segments, self.parts, self.width
 
 
 def norm_tile(

@@ -103,7 +103,7 @@ def test_the_host_does_little_in_a_training_step(seen):
     """Bound what a step of twelve blocks costs the host, in numbers that no noise moves.
 
     Counted are calls of Python functions, kernels launched, and our calls that allocate tensors, in forward
-    and backward; no size changes them. The bounds are what there is, and 5% for another transformers. It was
+    and backward; no size changes them. The bounds are what there is, and 3% for another transformers. It was
     12,231 calls, 156 launches and 408 allocations once. timm's ViT takes 1,400 calls, and 461 nodes of
     autograd where this takes 33. Loss and optimiser are the user's.
     """
@@ -126,7 +126,7 @@ def test_the_host_does_little_in_a_training_step(seen):
     allocations = sum(c[name] for name in ALLOCATIONS)
     assert allocations <= 185, [(name, c[name]) for name in ALLOCATIONS]
     calls = python.total() + FRAMES_OF_TRITON * launches.total()
-    assert calls <= 2400, (calls, python.most_common(20))
+    assert calls <= 2500, (calls, python.most_common(40))
 
 
 @triton.jit(do_not_specialize=["n", "factor"])

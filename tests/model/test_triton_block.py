@@ -22,14 +22,14 @@ def _kernels(device, monkeypatch):
 
 
 @pytest.fixture
-def blocks(monkeypatch) -> list[int]:
-    """Return a list that grows with each block that is computed whole."""
-    calls: list[int] = []
+def blocks(monkeypatch) -> list[str]:
+    """Return a list that grows with each block that is computed by one node, "whole" or its "tail"."""
+    calls: list[str] = []
     whole = op_block.block_forward
 
-    def counted(*arguments):
-        calls.append(len(calls))
-        return whole(*arguments)
+    def counted(x, mixed, *others):
+        calls.append("whole" if mixed is None else "tail")
+        return whole(x, mixed, *others)
 
     monkeypatch.setattr(op_block, "block_forward", counted)
     return calls
@@ -61,7 +61,7 @@ def check_bits(model, dtype, monkeypatch, **sizes) -> None:
     """Every number of a step is what the smaller operators give, bit for bit."""
     whole = step(model, dtype, **sizes)
     with monkeypatch.context() as context:
-        context.setattr(fusing, "whole_block", lambda *_: None)
+        context.setattr(fusing, "tail_parameters", lambda *_: None)
         pieces = step(model, dtype, **sizes)
     for name, expected in pieces.items():
         if expected is None or whole[name] is None:
@@ -84,13 +84,20 @@ def check_bits(model, dtype, monkeypatch, **sizes) -> None:
 )
 def test_bits_under_autocast(overrides, dtype, device, blocks, monkeypatch):
     check_bits(random_model(device, **overrides), dtype, monkeypatch)
-    assert len(blocks) == 1
+    assert blocks == ["whole"]
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_bits_of_a_model_in_half_precision(dtype, device, blocks, monkeypatch):
     check_bits(random_model(device).to(dtype), None, monkeypatch, batch=1)
-    assert len(blocks) == 1
+    assert blocks == ["whole"]
+
+
+def test_bits_of_the_tail_alone(device, blocks, monkeypatch):
+    """Where PyTorch's attention serves, what stands behind it is one node, in any precision."""
+    check_bits(random_model(device, attn_implementation="sdpa"), torch.float16, monkeypatch)
+    check_bits(random_model(device), None, monkeypatch)
+    assert blocks == ["tail"] * 2
 
 
 def test_bits_where_parameters_are_frozen(device, blocks, monkeypatch):
@@ -101,7 +108,7 @@ def test_bits_where_parameters_are_frozen(device, blocks, monkeypatch):
     check_bits(model, torch.float16, monkeypatch)
     model.requires_grad_(False)
     check_bits(model, torch.float16, monkeypatch)
-    assert len(blocks) == 2
+    assert blocks == ["whole"] * 2
 
 
 def test_bits_of_checkpoints_and_of_tensors_kept_elsewhere(device, blocks, monkeypatch):
@@ -112,7 +119,7 @@ def test_bits_of_checkpoints_and_of_tensors_kept_elsewhere(device, blocks, monke
     enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.23
     (enable or model.gradient_checkpointing_enable)()
     again = step(model, torch.float16)
-    assert len(blocks) == 1 + 1 + 2
+    assert blocks == ["whole"] * 4
     for name, expected in plain.items():
         assert torch.equal(kept[name], expected), name
         assert torch.equal(again[name], expected), name
@@ -126,7 +133,7 @@ def test_inference_keeps_nothing_and_gives_the_same(device, blocks):
     for context in (torch.no_grad, torch.inference_mode):
         with context(), torch.autocast(device, torch.float16):
             assert torch.equal(model(images).logits, logits)
-    assert len(blocks) == 3
+    assert blocks == ["whole"] * 3
 
 
 def test_gradients_twice_from_one_forward(device, blocks):
@@ -135,7 +142,7 @@ def test_gradients_twice_from_one_forward(device, blocks):
     with torch.autocast(device, torch.float16):
         loss = model(torch.randn(2, 3, 32, 32, device=device)).logits.float().square().sum()
     once, again = (torch.autograd.grad(loss, [*model.parameters()], retain_graph=True) for _ in range(2))
-    assert len(blocks) == 1
+    assert blocks == ["whole"]
     assert all(map(torch.equal, once, again))
 
 
@@ -145,7 +152,7 @@ def test_a_second_derivative_is_refused(device, blocks):
         loss = model(torch.randn(1, 3, 32, 32, device=device)).logits.float().sum()
     with pytest.raises(RuntimeError, match=r"take them with torch\.func"):
         torch.autograd.grad(loss, [*model.parameters()], create_graph=True)
-    assert len(blocks) == 1
+    assert blocks == ["whole"]
 
 
 def touch(name: str):
@@ -157,19 +164,20 @@ def transpose_fc1(layer):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "left"),
     [
-        *map(touch, ("norm1", "attention.qkv", "attention.dropout", "mlp", "mlp.act1", "drop_path")),
-        transpose_fc1,
-        lambda layer: setattr(layer.drop_path, "rate", 0.5),
-        lambda layer: setattr(layer.mlp.dropout, "p", 0.5),
+        *((touch(name), ["tail"]) for name in ("norm1", "attention.qkv")),
+        *((touch(name), []) for name in ("attention.dropout", "mlp", "mlp.act1", "drop_path")),
+        (transpose_fc1, []),
+        (lambda layer: setattr(layer.drop_path, "rate", 0.5), []),
+        (lambda layer: setattr(layer.mlp.dropout, "p", 0.5), []),
     ],
-)  # fmt: skip
-def test_a_touched_block_is_put_together_from_pieces(change, device, blocks):
+)
+def test_a_touched_block_is_put_together_from_pieces(change, left, device, blocks):
     model = random_model(device)
     change(model.flashkat.layers[0])
     step(model, torch.float16, batch=1)
-    assert not blocks
+    assert blocks == left
 
 
 def test_sums_of_many_rows(device):
@@ -179,23 +187,22 @@ def test_sums_of_many_rows(device):
 
     sizes = {"hidden_size": 40, "inner_size": 72, "mlp_rows": 2100, "mlp_segments": 18}
     sizes |= {"norm2_rows": 70, "norm2_segments": 10, "norm1_rows": 530, "attention_rows": 3}
-    plan = gather_plan(*sizes.values(), 5, 7, 0, 1, 2, 8, 8)
+    plan = gather_plan(*sizes.values(), 5, 7, 0, 1, 1, 8, 8)
     scratch = torch.randn(plan.scratch_size, device=device)
     partial1, partial2, *columns, _, _ = scratch.split_with_sizes(plan.scratch)[::2]
-    denominators = torch.randn(2, 4, device=device), torch.randn(8, 4, device=device)
+    denominators = torch.randn(1, 4, device=device), torch.randn(8, 4, device=device)
     sums = torch.full((plan.sums_size,), torch.nan, device=device)
     tensors = scratch, *denominators, sums
     launch(gather_block_sums_kernel, (plan.programs, 1, 1), tensors, plan.numbers, plan.constants, 16)
     results = sums.split_with_sizes(plan.sums)[::2]
-    tables = (
-        (torch.empty(1, 6, device=device), denominators[0]),
-        (torch.empty(8, 6, device=device), denominators[1]),
-    )
     expected = []
-    for rows, width in ((4 * 70, 40), (2100, 72), (3, 120), (2 * 530, 40)):
-        column = columns.pop(0).view({280: 4, 1060: 2}.get(rows, 1), -1, width)
-        expected += triton_sums.gather_sums(None, None, column)[0].unbind()
-    for table, partial, segments in ((tables[0], partial1, 10), (tables[1], partial2, 18)):
-        expected += triton_sums.gather_sums(table, partial.view(10, -1, segments), None)
+    for rows, partial, segments, denominator in (
+        (1, partial1, 10, denominators[0]),
+        (8, partial2, 18, denominators[1]),
+    ):
+        tables = torch.empty(rows, 6, device=device), denominator
+        expected += triton_sums.gather_sums(tables, partial.view(10, -1, segments), None)
+    for column, count, width in zip(columns, (4, 1, 1, 2), (40, 72, 120, 40), strict=True):
+        expected += triton_sums.gather_sums(None, None, column.view(count, -1, width))[0].unbind()
     assert len(results) == len(expected)
     assert all(map(torch.equal, results, (tensor.flatten() for tensor in expected)))
