@@ -7,7 +7,7 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 
 from flashkat_hf import FlashKATForImageClassification
-from flashkat_hf.model import fusing, op_block, operators, triton_sums
+from flashkat_hf.model import fusing, op_block, operators, triton_launch, triton_sums
 
 pytestmark = pytest.mark.parametrize("device", KERNEL_DEVICES)
 # Triton's interpreter multiplies matrices of bfloat16 by the integers that they are stored as.
@@ -134,6 +134,19 @@ def test_inference_keeps_nothing_and_gives_the_same(device, blocks):
         with context(), torch.autocast(device, torch.float16):
             assert torch.equal(model(images).logits, logits)
     assert blocks == ["whole"] * 3
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's launches are not kept")
+@pytest.mark.parametrize("overrides", [{}, {"attn_implementation": "eager"}], ids=str)
+def test_kept_launches_change_no_bit(overrides, device, monkeypatch):
+    """A step by kept launches is the step by Triton's own, bit for bit."""
+    model = random_model(device, **overrides)
+    monkeypatch.setattr(triton_launch, "_kept", {})
+    kept = [step(model, torch.bfloat16) for _ in range(2)][1]
+    assert triton_launch._kept
+    monkeypatch.setattr(triton_launch, "KEPT_DEVICES", ())
+    for name, expected in step(model, torch.bfloat16).items():
+        assert torch.equal(kept[name], expected), name
 
 
 def test_gradients_twice_from_one_forward(device, blocks):
