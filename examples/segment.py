@@ -8,9 +8,9 @@
 its size and name, a PNG whose pixels are numbers of classes; 255 is left out. classes.txt has their names,
 one a line.
 
-Without `--data` the scenes are made up: two to four of scikit-learn's scanned digits, two to three times as
-large and in a colour of their own, on pieces of its two photographs; a pixel's class is the digit it belongs
-to, or none. The digits and the halves of the photographs that validate are never trained on.
+Without `--data` the scenes are made up: two to four discs, squares, triangles and crosses of any colour, on
+pieces of scikit-learn's two photographs, which shine through them. One half of each photograph trains, the
+other validates.
 
 The run's folder gets `flashkat` and, with `--twin`, `vit`, which `from_pretrained` loads; `summary.json` with
 the IoU of each class; and `masks.png`. The ViT is transformers' Dinov2Backbone of the same width, depth and
@@ -23,7 +23,6 @@ import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy
@@ -44,27 +43,32 @@ from flashkat_hf.data.samples import IMAGE_SUFFIXES
 
 IGNORED = 255  # pixels of a mask that belong to nothing
 MEAN, STD = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+SHAPES = ("disc", "square", "triangle", "cross")  # in made-up scenes
 POSITIVE = ("image_size", "head_size", "epochs", "batch_size", "learning_rate", "num_scenes")
-
-
-def setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Settings:
-    data: Path | None = setting(None, "folder of images and masks; default: made-up scenes")
-    output: Path = setting(Path("runs/segment"), "folder of the run")
-    overwrite: bool = setting(False, "write into a folder that exists")
-    model: str | None = setting(None, "FlashKAT folder or Hub id; default: micro, at random")
-    image_size: int = setting(64, "height and width that images are resized to")
-    head_size: int = setting(64, "channels of the head; UperNet's own are 512")
-    epochs: float = setting(12.0, "passes over the training images")
-    batch_size: int = setting(16, "images of a step and device")
-    learning_rate: float = setting(1e-3, "highest; about 1e-4 for a backbone that has learned")
-    max_steps: int = setting(-1, "stop after so many steps; the tests use 2")
-    num_scenes: int = setting(1600, "made-up scenes to train on; a quarter more validate")
-    twin: bool = setting(True, "train the same head on a ViT, too")
+    data: Path | None = field(
+        default=None, metadata={"help": "folder of images and masks; default: made-up scenes"}
+    )
+    output: Path = field(default=Path("runs/segment"), metadata={"help": "folder of the run"})
+    overwrite: bool = field(default=False, metadata={"help": "write into a folder that exists"})
+    model: str | None = field(
+        default=None, metadata={"help": "FlashKAT folder or Hub id; default: micro, at random"}
+    )
+    image_size: int = field(default=48, metadata={"help": "height and width that images are resized to"})
+    head_size: int = field(default=32, metadata={"help": "channels of the head; UperNet's own are 512"})
+    epochs: float = field(default=6.0, metadata={"help": "passes over the training images"})
+    batch_size: int = field(default=8, metadata={"help": "images of a step and device"})
+    learning_rate: float = field(
+        default=2e-3, metadata={"help": "highest; about 1e-4 for a backbone that has learned"}
+    )
+    max_steps: int = field(default=-1, metadata={"help": "stop after so many steps; the tests use 2"})
+    num_scenes: int = field(
+        default=1600, metadata={"help": "made-up scenes to train on; a quarter more validate"}
+    )
+    twin: bool = field(default=True, metadata={"help": "train the same head on a ViT, too"})
     seed: int = 0
 
     def __post_init__(self):
@@ -147,37 +151,40 @@ def largest_class(image_path: Path, mask_path: Path, num_classes: int) -> int:
 
 
 def make_scenes(number: int, seed: int) -> tuple[list[tuple], list[tuple], list[str]]:
-    """Return made-up scenes that train and that validate, and the classes' names; see the top of this file."""
-    from sklearn.datasets import load_digits, load_sample_images
-    from sklearn.model_selection import train_test_split
+    """Return made-up scenes that train and that validate (see the top), and the classes' names."""
+    from sklearn.datasets import load_sample_images
 
-    digits, photos = load_digits(), [photo.astype("uint8") for photo in load_sample_images().images]
-    options = {"test_size": 0.2, "stratify": digits.target, "random_state": 0}
-    splits = []
-    for split, indices in enumerate(train_test_split(range(len(digits.target)), **options)):
+    photos, splits = [photo.astype(float) for photo in load_sample_images().images], []
+    for split, count in enumerate((number, max(number // 4, 1))):
         random = numpy.random.default_rng([seed, split])
         halves = [numpy.array_split(photo, 2, axis=1)[split] for photo in photos]
-        count = number if split == 0 else max(number // 4, 1)
-        splits.append([make_scene(random, halves, digits, indices) for _ in range(count)])
-    return *splits, ["background", *(f"digit {digit}" for digit in range(10))]
+        splits.append([make_scene(random, halves) for _ in range(count)])
+    return *splits, ["background", *SHAPES]
 
 
-def make_scene(random, photos: list, digits, indices: list[int], size: int = 64) -> tuple:
+def make_scene(random, photos: list[numpy.ndarray], size: int = 48) -> tuple:
     """Return one image `(size, size, 3)` and its mask `(size, size)`, bytes."""
-    photo = photos[random.integers(len(photos))]
-    top, left = (random.integers(side - 2 * size) for side in photo.shape[:2])
-    scene = photo[top : top + 2 * size : 2, left : left + 2 * size : 2].astype(float)
-    mask = numpy.zeros((size, size), dtype="uint8")
-    for index in random.choice(indices, random.integers(2, 5), replace=False):
-        side = int(random.integers(16, 25))
-        digit = Image.fromarray((digits.images[index] * (255 / 16)).astype("uint8")).resize((side, side))
-        ink = numpy.asarray(digit)[..., None] / 255
-        top, left = random.integers(0, size - side + 1, 2)
-        place, covered = (slice(top, top + side), slice(left, left + side)), ink[..., 0] > 0.4
-        if mask[place][covered].any():  # digits do not cover each other
-            continue
-        scene[place] = scene[place] * (1 - ink) + random.integers(0, 256, 3) * ink
-        mask[place][covered] = 1 + digits.target[index]
+
+    def piece() -> numpy.ndarray:
+        photo = photos[random.integers(len(photos))]
+        top, left = (random.integers(side - 2 * size) for side in photo.shape[:2])
+        return photo[top : top + 2 * size : 2, left : left + 2 * size : 2]
+
+    scene, mask = piece().copy(), numpy.zeros((size, size), dtype="uint8")
+    rows, columns = numpy.mgrid[:size, :size]
+    for _ in range(random.integers(2, 5)):
+        kind, radius = random.integers(len(SHAPES)), random.uniform(6, 11)
+        y, x = rows - random.uniform(radius, size - radius), columns - random.uniform(radius, size - radius)
+        distance = (
+            numpy.hypot(y, x),
+            numpy.maximum(abs(y), abs(x)) * 1.15,
+            numpy.maximum(abs(x) * 1.7 - y, 1.7 * y),
+            numpy.minimum(numpy.maximum(abs(y), 3 * abs(x)), numpy.maximum(abs(x), 3 * abs(y))),
+        )[kind]
+        inside = distance < radius
+        if not mask[inside].any():  # shapes do not cover each other
+            scene[inside] = 0.4 * piece()[inside] + 0.6 * random.integers(0, 256, 3)
+            mask[inside] = 1 + kind
     return scene.round().astype("uint8"), mask
 
 
@@ -242,7 +249,7 @@ def scores(outputs, names: list[str]) -> dict[str, float]:
 
 
 def learn(settings: Settings, kind: str, train: Scenes, val: Scenes, names: list[str]) -> tuple:
-    """Train one of the two and save it; return its scores, its first masks, and whether this process writes."""
+    """Train one of the two and save it; return its scores and masks, and whether this process writes."""
     set_seed(settings.seed)
     model, on_gpu = build(settings, kind, names), torch.cuda.is_available()
     arguments = TrainingArguments(
@@ -260,6 +267,7 @@ def learn(settings: Settings, kind: str, train: Scenes, val: Scenes, names: list
         dataloader_pin_memory=on_gpu,
         save_strategy="no",
         logging_steps=100,
+        disable_tqdm=True,
         report_to=[],
         seed=settings.seed,
     )
@@ -274,11 +282,8 @@ def learn(settings: Settings, kind: str, train: Scenes, val: Scenes, names: list
     result = trainer.predict(val)
     trainer.save_model()
     metrics = {name.removeprefix("test_"): float(value) for name, value in result.metrics.items()}
-    return (
-        metrics | {"parameters": model.num_parameters()},
-        result.predictions,
-        trainer.is_world_process_zero(),
-    )
+    metrics["parameters"] = model.num_parameters()
+    return metrics, result.predictions, trainer.is_world_process_zero()
 
 
 def draw(path: Path, val: Scenes, columns: dict[str, numpy.ndarray], num_classes: int) -> None:

@@ -22,7 +22,7 @@ from .calibration import LayerFit, find_images, image_batches
 from .calibration import calibrate as fit_act2
 from .proof import Proof, prove
 from .source import Source, gelu_form, image_processor, read_source
-from .tensor_names import NAMINGS, check_settings, source_names, strip_prefix, to_flashkat
+from .tensor_names import NAMINGS, check_settings, has_double_head, source_names, strip_prefix, to_flashkat
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def convert(
     verify: bool = True,
     calibrate: str | Path | Iterable[Tensor] | None = None,
 ) -> ConversionReport:
-    """Turn a KAT, a plain ViT or DeiT into a FlashKAT folder, proved against the source before it appears.
+    """Turn a KAT, plain ViT, DeiT or DINOv2 into a FlashKAT folder, proved against it before it appears.
 
     Args:
         source: a file or folder, a name in `published.PUBLISHED`, or a Hub id.
@@ -166,8 +166,8 @@ class Conversion:
         new = embeddings.interpolate_pos_encoding(grid, grid).to(old.dtype).contiguous()
         original = strip_prefix(self.source.state)
         original_name = source_names(name, NAMINGS[self.source.title])[0]
-        has_class_position = original[original_name].shape[1] == old.shape[1]
-        original[original_name] = new if has_class_position else new[:, 1:]
+        prefix = original[original_name].shape[1] - (old.shape[1] - 1)  # positions of cls and registers
+        original[original_name] = torch.cat((original[original_name][:, :prefix], new[:, 1:]), dim=1)
         self.source = replace(self.source, state=original)
         self.config = FlashKATConfig(**{**self.config.to_dict(), "image_size": image_size})
         self.state[name] = new
@@ -193,10 +193,16 @@ class Conversion:
             del values["id2label"], values["label2id"]
             self.config = FlashKATConfig(**{**values, "num_labels": num_labels})
             self.notes.append(f"fresh head of {num_labels} labels: random, to be trained")
-        elif not config.num_labels:
+        elif not config.num_labels and not has_double_head(strip_prefix(self.source.state)):
             self.notes.append("the source has no head; --num-labels N makes a fresh one")
         elif config.num_labels == 1000 and config.id2label == {i: f"LABEL_{i}" for i in range(1000)}:
             self.notes.append(_name_imagenet_labels(config))
+        state = strip_prefix(self.source.state)
+        if has_double_head(state):
+            head = "its head reads the class token beside the patches' mean, which no FlashKAT's does"
+            self.notes.append(f"{head}: left out")
+        if "embeddings.mask_token" in state:
+            self.notes.append("mask token left out: no classifier uses it")
         if any(re.fullmatch(r"(vit\.|deit\.)?pooler\.dense\.weight", name) for name in self.source.state):
             self.notes.append("pooler left out: no classifier uses it")
 

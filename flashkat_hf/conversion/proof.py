@@ -22,11 +22,11 @@ from ..checkpoints.loading import load_processor
 from ..model.configuration_flashkat import FlashKATConfig, pair
 from ..model.modeling_flashkat import FlashKATForImageClassification
 from .source import Source, timm_arguments, timm_model
-from .tensor_names import NAMINGS, has_layer_scale, source_names, strip_prefix
+from .tensor_names import NAMINGS, has_layer_scale, is_folded, source_names, strip_prefix
 
 NUM_IMAGES = 4
 ROUNDING = 1e-9  # of float64 through a deep network with fifth powers, relative to the largest output
-FOLDED_ROUNDING = 1e-5  # of float32 weights that layer scale was multiplied into
+FOLDED_ROUNDING = 1e-5  # of float32 weights that layer scale was multiplied into, or positions added to
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def prove(source: Source, config: FlashKATConfig, folder: Path, fresh_head: bool
     output = result.flashkat(images).pooler_output if pooled else result(images).logits
     largest = expected_with_tables.abs().max()
     rounding = ((output - expected_with_tables).abs().max() / largest).item()
-    if not rounding <= (FOLDED_ROUNDING if has_layer_scale(source.state) else ROUNDING):  # NaN too
+    if not rounding <= (FOLDED_ROUNDING if is_folded(source.state) else ROUNDING):  # NaN too
         raise ValueError(
             f"{source.name} converted does not compute the same function: largest relative difference "
             f"{rounding:.2g} on a fixed batch; nothing is written"
@@ -128,7 +128,10 @@ def prove(source: Source, config: FlashKATConfig, folder: Path, fresh_head: bool
 
 def _outputs(model: nn.Module, images: Tensor) -> Tensor:
     outputs = model(images)
-    return getattr(outputs, "logits", outputs)  # transformers' wraps them
+    for name in ("logits", "pooler_output"):  # transformers' wraps them
+        if getattr(outputs, name, None) is not None:
+            return getattr(outputs, name)
+    return outputs  # pyright: ignore[reportReturnType]
 
 
 def _source_model(source: Source, config: FlashKATConfig, pooled: bool) -> nn.Module:
@@ -141,6 +144,8 @@ def _source_model(source: Source, config: FlashKATConfig, pooled: bool) -> nn.Mo
     }
     num_labels = 0 if pooled else config.num_labels
     if source.title.startswith("transformers"):
+        if "DINOv2" in source.title:
+            return _transformers_dinov2(source, config, state)
         return _transformers_vit(source, config, state, num_labels)
     try:
         from timm.models.vision_transformer import VisionTransformer
@@ -167,6 +172,7 @@ def _source_model(source: Source, config: FlashKATConfig, pooled: bool) -> nn.Mo
                 init_values=1.0 if has_layer_scale(state) else None,
                 no_embed_class=state["pos_embed"].shape[1]
                 == (pair(config.image_size)[0] // pair(config.patch_size)[0]) ** 2,
+                reg_tokens=config.num_register_tokens,
                 norm_layer=partial(nn.LayerNorm, eps=config.layer_norm_eps),  # pyright: ignore[reportArgumentType]
                 weight_init="skip",
             )
@@ -180,10 +186,7 @@ def _transformers_vit(
     """Make transformers' own ViT with these weights."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    shared = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size"]
-    shared += ["patch_size", "num_channels", "layer_norm_eps", "qkv_bias"]
-    values: dict[str, Any] = {name: getattr(config, name) for name in shared}
-    values["hidden_act"] = source.config.get("hidden_act", "gelu")
+    values = _shared_values(source, config) | {"intermediate_size": config.intermediate_size}
     values["num_labels"] = num_labels
     vit_config = ViTConfig(**values, attn_implementation="sdpa")  # pyright: ignore[reportCallIssue]
     prefixed = {
@@ -192,9 +195,46 @@ def _transformers_vit(
     model, info = ViTForImageClassification.from_pretrained(
         None, config=vit_config, state_dict=prefixed, dtype=torch.float64, output_loading_info=True
     )  # pyright: ignore[reportGeneralTypeIssues]
-    if names := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):
-        raise ValueError(f"transformers' own ViT does not take the source's weights: {', '.join(names[:5])}")
+    _refuse_others(info, "ViT")
     return model.eval()
+
+
+def _transformers_dinov2(source: Source, config: FlashKATConfig, state: Mapping[str, Tensor]) -> nn.Module:
+    """Make transformers' own DINOv2, which has no head of ours, with these weights."""
+    from transformers import (
+        Dinov2Config,
+        Dinov2Model,
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+    )
+
+    values = _shared_values(source, config) | {"mlp_ratio": config.intermediate_size // config.hidden_size}
+    registers, kinds = config.num_register_tokens, (Dinov2Config, Dinov2Model)
+    if registers:
+        kinds = (Dinov2WithRegistersConfig, Dinov2WithRegistersModel)
+        values["num_register_tokens"] = registers
+    else:
+        values["use_mask_token"] = "embeddings.mask_token" in state
+    own: Any = kinds[0](**values, attn_implementation="sdpa")  # pyright: ignore[reportCallIssue]
+    model, info = kinds[1].from_pretrained(
+        None, config=own, state_dict=dict(state), dtype=torch.float64, output_loading_info=True
+    )  # pyright: ignore[reportGeneralTypeIssues]
+    _refuse_others(info, "DINOv2")
+    return model.eval()
+
+
+def _shared_values(source: Source, config: FlashKATConfig) -> dict[str, Any]:
+    """Return what the config of transformers' own model shares with ours."""
+    shared = ["hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"]
+    shared += ["num_channels", "layer_norm_eps", "qkv_bias"]
+    values: dict[str, Any] = {name: getattr(config, name) for name in shared}
+    return values | {"hidden_act": source.config.get("hidden_act", "gelu")}
+
+
+def _refuse_others(info: Mapping[str, Any], kind: str) -> None:
+    if names := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):
+        listed = ", ".join(names[:5])
+        raise ValueError(f"transformers' own {kind} does not take the source's weights: {listed}")
 
 
 def _install_tables(model: nn.Module, folder: Path) -> None:
@@ -210,5 +250,5 @@ def _install_tables(model: nn.Module, folder: Path) -> None:
         for index, mlp in enumerate(mlps):
             name = f"flashkat.layers.{index}.mlp"
             mlp.fc1 = nn.Sequential(rational(f"{name}.act1"), mlp.fc1)
-            act2 = "activation_fn" if hasattr(mlp, "activation_fn") else "act"
+            act2 = next(part for part in ("activation_fn", "activation", "act") if hasattr(mlp, part))
             setattr(mlp, act2, rational(f"{name}.act2"))

@@ -37,6 +37,7 @@ EMA_KEYS, STATE_KEYS = (
     ),
 )
 TANH_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate")  # within 5e-4 of the others
+TRANSFORMERS_KINDS = ("vit", "deit", "dinov2", "dinov2_with_registers")
 GELUS = ("gelu", "gelu_python", *TANH_GELUS)
 TRANSFORMS = {  # crop, mean, standard deviation
     "imagenet": (0.875, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),  # KAT, DeiT
@@ -186,8 +187,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _transformers_hints(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of our config that a transformers ViT's tells."""
-    if (kind := config.get("model_type", "vit")) not in ("vit", "deit"):
-        raise ValueError(f"it is a {kind} model; vit and deit are known")
+    if (kind := config.get("model_type", "vit")) not in TRANSFORMERS_KINDS:
+        raise ValueError(f"it is a {kind} model; {', '.join(TRANSFORMERS_KINDS)} are known")
     if (act := config.get("hidden_act", "gelu")) not in GELUS:
         raise ValueError(f"its activation is {act}; only gelu has a start table that keeps the function")
     shared = {*READABLE, "num_attention_heads", "layer_norm_eps"}
@@ -282,7 +283,7 @@ def image_processor(source: Source, image_size: int, transform: str | None = Non
     else:
         if transform is None:
             is_deit = "deit" in (source.architecture or Path(source.name).name).lower()
-            transform = "imagenet" if source.is_kat or is_deit else "augreg"
+            transform = "imagenet" if source.is_kat or is_deit or "DINOv2" in source.title else "augreg"
             if not source.is_kat:
                 others = " or ".join(name for name in TRANSFORMS if name != transform)
                 note = f"image transform {transform} assumed; --transform {others} says otherwise"

@@ -1,4 +1,4 @@
-"""State dicts of KAT, FlashKAT, timm's and transformers' ViT in our names, and back; no files, no network.
+"""State dicts of KAT, FlashKAT, ViT and DINOv2 (timm's, transformers') in our names, and back; no files.
 
 A table for each naming says which tensors make up one of ours; sizes are read off the weights, and the model
 with those sizes then says which tensors there must be, and of which shape: no more and no less.
@@ -62,16 +62,28 @@ VIT_IN_MEMORY = VIT | {
     "layers.*.mlp.fc1": "layers.*.mlp.fc1",
     "layers.*.mlp.fc2": "layers.*.mlp.fc2",
 }
+DINOV2 = VIT | {
+    "embeddings.register_tokens": "embeddings.register_tokens",
+    "layers.*.norm1": "encoder.layer.*.norm1",
+    "layers.*.norm2": "encoder.layer.*.norm2",
+    "layers.*.mlp.fc1": "encoder.layer.*.mlp.fc1",
+    "layers.*.mlp.fc2": "encoder.layer.*.mlp.fc2",
+}
+DINOV2_IN_MEMORY = DINOV2 | {
+    "layers.*.attention.qkv": "encoder.layer.*.attention.{q_proj,k_proj,v_proj}",
+    "layers.*.attention.proj": "encoder.layer.*.attention.o_proj",
+}
 NAMINGS = {  # by title; the first whose first layer is there is the source's
     "KAT": KAT,
     "FlashKAT": FLASHKAT,
-    "timm ViT": TIMM,
+    "timm ViT": TIMM | {"embeddings.register_tokens": "reg_token"},
     "transformers ViT": VIT,
     "transformers 5 ViT": VIT_IN_MEMORY,
+    "transformers DINOv2": DINOV2,
+    "transformers 5 DINOv2": DINOV2_IN_MEMORY,
 }
 UNSUPPORTED = {  # what other relatives of ViT have, and FlashKATConfig has no field for
     r"dist_token$|distillation_token$|head_dist\.": "a distillation token",
-    r"reg_token$|register_tokens$": "register tokens",
     r"\.(q_norm|k_norm)\.": "normalised queries and keys",
     r"^norm_pre\.|^pre_layrnorm\.": "a norm before the first block",
     r"attn_pool\.": "attention pooling",
@@ -90,11 +102,13 @@ READABLE = {  # fields of the config that the weights tell
     "num_channels",
     "qkv_bias",
     "num_labels",
+    "num_register_tokens",
 }
 CONFIG_FIELDS = {field.name for field in fields(FlashKATConfig)} & set(FlashKATConfig.__annotations__)  # pyright: ignore[reportArgumentType]
+HEAD_NAMES = ("classifier.weight", "classifier.bias")
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 CLASS_TOKEN = r"(|.*?\.)(?:(?:flashkat\.)?embeddings\.)?cls_token"  # "flashkat." is a part of our names
-LAYER_SCALE = r"(blocks\.\d+)\.ls([12])\.gamma"
+LAYER_SCALE = r"(?:blocks|encoder\.layer)\.(\d+)\.(?:ls|layer_scale)([12])\.(?:gamma|lambda1)"
 
 
 def detect_naming(state: Mapping[str, Tensor]) -> str:
@@ -108,12 +122,21 @@ def detect_naming(state: Mapping[str, Tensor]) -> str:
     for title, table in NAMINGS.items():
         first_layer = source_names("flashkat.layers.0.mlp.fc1.weight", table)
         first_layer += source_names("flashkat.layers.0.mlp.act1.denominator", table)
+        if "DINOv2" in title:  # there are two, with the same MLP
+            first_layer += source_names("flashkat.layers.0.attention.proj.weight", table)
         if state.keys() >= set(first_layer):
             return title
+    _refuse_relatives(state)
     raise ValueError(
-        f"it is neither a KAT nor a ViT of timm's or transformers' naming: it has {len(state)} tensors, "
-        f"{_listing(state)}"
+        "it is neither a KAT nor a ViT or DINOv2 of timm's or transformers' naming: "
+        f"it has {len(state)} tensors, {_listing(state)}"
     )
+
+
+def _refuse_relatives(state: Mapping[str, Tensor]) -> None:
+    for pattern, feature in UNSUPPORTED.items():
+        if names := [name for name in state if re.search(pattern, name)]:
+            raise ValueError(f"it has {feature}, which a FlashKAT has not: {_listing(names)}")
 
 
 def source_names(ours: str, table: Mapping[str, str], pooling: str = "cls") -> list[str]:
@@ -144,8 +167,10 @@ def to_flashkat(
     """Make the config and our state dict of a KAT or ViT; tensors are shared with the source if they can be.
 
     A ViT's activation becomes the start tables of the config: act1 identity and act2 gelu unless `settings`
-    say otherwise. Layer scale is multiplied into the maps before it, and a class token without a position
-    gets a zero one: the same function.
+    say otherwise. Layer scale is multiplied into the maps before it, positions of register tokens are added
+    to them, and a class token without a position gets a zero one: the same function. A mask token, which no
+    classifier uses, is left out, and so is a head on the class token and the patches' mean together
+    (DINOv2's).
 
     Args:
         state: a state dict in one of `NAMINGS`, all tensors of a floating point dtype.
@@ -166,19 +191,17 @@ def to_flashkat(
     state = strip_prefix(state)
     title = detect_naming(state)
     table = NAMINGS[title]
-    for pattern, feature in UNSUPPORTED.items():
-        if names := [name for name in state if re.search(pattern, name)]:
-            raise ValueError(f"it has {feature}, which a FlashKAT has not: {_listing(names)}")
-    if title == "timm ViT":
-        _fold_layer_scale(state)
+    _refuse_relatives(state)
+    for name in ("embeddings.mask_token", *(HEAD_NAMES if has_double_head(state) else ())):
+        state.pop(name, None)
+    if title == "timm ViT" or "DINOv2" in title:
+        _fold_layer_scale(state, table)
     elif has_layer_scale(state):
         raise ValueError(
             "it has layer scale (ls1.gamma, ls2.gamma), which is taken over from a plain ViT only"
         )
     config = _make_config(_read_sizes(state, title), title, settings or {}, hints or {})
-    positions = source_names("flashkat.embeddings.position_embeddings", table)[0]
-    if state[positions].shape[1] == (pair(config.image_size)[0] // pair(config.patch_size)[0]) ** 2:
-        state[positions] = torch.cat((torch.zeros_like(state[positions][:, :1]), state[positions]), dim=1)
+    _place_positions(state, config, table)
     return config, _rename(state, config, table)
 
 
@@ -242,6 +265,19 @@ def has_layer_scale(state: Mapping[str, Tensor]) -> bool:
     return any(re.search(LAYER_SCALE, name) for name in state)
 
 
+def is_folded(state: Mapping[str, Tensor]) -> bool:
+    """Tell whether `to_flashkat` changes numbers of a ViT's state: layer scale, or positions of registers."""
+    positions = next((tensor for name, tensor in state.items() if name.endswith("pos_embed")), None)
+    tokens = 0 if positions is None else positions.shape[1]
+    return has_layer_scale(state) or math.isqrt(tokens) ** 2 not in (tokens, tokens - 1)
+
+
+def has_double_head(state: Mapping[str, Tensor]) -> bool:
+    """Tell whether a state dict less its prefix has a head on two vectors, as DINOv2's classifiers do."""
+    head, token = state.get("classifier.weight"), state.get("embeddings.cls_token")
+    return head is not None and token is not None and head.shape[-1] == 2 * token.shape[-1]
+
+
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse what is no field of the config, or has an argument of its own.
 
@@ -253,14 +289,27 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"{unknown[0]} is no field of the config that can be set; known are {known}")
 
 
-def _fold_layer_scale(state: State) -> None:
+def _place_positions(state: State, config: FlashKATConfig, table: Mapping[str, str]) -> None:
+    """Give the class token a position, zero where it has none, and add those of register tokens to them."""
+    name = source_names("flashkat.embeddings.position_embeddings", table)[0]
+    positions, grid = state[name], pair(config.image_size)[0] // pair(config.patch_size)[0]
+    prefix, patches = positions.tensor_split([positions.shape[1] - grid**2], dim=1)
+    if prefix.shape[1] > 1:
+        registers = source_names("flashkat.embeddings.register_tokens", table)[0]
+        state[registers] = state[registers] + prefix[:, 1:]
+    own = prefix[:, :1] if prefix.shape[1] else torch.zeros_like(patches[:, :1])
+    state[name] = torch.cat((own, patches), dim=1)
+
+
+def _fold_layer_scale(state: State, table: Mapping[str, str]) -> None:
     """Multiply each gamma into the linear map whose output it scales; half precision becomes float32."""
     for match in [match for name in state if (match := re.fullmatch(LAYER_SCALE, name))]:
-        name, block, index = match.group(0, 1, 2)
+        name, layer, index = match.group(0, 1, 2)
         gamma = state.pop(name)
         gamma = gamma.to(torch.promote_types(gamma.dtype, torch.float32))
         for part in ("weight", "bias"):
-            target = f"{block}.{'attn.proj' if index == '1' else 'mlp.fc2'}.{part}"
+            ours = "attention.proj" if index == "1" else "mlp.fc2"
+            target = source_names(f"flashkat.layers.{layer}.{ours}.{part}", table)[0]
             if target not in state:
                 continue
             if (shape := state[target].shape)[:1] != gamma.shape:
@@ -285,11 +334,16 @@ def _read_sizes(state: Mapping[str, Tensor], title: str) -> dict[str, Any]:
     hidden_size, num_channels, patch_size, patch_width = patches
     _, tokens, _ = shape("flashkat.embeddings.position_embeddings", 3)
     if patch_size != patch_width:
-        raise ValueError(f"patches are {patch_size}x{patch_width} pixels; a FlashKAT's are square")
-    grid = math.isqrt(tokens)
-    if tokens not in (grid**2, grid**2 + 1):
+        raise ValueError(f"patches are {patch_size}x{patch_width} pixels; only square ones are converted")
+    registers = source_names("flashkat.embeddings.register_tokens", table)
+    num_registers = shape("flashkat.embeddings.register_tokens", 3)[1] if set(registers) & state.keys() else 0
+    prefixes = [0, 1, 1 + num_registers] if num_registers else [0, 1]
+    grids = [math.isqrt(max(tokens - prefix, 0)) for prefix in prefixes]
+    squares = [grid for grid, prefix in zip(grids, prefixes, strict=True) if grid**2 + prefix == tokens]
+    if not squares:
         expected = "square of patches, with or without one for the class token"
         raise ValueError(f"{tokens} positions are no {expected}")
+    grid = squares[0]
     stem = re.escape(source_names("flashkat.layers.0.mlp.fc1.weight", table)[0]).replace("0", r"(\d+)", 1)
     layers = [int(match[1]) for name in state if (match := re.fullmatch(stem, name))]
     head = source_names("classifier.weight", table)[0]
@@ -300,6 +354,7 @@ def _read_sizes(state: Mapping[str, Tensor], title: str) -> dict[str, Any]:
         "image_size": grid * patch_size,
         "patch_size": patch_size,
         "num_channels": num_channels,
+        "num_register_tokens": num_registers,
         "qkv_bias": source_names("flashkat.layers.0.attention.qkv.bias", table)[0] in state,
         "num_labels": len(state[head]) if head in state else 0,
         "pooling": "mean" if "fc_norm.weight" in state and "norm.weight" not in state else "cls",
@@ -324,7 +379,7 @@ def _make_config(sizes: dict[str, Any], title: str, settings: Mapping, hints: Ma
                 raise ValueError(f"{origin} {name}={stated[name]}, but the weights {name}={sizes[name]}")
     values: dict[str, Any] = {
         "act2_init": "swish" if title in ("KAT", "FlashKAT") else "gelu",
-        "layer_norm_eps": 1e-12 if title.startswith("transformers") else 1e-6,
+        "layer_norm_eps": 1e-12 if title.endswith("ViT") and title != "timm ViT" else 1e-6,
         **hints,
         **settings,
         **sizes,

@@ -182,7 +182,6 @@ def test_refused_states(state, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"reg_tokens": 4}, "register tokens"),
         ({"qk_norm": True}, "normalised queries"),
         ({"pre_norm": True}, "a norm before the first block"),
         ({"global_pool": "map"}, "attention pooling"),
