@@ -307,7 +307,7 @@ def test_transformers_folder(tmp_path):
     for change, message in (
         ({"hidden_act": "relu"}, "its activation is relu"),
         ({"hidden_act": "quick_gelu"}, "its activation is quick_gelu"),
-        ({"model_type": "swin"}, "it is a dinov2 model"),
+        ({"model_type": "swin"}, "it is a swin model; vit, deit, dinov2"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(content | change))
         with pytest.raises(ValueError, match=message):

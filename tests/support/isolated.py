@@ -32,9 +32,13 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import (  # noqa: E402
+    AutoBackbone,
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
     pipeline,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # noqa: E402
@@ -69,6 +73,31 @@ def fine_tune(model) -> list[float]:
     return losses
 
 
+def check_dense(folder: str, base) -> None:
+    """The code that a checkpoint brings has the backbone and the model for hidden patches, too."""
+    config = AutoConfig.from_pretrained(folder, out_indices=[1, 2], **TRUST)
+    backbone = AutoBackbone.from_config(config, **TRUST)
+    assert type(backbone).__name__ == "FlashKATBackbone"
+    assert "flashkat_hf" not in type(backbone).__module__
+    backbone = type(backbone).from_pretrained(folder, config=config)
+    images = BATCH["pixel_values"]
+    features = backbone(images).feature_maps[-1].flatten(2).mT
+    torch.testing.assert_close(features, base(images).last_hidden_state[:, 1:], atol=1e-5, rtol=0)
+    masked = AutoModelForMaskedImageModeling.from_pretrained(folder, **TRUST)
+    mask = torch.zeros(len(images), features.shape[1], dtype=torch.bool)
+    mask[:, :5] = True
+    assert masked(images, bool_masked_pos=mask).loss.isfinite()
+    model = UperNetForSemanticSegmentation(  # the class is registered by now
+        UperNetConfig(
+            backbone_config=config,
+            hidden_size=8,
+            auxiliary_in_channels=64,
+            num_labels=2,
+        )
+    )
+    assert type(model.backbone) is type(backbone)
+
+
 def without_triton(folder: str, hub: str, out: str) -> None:
     """Without package and triton, loading needs trust; then come logits, training, and saves of saves."""
     assert not any(importlib.util.find_spec(name) for name in TEST["hidden"])
@@ -88,6 +117,8 @@ def without_triton(folder: str, hub: str, out: str) -> None:
     base = AutoModel.from_pretrained(folder, **TRUST)
     pooled = base(BATCH["pixel_values"]).pooler_output
     torch.testing.assert_close(model.classifier(pooled), BATCH["logits"], atol=1e-5, rtol=0)
+
+    check_dense(folder, base)
 
     image = Image.linear_gradient("L").rotate(45)
     processor = AutoImageProcessor.from_pretrained(folder)  # no trust needed
