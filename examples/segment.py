@@ -27,6 +27,7 @@ from pathlib import Path
 import matplotlib
 import numpy
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, UnidentifiedImageError
 from transformers import (
     Dinov2Config,
@@ -40,6 +41,7 @@ from transformers import (
 
 from flashkat_hf import FlashKATBackbone, FlashKATConfig
 from flashkat_hf.data.samples import IMAGE_SUFFIXES
+from flashkat_hf.messages import one_line
 
 IGNORED = 255  # pixels of a mask that belong to nothing
 MEAN, STD = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -199,9 +201,9 @@ def build(settings: Settings, kind: str, names: list[str]) -> UperNetForSemantic
             base = FlashKATConfig.from_pretrained(settings.model)
         else:
             base = FlashKATConfig.from_size("micro", image_size=settings.image_size)
-    except (OSError, ValueError) as error:
-        flag, text = "--model" if settings.model else "--image_size", str(error).strip().splitlines()
-        raise SystemExit(f"{flag}: {text[-1].strip()}") from error
+    except (OSError, ValueError, StrictDataclassError) as error:
+        flag, text = "--model" if settings.model else "--image_size", one_line(error.__cause__ or error)
+        raise SystemExit(f"{flag}: {text}") from error
     patch = base.patch_size
     if not isinstance(patch, int) or settings.image_size % patch:
         raise SystemExit(f"--image_size: {settings.image_size} must be a multiple of the patches' {patch}")
