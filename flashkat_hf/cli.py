@@ -55,6 +55,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         commands.add_parser(name, help=text, add_help=False, allow_abbrev=False)
     _add_classify(commands)
     _add_convert(commands)
+    _add_export(commands)
     _add_info(commands)
     _add_push(commands)
     _add_publish(commands)
@@ -182,6 +183,32 @@ def _convert(options: argparse.Namespace) -> str:
         **{name: getattr(options, name) for name in same},
     )
     return f"{report}\n{output} written"
+
+
+def _add_export(commands) -> None:
+    text = "write a FlashKAT for another runtime, run it there, and prove that both compute the same"
+    parser = commands.add_parser("export", help=text, description=text)
+    parser.add_argument("model", help="folder or Hub id of a FlashKAT")
+    formats = "onnx, openvino, pt2 (torch.export) or aoti (compiled for this machine)"
+    parser.add_argument("--format", default="onnx", help=f"{formats}; default: onnx")
+    parser.add_argument("--precision", default="fp32", help="fp32, fp16 or int8; default: fp32")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to make")
+    text = "folder of images, or digits, to compare on and to calibrate int8 on; default: noise to compare on"
+    parser.add_argument("--images", metavar="FOLDER", help=text)
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images in a call; default: 1")
+    parser.add_argument("--dynamic-batch", action="store_true", help="any number of images in a call")
+    parser.add_argument("--opset", type=int, default=18, metavar="N", help="of ONNX; default: 18")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    parser.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> str:
+    check_model_path(options.model)
+    _quieten()
+    from .deployment import export_model
+
+    names = "format", "precision", "images", "batch_size", "dynamic_batch", "opset", "overwrite"
+    return export_model(options.model, options.output, **{name: getattr(options, name) for name in names})
 
 
 def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ MAY_IMPORT = {  # which other folders a folder may import
     "checkpoints": {"model"},
     "foreign": {"model"},
     "conversion": {"checkpoints", "model", "data"},
+    "deployment": {"conversion", "checkpoints", "model", "data"},
     "hub": {"conversion", "checkpoints", "model"},
     "training": {"hub", "conversion", "checkpoints", "model", "data"},
 }
