@@ -32,7 +32,7 @@ IMAGES = 8
 
 
 def write_source(folder: Path, size: str) -> None:
-    """Write a FlashKAT with coefficients that have moved, so that nothing can be left out, and some images."""
+    """Write a FlashKAT whose coefficients have moved, so that none can be left out, and some images."""
     torch.manual_seed(0)
     model = FlashKATForImageClassification(FlashKATConfig.from_size(size, num_labels=1000)).eval()
     with torch.no_grad():

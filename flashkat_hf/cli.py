@@ -23,6 +23,10 @@ TRAINING = {  # commands whose own parsers know the settings of a run
     "pretrain": "train a FlashKAT from scratch by the paper's recipe",
     "evaluate": "top-1 and top-5 accuracy of a FlashKAT or a ViT",
 }
+INFERENCE = {  # likewise, in another folder
+    "predict": "write the most probable labels of any number of pictures to a Parquet file",
+    "embed": "write a FlashKAT's features of any number of pictures to a Parquet file",
+}
 TRANSFORMS = ("imagenet", "augreg")  # of `conversion.source`, which needs PyTorch
 
 
@@ -51,7 +55,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"flashkat_hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in TRAINING.items():
+    for name, text in {**TRAINING, **INFERENCE}.items():
         commands.add_parser(name, help=text, add_help=False, allow_abbrev=False)
     _add_classify(commands)
     _add_convert(commands)
@@ -61,7 +65,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     _add_publish(commands)
     add_commands(commands, _opener)
     options, unknown = parser.parse_known_args(arguments)
-    trains = options.command in TRAINING
+    trains = options.command in TRAINING or options.command in INFERENCE
     if unknown and not trains:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if not sys.stderr.isatty():
@@ -69,9 +73,11 @@ def _run(arguments: Sequence[str] | None) -> int:
     name, sends = f"flashkat {options.command}", options.command in ("push", "publish")
     try:
         if trains:
-            from .training import commands as training
-
-            text = getattr(training, options.command)(unknown)
+            if options.command in TRAINING:
+                from .training import commands as own
+            else:
+                from .inference import commands as own
+            text = getattr(own, options.command)(unknown)
         else:
             text = options.run(options)
         if text:

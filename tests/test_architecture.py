@@ -32,6 +32,7 @@ MAY_IMPORT = {  # which other folders a folder may import
     "deployment": {"conversion", "checkpoints", "model", "data"},
     "hub": {"conversion", "checkpoints", "model"},
     "training": {"hub", "conversion", "checkpoints", "model", "data"},
+    "inference": {"training", "conversion", "checkpoints", "model", "data"},
 }
 PLACES = {"", "data/gpu", *MAY_IMPORT}
 ORDER = (  # of model/: a file imports what stands before it; a new file needs a place here

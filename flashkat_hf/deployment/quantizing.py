@@ -27,7 +27,9 @@ class Chain(NamedTuple):
     nodes: list[Any]
 
 
-def quantize(source: Path, target: Path, model: nn.Module, batches: Sequence[Tensor]) -> None:
+def quantize(
+    source: Path, target: Path, model: nn.Module, batches: Sequence[Tensor], tables: bool = True
+) -> None:
     """Write the int8 form of an exported model.
 
     Args:
@@ -35,6 +37,7 @@ def quantize(source: Path, target: Path, model: nn.Module, batches: Sequence[Ten
         target: the file to make.
         model: the folded model that was exported, for its rationals and the range of what they meet.
         batches: pixel values to calibrate with.
+        tables: make tables of the rationals; otherwise they stay chains in float32.
     """
     onnx, quantization = extra("onnx", "onnx"), extra("onnxruntime.quantization", "onnx")
     graph = onnx.load(source).graph
@@ -62,6 +65,8 @@ def quantize(source: Path, target: Path, model: nn.Module, batches: Sequence[Ten
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
     )
+    if not tables:
+        return
     quantized = onnx.load(target)
     ranges = input_ranges(model, rationals, batches)
     for name, chain in chains.items():

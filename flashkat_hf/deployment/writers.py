@@ -56,7 +56,7 @@ class Format(NamedTuple):
     program: str
 
 
-def write_onnx(job: Job, folder: Path) -> None:
+def write_onnx(job: Job, folder: Path, tables: bool = True) -> None:
     shapes = ({0: torch.export.Dim("batch")},) if job.dynamic else None
     path, eight = folder / "model.onnx", job.precision == "int8"
     with quiet():
@@ -73,7 +73,7 @@ def write_onnx(job: Job, folder: Path) -> None:
             external_data=False,
         )
         if eight:
-            quantize(folder / "float.onnx", path, job.model, job.batches)
+            quantize(folder / "float.onnx", path, job.model, job.batches, tables)
             (folder / "float.onnx").unlink()
     strip(path)
 
@@ -99,7 +99,8 @@ def load_onnx(folder: Path) -> Runner:
 
 def write_openvino(job: Job, folder: Path) -> None:
     openvino = extra("openvino", "openvino")
-    write_onnx(job._replace(precision="int8" if job.precision == "int8" else "fp32"), folder)
+    # OpenVINO makes one kernel of a chain of operations, which is faster than a look-up
+    write_onnx(job._replace(precision="int8" if job.precision == "int8" else "fp32"), folder, tables=False)
     model = openvino.convert_model(folder / "model.onnx")
     openvino.save_model(model, folder / "model.xml", compress_to_fp16=job.precision == "fp16")
     (folder / "model.onnx").unlink()

@@ -1,0 +1,1 @@
+"""A model asked about any number of pictures: labels or features of each, in a Parquet file."""
