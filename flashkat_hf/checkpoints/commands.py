@@ -16,8 +16,8 @@ from ..files import replacing, to_json, write_text
 from ..messages import one_line
 from .explain import explain as draw_explanation
 from .functions import model_functions
-from .functions_drawing import save_functions
 from .functions_formats import properties, write_functions
+from .functions_page import save_functions
 from .functions_simplify import Simplification, simplify
 from .loading import load_checkpoint
 

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy
 import torch
-from numpy.polynomial import Polynomial
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..messages import extra
 from ..model.coefficients import SIMPLE_FUNCTIONS, WITH_AFFINE_MAPS, start_table
-from ..model.layers import GroupRational, SimplifiedActivation, affine_function, as_rational
-from ..model.reference import rational_gradients, rational_value
+from ..model.layers import GroupRational, SimplifiedActivation, as_rational
+from .functions_forms import Affine, Asymptote, Quotient
 from .functions_inputs import Inputs, measure_inputs
 
 if TYPE_CHECKING:
@@ -41,22 +40,6 @@ KNOWN: dict[str, Callable[[Tensor], Tensor]] = {  # which a learned function is 
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }
-ENDS = {  # f(u) ~ slope * u + intercept for u to minus and to plus infinity
-    "relu": ((0.0, 0.0), (1.0, 0.0)),
-    "gelu": ((0.0, 0.0), (1.0, 0.0)),
-    "silu": ((0.0, 0.0), (1.0, 0.0)),
-    "tanh": ((0.0, -1.0), (0.0, 1.0)),
-    "sigmoid": ((0.0, 0.0), (0.0, 1.0)),
-}
-MINIMUM = {"gelu": -0.7517915246935645, "silu": -1.2784645427610738}  # where f'(u) = 0; the others have none
-STEEPEST = {"gelu": 2**0.5, "silu": 2.3993572805154674, "tanh": 0.0, "sigmoid": 0.0}  # |f'| largest at +- u
-
-
-class Asymptote(NamedTuple):
-    """The straight line `slope * x + intercept`."""
-
-    slope: float
-    intercept: float
 
 
 class Place(NamedTuple):
@@ -114,30 +97,18 @@ class LearnedFunction:
         numerator, denominator = as_rational(self.name, torch.tensor(self.coefficients, dtype=torch.float64))
         return tuple(numerator.tolist()), tuple(denominator.abs().tolist())
 
+    @cached_property
+    def form(self) -> Quotient | Affine:
+        """Return the formula, which knows its zeros and its other properties."""
+        return Affine(self.name, self.coefficients) if self.rows is None else Quotient(*self.rows)
+
     def __call__(self, x: Any) -> Any:
         """Compute the function of a float, an array or a tensor in float64; the result is of its kind."""
-        return in_kind(self._value, x)
+        return in_kind(self.form.value, x)
 
     def slope(self, x: Any) -> Any:
         """Compute the derivative; arguments and result as for a call."""
-        return in_kind(self._slope, x)
-
-    def _value(self, x: Tensor) -> Tensor:
-        if self.rows is None:
-            return affine_function(self.name, x, torch.tensor(self.coefficients, dtype=torch.float64))
-        return rational_value(x[:, None], *self._tables()).squeeze(1)
-
-    def _slope(self, x: Tensor) -> Tensor:
-        if self.rows is None:
-            with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                return torch.autograd.grad(self._value(x).sum(), x)[0]
-        return rational_gradients(torch.ones_like(x)[:, None], x[:, None], *self._tables())[0].squeeze(1)
-
-    def _tables(self) -> tuple[Tensor, Tensor]:
-        assert self.rows is not None
-        numerator, denominator = (torch.tensor([row], dtype=torch.float64) for row in self.rows)
-        return numerator, denominator
+        return in_kind(self.form.slope, x)
 
     @property
     def start(self) -> "LearnedFunction":
@@ -154,37 +125,17 @@ class LearnedFunction:
     @cached_property
     def asymptotes(self) -> tuple[Asymptote | None, Asymptote | None]:
         """Return the lines that it approaches to the left and the right; None where it grows faster."""
-        if self.rows is not None:
-            left, right = (_line(numerator, denominator) for numerator, denominator in self._sides())
-            return left, right
-        p, q, r, s, *leak = self.coefficients
-        ends = ENDS.get(self.name) or ((leak[0], 0.0), (1.0, 0.0))
-        if p == 0:
-            return Asymptote(0.0, self(0.0)), Asymptote(0.0, self(0.0))
-        lines = [Asymptote(r * slope * p, r * (slope * q + intercept) + s) for slope, intercept in ends]
-        return (lines[0], lines[1]) if p > 0 else (lines[1], lines[0])
+        return self.form.asymptotes()
 
     @cached_property
     def zeros(self) -> tuple[float, ...]:
         """Return where the function is 0, on the whole line; empty for the zero function itself."""
-        if self.rows is None:
-            return tuple(sorted(self._crossings()))
-        numerator = Polynomial(self.rows[0]).trim()
-        return tuple(sorted({_polished(numerator, x) for x in _real_roots(numerator)}))
+        return self.form.zeros()
 
     @cached_property
     def extrema(self) -> tuple[Place, ...]:
         """Return the minima and maxima on the whole line; a kink at 0, which |x| can make, counts."""
-        if self.rows is None:
-            p, q, *_ = self.coefficients
-            kink = self.name == "leaky_relu" and self.coefficients[4] < 0
-            at = 0.0 if kink else MINIMUM.get(self.name)
-            candidates = [(at - q) / p] if at is not None and p else []
-        else:
-            left, right = self._sides()
-            candidates = [x for x in _real_roots(_slope_numerator(*left)) if x < 0]
-            candidates += [x for x in _real_roots(_slope_numerator(*right)) if x > 0] + [0.0]
-        places = sorted(set(candidates))
+        places = sorted(set(self.form.turns()))
         return tuple(
             Place("minimum" if before < 0 else "maximum", x, self(x))
             for x, before, after in self._signs_beside(places)
@@ -209,16 +160,7 @@ class LearnedFunction:
     def lipschitz(self) -> float:
         """Return the largest |slope| in the measured range, exact up to rounding."""
         low, high = self.range
-        if self.rows is None:
-            p, q, *_ = self.coefficients
-            at = STEEPEST.get(self.name)
-            candidates = [(u - q) / p for u in (at, -at)] if at is not None and p else []
-        else:
-            candidates = [-1e-300, 0.0]  # the slope may differ on both sides of 0
-            for side in self._sides():
-                first, (_, denominator) = _slope_numerator(*side), side
-                candidates += _real_roots(first.deriv() * denominator - 2 * first * denominator.deriv())
-        places = numpy.array([low, high, *(x for x in candidates if low <= x <= high)])
+        places = numpy.array([low, high, *(x for x in self.form.steepest() if low <= x <= high)])
         return float(numpy.abs(self.slope(places)).max())
 
     @cached_property
@@ -261,30 +203,6 @@ class LearnedFunction:
             count += bool(changed)
         return count
 
-    def _sides(self) -> list[tuple[Polynomial, Polynomial]]:
-        """Return numerator and denominator as polynomials in x, for x <= 0 and for x >= 0."""
-        assert self.rows is not None
-        numerator = Polynomial(self.rows[0]).trim()
-        denominators = [[1.0, *(b * sign**k for k, b in enumerate(self.rows[1], 1))] for sign in (-1, 1)]
-        return [(numerator, Polynomial(denominator).trim()) for denominator in denominators]
-
-    def _crossings(self) -> Iterable[float]:
-        """Yield the zeros of `r * f(p * x + q) + s`, by bisection on the pieces where f rises or falls."""
-        p, q, r, s, *_ = self.coefficients
-        if p == 0 or r == 0:
-            return
-        turn = MINIMUM.get(self.name, 0.0)
-        far = 64.0 + abs(s / r) * (1 / abs(self.coefficients[4] or 1) if self.name == "leaky_relu" else 1)
-        for low, high in ((-far, turn), (turn, far)):
-            ends = self((low - q) / p), self((high - q) / p)
-            if ends[0] * ends[1] < 0:
-                for _ in range(200):
-                    middle = (low + high) / 2
-                    low, high = (middle, high) if self((middle - q) / p) * ends[0] > 0 else (low, middle)
-                yield ((low + high) / 2 - q) / p
-        if self((turn - q) / p) == 0 and self.name != "relu":
-            yield (turn - q) / p
-
     def sympy(self):
         """Return the formula as an expression of sympy in a real `x`, numbers with 17 digits.
 
@@ -292,24 +210,7 @@ class LearnedFunction:
             ValueError: sympy is not installed; the message names the extra.
         """
         sympy = needs("sympy")
-        x = sympy.Symbol("x", real=True)
-        number = lambda value: sympy.Float(repr(value), 17)  # noqa: E731
-        if self.rows is not None:
-            numerator, denominator = self.rows
-            above = sum((number(a) * x**k for k, a in enumerate(numerator) if a), sympy.S.Zero)
-            below = sum((number(b) * abs(x) ** k for k, b in enumerate(denominator, 1) if b), sympy.S.One)
-            return above / below
-        p, q, r, s, *leak = (number(value) for value in self.coefficients)
-        u = p * x + q
-        known = {
-            "relu": lambda: sympy.Max(0, u),
-            "leaky_relu": lambda: sympy.Piecewise((leak[0] * u, u < 0), (u, True)),
-            "gelu": lambda: u * (1 + sympy.erf(u / sympy.sqrt(2))) / 2,
-            "silu": lambda: u / (1 + sympy.exp(-u)),
-            "tanh": lambda: sympy.tanh(u),
-            "sigmoid": lambda: 1 / (1 + sympy.exp(-u)),
-        }
-        return r * known[self.name]() + s
+        return self.form.sympy(sympy, sympy.Symbol("x", real=True))
 
     def plot(self, ax: "Axes", what: What = "value", **style: Any) -> None:
         """Draw the function, or its slope, over its range into axes; `style` is that of `Axes.plot`."""
@@ -406,37 +307,6 @@ def in_kind(function: Callable[[Tensor], Tensor], x: Any) -> Any:
     if isinstance(x, Tensor):
         return result.to(x.device)
     return result.numpy() if isinstance(x, numpy.ndarray) else result.item()
-
-
-def _real_roots(polynomial: Polynomial) -> list[float]:
-    """Return the real roots; a pair that rounding has moved off the line counts once."""
-    trimmed = polynomial.trim()
-    if trimmed.degree() < 1:
-        return []
-    roots = trimmed.roots()
-    return sorted({float(root.real) for root in roots if abs(root.imag) <= 1e-7 * (1 + abs(root))})
-
-
-def _polished(polynomial: Polynomial, x: float) -> float:
-    """Return a root after two of Newton's steps, where they help."""
-    for _ in range(2):
-        slope = polynomial.deriv()(x)
-        new = x - polynomial(x) / slope if slope else x
-        x = float(new) if abs(polynomial(new)) < abs(polynomial(x)) else x
-    return x
-
-
-def _slope_numerator(numerator: Polynomial, denominator: Polynomial) -> Polynomial:
-    """Return P'Q - PQ', which has the sign of the slope of P / Q."""
-    return numerator.deriv() * denominator - numerator * denominator.deriv()
-
-
-def _line(numerator: Polynomial, denominator: Polynomial) -> Asymptote | None:
-    """Return the line that P / Q approaches far out, or None if it grows faster."""
-    if numerator.degree() > denominator.degree() + 1:
-        return None
-    quotient = (numerator // denominator).coef
-    return Asymptote(float(quotient[1]) if len(quotient) > 1 else 0.0, float(quotient[0]))
 
 
 __all__ = ["SIMPLE_FUNCTIONS", "Asymptote", "LearnedFunction", "Place", "model_functions"]

@@ -5,10 +5,10 @@ Each candidate of `SIMPLE_FUNCTIONS` is fitted to a group's function g by least 
     minimise  sum over bins x of w(x) (f(x) - g(x))^2        w(x): part of the group's inputs in the bin
 
 and the simplest whose root mean square error is at most `tolerance` times the standard deviation of g's
-output takes its place: the one with the fewest coefficients, and among equals the one that fits best. f has
-an affine map of its input and its output, r * f(p * x + q) + s; polynomials and lower-degree rationals have
-their own coefficients. For given p and q the best r and s are those of a linear fit, so the search is over
-two numbers: a grid, then scipy's `least_squares`.
+output takes its place: a function that has a name before a polynomial, a polynomial before a rational of
+lower degree (`_tiers`). A named f has an affine map of its input and its output, r * f(p * x + q) + s;
+polynomials and rationals have their own coefficients. For given p and q the best r and s are
+those of a linear fit, so the search is over two numbers: a grid, then scipy's `least_squares`.
 
 The function is only as good as the inputs were: where none was met, f may be anything.
 """
@@ -168,10 +168,16 @@ def _choose(function: LearnedFunction, tolerance: float) -> Choice:
 
 @functools.cache
 def _tiers() -> list[list[str]]:
-    """Return the candidates, those with the fewest coefficients first; the two without any one by one."""
-    counts = sorted({len(start) for start in SIMPLE_FUNCTIONS.values()} - {0})
-    tiers = [[name for name, start in SIMPLE_FUNCTIONS.items() if len(start) == count] for count in counts]
-    return [["zero"], ["identity"], *tiers]
+    """Return the candidates, the simplest first: known functions by name, then formulas by their length.
+
+    Of a tier the one that fits best is taken: of the smooth known functions, and of rationals with as many
+    coefficients.
+    """
+    smooth = ["gelu", "silu", "tanh", "sigmoid"]
+    before = ["zero", "identity", "linear", "relu", "leaky_relu"]
+    rationals = [name for name in SIMPLE_FUNCTIONS if name.startswith("rational_")]
+    by_length = [list(names) for _, names in groupby(rationals, lambda name: len(SIMPLE_FUNCTIONS[name]))]
+    return [*([name] for name in before), smooth, ["polynomial_2"], ["polynomial_3"], *by_length]
 
 
 def _points(function: LearnedFunction) -> tuple[numpy.ndarray, numpy.ndarray]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..checkpoints.functions_inputs import NUM_BINS, bin_centers, histogram
 from ..data.augmentation import evaluation_transform
 from ..data.digits import load_digits
 from ..data.samples import IMAGE_SUFFIXES, Encoded, open_image
@@ -30,7 +31,7 @@ from ..model.layers import GroupRational
 from ..model.reference import rational_value
 
 GUARD, REACH = 1e-3, 10.0
-NUM_BINS, LARGEST = 4096, 1e5  # bins of equal width in asinh(x): 0.006 wide at 0, 0.6% of |x| far out
+FINE = 1.0  # bins of equal width in asinh(x): 0.006 wide at 0, 0.6% of |x| far out
 FAR = 0.1  # from GELU on [-3, 3]: no table that stands for it is; swish is 0.19 away
 STEPS = 200
 NUM_IMAGES = 256  # of a folder, evenly spread over its sorted names
@@ -74,7 +75,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], approximate: str = "n
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate must be 'none' or 'tanh', not {approximate!r}")
     counts = _count(model, activations, batches, approximate)
-    x = _bin_centers()
+    x = bin_centers(FINE)
     target = functional.gelu(x, approximate=approximate)
     fits, tables = [], []
     for name, act in activations.items():
@@ -123,7 +124,7 @@ def _count(
 
     def hook(name: str):
         def count_and_replace(act, inputs, output):
-            counts[name] += _histogram(inputs[0], len(act.denominator), name)
+            counts[name] += histogram(inputs[0], len(act.denominator), name, FINE)
             return functional.gelu(inputs[0], approximate=approximate)
 
         return count_and_replace
@@ -155,23 +156,6 @@ def _count(
         message = "was not called as a module: calibrate before compiling or replacing parts"
         raise ValueError(f"{unseen[0]} {message}")
     return {name: count.double().cpu() for name, count in counts.items()}
-
-
-def _histogram(x: Tensor, num_groups: int, name: str) -> Tensor:
-    """Count `x` `(..., channels)` in bins `(num_groups, NUM_BINS)`, int64, so that order does not matter."""
-    if not x.isfinite().all():
-        raise ValueError(f"{name} has activations that are not finite")
-    end = torch.tensor(LARGEST).asinh().item()
-    position = x.float().clamp(-LARGEST, LARGEST).asinh() + end
-    bins = (position * (NUM_BINS / (2 * end))).int().clamp_(0, NUM_BINS - 1)
-    bins = bins.reshape(-1, num_groups, x.shape[-1] // num_groups)
-    bins += torch.arange(num_groups, device=x.device, dtype=torch.int32)[:, None] * NUM_BINS
-    return bins.flatten().bincount(minlength=num_groups * NUM_BINS).view(num_groups, NUM_BINS)
-
-
-def _bin_centers() -> Tensor:
-    end = torch.tensor(LARGEST, dtype=torch.float64).asinh().item()
-    return (((torch.arange(NUM_BINS, dtype=torch.float64) + 0.5) / NUM_BINS * 2 - 1) * end).sinh()
 
 
 def _uniform(x: Tensor) -> Tensor:

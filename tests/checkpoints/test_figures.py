@@ -13,7 +13,8 @@ from torch import nn
 from flashkat_hf import FlashKATForImageClassification, GroupRational
 from flashkat_hf.checkpoints.figures import plot_functions
 from flashkat_hf.checkpoints.functions import model_functions
-from flashkat_hf.checkpoints.functions_drawing import COLORS, save_functions
+from flashkat_hf.checkpoints.functions_drawing import COLORS
+from flashkat_hf.checkpoints.functions_page import save_functions
 from flashkat_hf.model.reference import rational_gradients, rational_value
 
 

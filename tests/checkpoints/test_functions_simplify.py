@@ -88,6 +88,18 @@ def test_start_tables_are_recognised(normal):
         assert choice.after.coefficients == pytest.approx((1, 0, 1, 0), abs=0.05)
 
 
+def test_a_name_goes_before_a_polynomial():
+    """Near 0 a parabola is as close as GELU with fewer coefficients, but GELU says what the function is."""
+    act, inputs = GroupRational(8, num_groups=1, init="gelu"), [0.4 * torch.randn(5000, 8)]
+    (choice,) = simplify(act, inputs, 0.04).choices
+    x = choice.before.inputs.x
+    parabola = numpy.polynomial.Polynomial(
+        fit("polynomial_2", x, choice.before.inputs.weight, choice.before(x))
+    )
+    assert choice.before.distance(parabola) < 0.04 * choice.before.spread
+    assert (choice.replaced, choice.after.name) == (True, "gelu")
+
+
 def test_error_is_the_weighted_one():
     """Only inputs below 1 are met, where this function is a line; far out it is not."""
     act = rationals(((0, 1, 0, 0, 0, 0.01), (0, 0, 0, 0.05)))

@@ -20,6 +20,7 @@ from flashkat_hf import (
     convert,
     make_image_processor,
 )
+from flashkat_hf.checkpoints.functions_inputs import bin_centers, histogram
 from flashkat_hf.cli import main
 from flashkat_hf.conversion import calibration, conversion
 from flashkat_hf.conversion.calibration import GUARD, NUM_IMAGES, REACH, find_images, image_batches
@@ -29,7 +30,7 @@ from flashkat_hf.model.coefficients import start_table
 from flashkat_hf.model.reference import rational_value
 
 HEADS = {"num_attention_heads": 2}
-X = calibration._bin_centers()
+X = bin_centers(calibration.FINE)
 NORMALS = [
     (0, 1),
     (-0.5, 0.3),
@@ -121,7 +122,7 @@ def test_bounded_where_nothing_was_seen(pair):
 
 def test_histogram_counts_each_value_in_its_group():
     x = torch.tensor([[-3.0, 0.5, 0.5, 1e9], [7.0, -1e9, 0.25, 40.0]])  # two groups of two channels
-    counts = calibration._histogram(x[None], 2, "act2")
+    counts = histogram(x[None], 2, "act2", calibration.FINE)
     assert counts.sum(1).tolist() == [4, 4]
     for group, values in enumerate(([-3.0, 0.5, 7.0, -1e5], [0.5, 0.25, 40.0, 1e5])):
         centers = X.repeat_interleave(counts[group]).tolist()
