@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy
 
@@ -50,6 +50,20 @@ SETTINGS = {  # columns of panels, inches of a panel, sizes of text and lines
 }
 
 
+class View(NamedTuple):
+    """What a panel shows, where it is not read off the functions: the same in all pictures of a film.
+
+    Attributes:
+        x: first and last input.
+        values: least and largest output.
+        spots: index along x of each group's digit, of as many points as a curve has.
+    """
+
+    x: tuple[float, float]
+    values: tuple[float, float]
+    spots: Sequence[int]
+
+
 def draw_functions(
     functions: Sequence[LearnedFunction],
     others: Sequence[LearnedFunction] | None = None,
@@ -59,8 +73,19 @@ def draw_functions(
     size: Size = "screen",
     names: tuple[str, str] = ("this model", "the other"),
     title: str = "",
+    views: Mapping[str, View] | None = None,
 ) -> Figure:
-    """Draw functions of `model_functions`, as `plot_functions` does; `names` are those of the two models.
+    """Draw functions of `model_functions`, as `plot_functions` does.
+
+    Args:
+        functions: of one model, at least one.
+        others: another model's, to compare.
+        what: the functions or their slopes.
+        theme: light or dark.
+        size: of a screen, or of a column of a paper.
+        names: of the two models.
+        title: above the picture.
+        views: what the panels show, by activation; default: what the functions' inputs take.
 
     Raises:
         ValueError: matplotlib is not installed, a choice is unknown, or `others` are other activations'.
@@ -90,7 +115,8 @@ def draw_functions(
             if index >= len(row):
                 panel.set_axis_off()
                 continue
-            _draw_panel(panel, row[index], other, what, theme, look)
+            view = (views or {}).get(row[index][0].module)
+            _draw_panel(panel, row[index], other, what, theme, look, view)
             _dress(panel, row[index], first=index == 0, theme=theme, look=look)
     handles = _legend(functions, bool(other), what, theme, look, names)
     figure.legend(
@@ -141,17 +167,19 @@ def _draw_panel(
     what: What,
     theme: Theme,
     look: Mapping[str, Any],
+    view: View | None,
 ) -> None:
     from matplotlib.patheffects import withStroke
 
-    low = min(function.range[0] for function in functions)
-    high = max(function.range[1] for function in functions)
+    ranges = [view.x] if view else [function.range for function in functions]
+    low, high = min(each[0] for each in ranges), max(each[1] for each in ranges)
     x = numpy.linspace(low, high, look["points"])
     _, page, line = INK[theme]
-    drawn = []
+    whole, drawn = [], []
     for function in functions:
         color = COLORS[theme][function.group % len(COLORS[theme])]
         y = _curve(function, what)(x)
+        whole.append(y)
         inside = (x >= function.range[0]) & (x <= function.range[1])
         drawn.append(numpy.where(inside, y, numpy.nan))
         panel.plot(x, y, color=color, linewidth=look["line"], alpha=0.3, zorder=3)
@@ -165,9 +193,10 @@ def _draw_panel(
                 zorder=3, label="_other",
             )  # fmt: skip
     values = numpy.stack(drawn)
-    least, most = float(numpy.nanmin(values)), float(numpy.nanmax(values))
+    least, most = view.values if view else (float(numpy.nanmin(values)), float(numpy.nanmax(values)))
     margin = 0.08 * (most - least) or 0.5
-    bottom = least - margin - 0.25 * (most - least + 2 * margin)
+    histograms = 0.25 * (most - least + 2 * margin) if any(f.inputs.counted for f in functions) else 0.0
+    bottom = least - margin - histograms
     panel.set_ylim(bottom, most + margin)  # the start may leave the panel
     panel.set_xlim(low, high)
     start = functions[0].start
@@ -185,17 +214,18 @@ def _draw_panel(
         zorder=5,
     )
     if len(functions) > 1:
-        for function, spot in zip(functions, _spots(values), strict=True):
+        spots = view.spots if view else label_spots(values)
+        for function, y, spot in zip(functions, whole, spots, strict=True):
             color = COLORS[theme][function.group % len(COLORS[theme])]
             panel.text(
-                x[spot], values[functions.index(function), spot], str(function.group), ha="center",
+                x[spot], y[spot], str(function.group), ha="center",
                 va="center", fontsize=0.85 * look["text"], color=color, zorder=6,
                 path_effects=[withStroke(linewidth=0.28 * look["text"], foreground=page)], clip_on=True,
             ).set_in_layout(False)  # fmt: skip
     _draw_histograms(panel, functions, low, high, 0.22 * (most + margin - bottom), bottom, theme)
 
 
-def _spots(curves: numpy.ndarray) -> list[int]:
+def label_spots(curves: numpy.ndarray) -> list[int]:
     """Return where along `curves` `(groups, points)` each has its digit: far from other curves and digits."""
     height = float(numpy.nanmax(curves) - numpy.nanmin(curves)) or 1.0
     width = curves.shape[1]
@@ -229,7 +259,7 @@ def _draw_histograms(
     counts = [
         numpy.histogram(function.inputs.x, edges, weights=function.inputs.weight)[0]
         for function in functions
-        if function.inputs.source != "assumed"
+        if function.inputs.counted
     ]
     top = max((count.max() for count in counts), default=0)
     if not top:

@@ -28,7 +28,7 @@ class Inputs:
     Attributes:
         x: centers of the bins that are not empty, ascending, float64.
         weight: part of the inputs in each; the sum is 1.
-        source: "images", "noise" or "assumed".
+        source: "images", "noise", "assumed", or "range": of those counted earlier, only their range.
     """
 
     x: numpy.ndarray
@@ -42,6 +42,11 @@ class Inputs:
         low, high = (float(self.x[min(below.searchsorted(part), len(below) - 1)]) for part in QUANTILES)
         margin = 0.5 if high - low < 1e-9 else 0.0
         return low - margin, high + margin
+
+    @property
+    def counted(self) -> bool:
+        """Return True if `weight` is what was counted."""
+        return self.source in ("images", "noise")
 
     def mean(self, values: numpy.ndarray) -> float:
         """Return the mean of values at `x`."""

@@ -8,8 +8,8 @@ from ..files import check_utf8
 from .recipe import Settings
 from .run_lock import NAME as LOCK
 
-FILES = ("settings.json", "metrics.jsonl", "summary.json", "curves.png", "functions.png")
-CONTENTS = frozenset({*FILES, "best", "last", "samples", "checkpoints", "logs"})
+FILES = ("settings.json", "metrics.jsonl", "summary.json", "curves.png", "functions.png", "functions.gif")
+CONTENTS = frozenset({*FILES, "functions.jsonl", "best", "last", "samples", "checkpoints", "logs"})
 SCHEDULER_LOG = re.compile(r"\.(out|err|log|[oe]\d+)$")  # slurm-12.out, job.o12, nohup.out
 
 

@@ -122,6 +122,7 @@ class Settings:
         FREE,
     )
     trackers: list[str] = setting([], f"accelerate's, beside metrics.jsonl: {', '.join(TRACKERS)}", FREE)  # noqa: RUF009
+    film: bool = setting(False, "leave functions.gif, a picture of the learned functions an epoch", FREE)
     checkpoint_steps: int | None = setting(None, "updates between checkpoints; default: by time", COUNT, FREE)
     checkpoint_minutes: float = setting(10.0, "minutes between checkpoints", POSITIVE, FREE)
     keep_checkpoints: int = setting(1, "older ones are removed when a new one is complete", COUNT, FREE)

@@ -56,6 +56,8 @@ def train(
     logging.disable_progress_bar()  # of writing small files
     if missing := [name for name in settings.trackers if importlib.util.find_spec(name) is None]:
         raise ValueError(f"--trackers: {missing[0]} is missing: pip install {missing[0]}")
+    if settings.film and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--film needs matplotlib: pip install 'flashkat_hf[train]'")
     accelerator = make_accelerator(settings)
     folder = RunFolder(settings.output)
     with folder.claimed(settings, accelerator):

@@ -11,13 +11,10 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from PIL.Image import Image
-from torch import nn
 
-from ..checkpoints.figures import plot_functions
 from ..checkpoints.weights import fingerprint
 from ..data.samples import Examples, ImageData, open_image
 from ..files import read_json, replacing, restore, to_json, write_text
-from ..model.layers import GroupRational
 from .curves import plot_curves
 from .output import check_contents, check_place
 from .recipe import FIELDS, FREE_NAMES, Settings
@@ -124,12 +121,10 @@ class RunFolder:
         for folder in (self.best, self.last):
             restore(folder)
 
-    def draw(self, model: nn.Module, rates: Sequence[tuple[int, float]]) -> None:
-        """Write curves.png and functions.png, where matplotlib is installed; `rates` as in `plot_curves`."""
+    def draw(self, rates: Sequence[tuple[int, float]]) -> None:
+        """Write curves.png, where matplotlib is installed; `rates` as in `plot_curves`."""
         if self.pictures:
             plot_curves(self.lines(), rates).savefig(self.path / "curves.png")
-            if any(isinstance(module, GroupRational) for module in model.modules()):
-                plot_functions(model).savefig(self.path / "functions.png")
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

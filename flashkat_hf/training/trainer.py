@@ -23,8 +23,9 @@ from ..files import to_json, write_text
 from ..messages import warn
 from .evaluation import Stopped, evaluate
 from .feed import Feed
-from .initial_model import merged, save_model
+from .initial_model import save_model
 from .optimization import Mixing, Schedule, seed_update
+from .pictures import Pictures
 from .plan import Plan
 from .prepared_model import PreparedModel
 from .processes import CODES, Agreement, StopSignals
@@ -62,6 +63,9 @@ class Trainer:
         self.schedule = Schedule(self.model.optimizer, self.settings, self.feed.updates_per_epoch, device)
         self.mixing = Mixing(self.settings, len(self.data.class_names))
         self.log = RunLog(self.accelerator, self.folder)
+        self.pictures = Pictures(
+            self.accelerator, self.folder, self.data, self.model.processor, self.settings.film
+        )
         self.meter = Meter(self.accelerator.device)
         num_steps = self.settings.epochs * self.feed.updates_per_epoch
         self.num_steps = min(num_steps, self.settings.max_steps or num_steps)
@@ -91,6 +95,9 @@ class Trainer:
             self.progress = self.checkpoints.load(self.accelerator, checkpoint)
             self.log.say(f"going on after step {self.progress.step}")
         self.log.begin(self.settings, checkpoint)
+        self.pictures.begin(self.progress.epoch)
+        if not self.progress.step:
+            self._picture_functions()
         self.started -= self.progress.seconds
         self.saved_at = time.monotonic()
 
@@ -220,6 +227,7 @@ class Trainer:
             progress.unreadable = sorted({*progress.unreadable, *gather_object(self.feed.unreadable())})
             line["skipped_images"] = len(progress.unreadable)
         self.log.note(line)
+        self._picture_functions()
         if progress.last.get("epoch") == progress.epoch and score(progress.last) > score(progress.best):
             progress.best = progress.last
             weights = best_weights(progress.best)
@@ -250,6 +258,11 @@ class Trainer:
         self.log.say(text)
         return accuracies
 
+    def _picture_functions(self) -> None:
+        """Show the learned functions as they are, where trackers or a film want them; all processes ask."""
+        if self.pictures.wanted(self.model.module):
+            self.pictures.add(self.model.whole(self.model.module), self.progress.epoch, self.progress.step)
+
     def _summary(self, results: dict[str, Any], weights: str) -> dict[str, Any]:
         device, size = self.accelerator.device, self.model.processor.crop_size["height"]
         parts = (self.plan, device, self.data, self.progress, size, self.folder.lines())
@@ -271,7 +284,8 @@ class Trainer:
         if self.main:
             summary = self._summary(self.progress.best, best_weights(self.progress.best))
             write_summary(self.folder.best, summary)
-            self.folder.draw(merged(model), self.schedule.curve(self.num_steps))
+            self.folder.draw(self.schedule.curve(self.num_steps))
+            self.pictures.finish(model)
             self.folder.write_samples(self.data)
             write_text(self.folder.summary, to_json(summary))
             if not self.settings.keep_after_success:
