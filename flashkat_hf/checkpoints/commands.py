@@ -74,9 +74,12 @@ def plot(options: argparse.Namespace, opener: Opener) -> str:
 
 
 def _names(model: str, other: str | None) -> tuple[str, str]:
-    """Return the last parts of two checkpoints' names, or the names themselves where these are the same."""
-    last = Path(model).name or model, Path(other).name if other else ""
-    return last if last[0] != last[1] else (model, other or "")
+    """Return as many last parts of two checkpoints' names as tell them apart."""
+    one, two = (Path(name or "").parts for name in (model, other))
+    for count in range(1, max(len(one), len(two))):
+        if one[-count:] != two[-count:]:
+            return "/".join(one[-count:]), "/".join(two[-count:])
+    return model, other or ""
 
 
 def functions(options: argparse.Namespace, opener: Opener) -> str:

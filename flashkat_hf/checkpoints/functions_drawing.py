@@ -142,8 +142,10 @@ def _beside(
         return {}
     key = lambda function: (function.module.removeprefix("flashkat."), function.group)  # noqa: E731
     found = {key(function): function for function in others}
-    if missing := [function.label for function in functions if key(function) not in found]:
-        raise ValueError(f"the two models have other activations: the other has no {missing[0]}")
+    own = {key(function): function for function in functions}
+    for one, two, whose in ((own, found, "the other has no"), (found, own, "only the other has")):
+        if alone := [function.label for place, function in one.items() if place not in two]:
+            raise ValueError(f"the two models have other activations: {whose} {alone[0]}")
     return {(function.module, function.group): found[key(function)] for function in functions}
 
 

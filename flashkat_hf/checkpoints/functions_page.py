@@ -13,7 +13,7 @@ from ..files import write_text
 from ..messages import one_line
 from .command_options import SUFFIXES
 from .functions import LearnedFunction
-from .functions_drawing import Theme, draw_functions
+from .functions_drawing import INK, Theme, draw_functions
 from .functions_formats import SOURCES, formula
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ def save_functions(
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path} must end with {', '.join(SUFFIXES)}")
-    options["title"] = title
     try:
         if path.suffix.lower() == ".html":
             themes: Sequence[Theme] = [theme] if theme else get_args(Theme)
@@ -54,7 +53,7 @@ def save_functions(
             }
             write_text(path, _page(functions, pictures, title or "Learned functions"))
         else:
-            figure = draw_functions(functions, others, theme=theme or "light", **options)
+            figure = draw_functions(functions, others, theme=theme or "light", title=title, **options)
             figure.savefig(path, dpi=200 if options.get("size") != "column" else 400)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {one_line(error)}") from error
@@ -73,6 +72,7 @@ def _page(functions: Sequence[LearnedFunction], pictures: Mapping[str, bytes], t
     }
     dark = f'<source media="(prefers-color-scheme: dark)" srcset="{urls["dark"]}">' if len(urls) > 1 else ""
     scheme = "light dark" if len(urls) > 1 else next(iter(urls))
+    ground = f"light-dark({INK['light'][1]}, {INK['dark'][1]})"  # that of the pictures
     rows = "\n".join(
         f"<tr><td>{html.escape(function.label)}<td>{function.range[0]:.3g} .. {function.range[1]:.3g}"
         f"<td>{function.nearest[0]}<td>{function.distance_to_start:.3g}"
@@ -83,7 +83,7 @@ def _page(functions: Sequence[LearnedFunction], pictures: Mapping[str, bytes], t
 <html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>
 :root {{ color-scheme: {scheme}; }}
-body {{ font: 14px system-ui, sans-serif; margin: 1.5em; }}
+body {{ background: {ground}; font: 14px system-ui, sans-serif; margin: 1.5em; }}
 img {{ width: 100%; max-width: 1600px; }}
 td, th {{ text-align: left; padding: 2px 12px 2px 0; white-space: nowrap; }}
 div {{ overflow-x: auto; }}

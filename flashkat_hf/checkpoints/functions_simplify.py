@@ -170,14 +170,14 @@ def _choose(function: LearnedFunction, tolerance: float) -> Choice:
 def _tiers() -> list[list[str]]:
     """Return the candidates, the simplest first: known functions by name, then formulas by their length.
 
-    Of a tier the one that fits best is taken: of the smooth known functions, and of rationals with as many
-    coefficients.
+    Of a tier the one that fits best is taken: of the known functions behind ReLU, which is the plainest, and
+    of rationals with as many coefficients.
     """
-    smooth = ["gelu", "silu", "tanh", "sigmoid"]
-    before = ["zero", "identity", "linear", "relu", "leaky_relu"]
+    before = ["zero", "identity", "linear", "relu"]
+    bent = ["leaky_relu", "gelu", "silu", "tanh", "sigmoid"]
     rationals = [name for name in SIMPLE_FUNCTIONS if name.startswith("rational_")]
     by_length = [list(names) for _, names in groupby(rationals, lambda name: len(SIMPLE_FUNCTIONS[name]))]
-    return [*([name] for name in before), smooth, ["polynomial_2"], ["polynomial_3"], *by_length]
+    return [*([name] for name in before), bent, ["polynomial_2"], ["polynomial_3"], *by_length]
 
 
 def _points(function: LearnedFunction) -> tuple[numpy.ndarray, numpy.ndarray]:

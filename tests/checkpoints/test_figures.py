@@ -158,6 +158,9 @@ def test_nothing_to_draw(model, monkeypatch, tmp_path):
         plot_functions(model, what="curvature")
     with pytest.raises(ValueError, match="the two models have other activations"):
         plot_functions(model, compare=GroupRational(8))
+    larger = FlashKATForImageClassification(micro_config(num_hidden_layers=4, num_numerator_groups=8))
+    with pytest.raises(ValueError, match="only the other has layer3_act1_group0"):
+        plot_functions(model, compare=larger)
     with pytest.raises(ValueError, match=r"a\.pdf must end with \.png, \.svg, \.html"):
         save_functions(tmp_path / "a.pdf", model_functions(model))
     with pytest.raises(ValueError, match=r"cannot write .*: No such file or directory"):

@@ -111,7 +111,8 @@ def test_what_a_run_leaves(run, images):
     best = epochs[summary["best_epoch"] - 1]
     assert (summary["top1_raw"], summary["top1_ema"]) == (best["top1"], best["top1_ema"])
     assert summary["top1"] == max(max(line["top1"], line["top1_ema"]) for line in epochs)
-    assert {path.name for path in output.iterdir()} == CONTENTS - {"checkpoints", "samples", "logs"}
+    others = {"checkpoints", "samples", "logs", "functions.gif", "functions.jsonl"}
+    assert {path.name for path in output.iterdir()} == CONTENTS - others
     for name in ("best", "last"):
         model = AutoModelForImageClassification.from_pretrained(output / name)
         assert model.config.id2label == {0: "green", 1: "red"}
