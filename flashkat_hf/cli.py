@@ -209,7 +209,7 @@ def _add_export(commands) -> None:
 
 
 def _export(options: argparse.Namespace) -> str:
-    check_model_path(options.model)
+    check_model_name(options.model)
     _quieten()
     from .deployment import export_model
 

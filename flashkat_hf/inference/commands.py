@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..files import check_model_path
+from ..checkpoints.names import check_model_name
 from ..messages import extra
 from ..training.commands import DATA_SETTINGS, TIMM, load_classifier
 
@@ -36,7 +36,7 @@ def embed(arguments: Sequence[str]) -> str:
 def _command(kind: str, arguments: Sequence[str]) -> str:
     options = _options(kind, arguments)
     if not options.model.startswith(TIMM):
-        check_model_path(options.model)
+        check_model_name(options.model)
     extra("pyarrow")
     from accelerate import Accelerator
     from transformers.utils import logging
