@@ -94,7 +94,8 @@ def _statistics(folder: Path, config: FlashKATConfig) -> tuple[str, str]:
     plain["image_processor_type"] = PROCESSOR_TYPES.get(channels)
     has_edge = isinstance(edge, dict) and edge == {"shortest_edge": edge.get("shortest_edge")}
     if (
-        settings == plain
+        isinstance(size, int)
+        and settings == plain
         and has_edge
         and edge["shortest_edge"] in range(1, 4 * size)
         and all(_are_numbers(values, channels) for values in (mean, std))

@@ -96,7 +96,7 @@ def fit_processor(processor: Any, num_channels: int, image_size: int | Sequence[
             or cropped from far larger ones.
     """
     sides = [side for side in dict(getattr(processor, "size", None) or {}).values() if side]
-    largest = MOST_TIMES * max(image_size, 64)
+    largest = MOST_TIMES * max(*pair(image_size), 64)
     if not all(type(side) is int and 0 < side <= largest for side in sides):
         problem = f"its processor resizes to {sides}, but the model takes {image_size} pixels"
         raise ValueError(f"{problem}; up to {largest} are expected")
