@@ -1,6 +1,5 @@
 """Data sets of the Hub that are files, public and private, and rows that name files elsewhere."""
 
-import datasets
 import fsspec
 import pytest
 from data_helpers import CLASSES, PLAIN, encoded, numbers
@@ -9,6 +8,8 @@ from huggingface_hub import HfFileSystem
 from flashkat_hf.data import open_data
 from flashkat_hf.data.batches import EvalBatches, TrainBatches
 from flashkat_hf.data.samples import DataError
+
+datasets = pytest.importorskip("datasets")
 
 FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
 
