@@ -514,7 +514,9 @@ class FlashKATForImageClassification(FlashKATPreTrainedModel):
 
     @torch.no_grad()
     def _refuse_multi_hot(self, labels: Tensor | None) -> None:
-        if labels is None or not labels.is_floating_point() or labels.shape[1:] != (self.num_labels,):
+        if labels is None or self.num_labels == 1:  # regression
+            return
+        if not labels.is_floating_point() or labels.shape[1:] != (self.num_labels,):
             return
         seen = self._saw_probabilities and labels.device.type != "cpu"
         if seen or self.config.problem_type is not None or is_traced(labels) or decomposes(labels):
