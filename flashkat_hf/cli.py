@@ -12,6 +12,7 @@ from ._version import __version__
 from .checkpoints.command_options import add_commands
 from .checkpoints.names import check_model_name, check_source_name
 from .checkpoints.published import PUBLISHED
+from .files import expand_homes
 from .messages import one_line, warn
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     trains = options.command in TRAINING or options.command in INFERENCE
     if unknown and not trains:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    expand_homes(options)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of any library in a log file
     name, sends = f"flashkat {options.command}", options.command in ("push", "publish")

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,6 +44,15 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path, folder=False) as new:
         new.write_text(text, encoding="utf-8")
+
+
+def expand_homes(options: Namespace) -> None:
+    """Replace a ~ at the beginning of paths, which the shell leaves in --data=~/photos."""
+    for name, value in vars(options).items():
+        if isinstance(value, str | Path) and name != "message":
+            setattr(options, name, type(value)(os.path.expanduser(value)))
+        elif isinstance(value, list):
+            setattr(options, name, [item.expanduser() if isinstance(item, Path) else item for item in value])
 
 
 def check_utf8(name: str, what: str) -> None:

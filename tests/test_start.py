@@ -12,6 +12,7 @@ from helpers import ROOT, micro_config
 
 from flashkat_hf import FlashKATForImageClassification
 from flashkat_hf.checkpoints.weights import tensor_shapes
+from flashkat_hf.cli import main
 
 SLOW = {"torch", "transformers", "timm", "torchvision", "datasets", "sklearn", "accelerate", "matplotlib"}
 REFUSED = (  # what a user mistypes, and what the line says
@@ -91,6 +92,21 @@ def test_info(bare_folder, tmp_path):
     """It takes neither the model nor the image processor, whose imports take seconds."""
     slow = {"transformers.modeling_utils", "torch._inductor", "torch._dynamo", "torchvision", "timm"}
     assert imported([["info", str(bare_folder)]], slow, tmp_path) == ["0"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "info ~/lost", "evaluate ~/lost", "evaluate MODEL --data=~/lost", "plot MODEL -o ~/lost/x.png",
+        "plot MODEL -o x.png --compare=~/lost", "classify MODEL ~/lost", "push ~/lost someone/model",
+        "convert ~/lost x", "finetune --data=~/lost", "finetune --model=~/lost",
+    ],
+)  # fmt: skip
+def test_a_home_is_expanded_where_the_shell_does_not(bare_folder, monkeypatch, capsys, line):
+    monkeypatch.setenv("HOME", "/somewhere")
+    monkeypatch.chdir(bare_folder)
+    assert main(line.replace("MODEL", str(bare_folder)).split()) == 1
+    assert "/somewhere/lost" in capsys.readouterr().err
 
 
 FUNCTIONS = ["rational"] * 3 + ["identity", "gelu", "leaky_relu", "rational", "relu"]

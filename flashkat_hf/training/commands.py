@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.names import check_model_name
 from ..data.names import check_source
+from ..files import expand_homes
 from ..messages import extra
 from .output import check_contents, check_place
 from .recipe import DATA, Settings, parse
@@ -181,6 +182,7 @@ def _evaluation_options(arguments: Sequence[str]) -> argparse.Namespace:
         kind |= {"nargs": "+", "metavar": "NAME"} if name == "class_names" else {}
         parser.add_argument(f"--{name.replace('_', '-')}", help=item.metadata["help"], **kind)
     options = parser.parse_args(arguments)
+    expand_homes(options)
     for name, least in (("batch_size", 1), ("workers", 0)):
         if getattr(options, name) < least:
             parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)} must be at least {least}")
