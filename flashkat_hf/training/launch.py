@@ -65,6 +65,7 @@ def check_launch(
         if value and value not in supported:
             raise ValueError(f"accelerate's {name} {value} is not supported: {advice}")
     dynamo(environment)
+    accumulation(environment)
     clipping = _get(environment, "ACCELERATE_GRADIENT_CLIPPING", "none")
     if clipping not in ("none", "auto", "") and float(clipping) != (settings.clip_norm or 0.0):
         raise ValueError(f"accelerate's gradient_clipping {clipping} is not --clip_norm {settings.clip_norm}")

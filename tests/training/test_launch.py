@@ -65,6 +65,10 @@ QUIET = {  # what the launcher sets where nothing is asked for
             {**DEEPSPEED, "ACCELERATE_GRADIENT_CLIPPING": "1.0"},
             "gradient_clipping 1.0 is not --clip_norm None",
         ),
+        (
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "two"},
+            "gradient_accumulation_steps two must be a number",
+        ),
     ],
 )
 def test_what_is_refused(variables, message):
