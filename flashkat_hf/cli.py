@@ -306,7 +306,8 @@ def _add_publish(commands) -> None:
 def _publish(options: argparse.Namespace) -> str:
     from .hub.destination import Destination, check_token
 
-    check_token(Destination(f"{options.namespace}/{options.name}"))
+    first = next(iter(PUBLISHED)) if options.name == "all" else options.name
+    check_token(Destination(f"{options.namespace}/{first}"))
     _quieten(sends=True)
     from .hub import publish
 
