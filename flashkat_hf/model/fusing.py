@@ -74,7 +74,7 @@ def fused_block(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     The bias gradients of proj and fc2 come from norm2's backward, which has the gradients of both branches,
     if both branches are added as they are.
     """
-    tail = tail_parameters(layer, hidden_states)
+    tail = None if torch.compiler.is_compiling() else tail_parameters(layer, hidden_states)
     if tail is not None:
         return one_node_block(layer, hidden_states, tail, **kwargs)
     attention, norm, mlp, drop_path = layer.attention, layer.norm2, layer.mlp, layer.drop_path
@@ -104,7 +104,7 @@ def one_node_block(layer: Any, x: Tensor, tail: list[Tensor], **kwargs: Any) -> 
         return block(x, heads, (norm1.eps, norm2.eps), working_dtype(x), head + tail)
     x, normed = stream_and_norm(norm1, x)
     mixed, _ = attention.mix(normed, **kwargs)
-    return block_tail(x, mixed, norm2.eps, tail)
+    return block_tail(x, mixed.to(working_dtype(x)), norm2.eps, tail)
 
 
 def tail_parameters(layer: Any, x: Tensor) -> list[Tensor] | None:

@@ -22,6 +22,8 @@ from triton.runtime.jit import JITFunction
 from flashkat_hf import FlashKATForImageClassification
 from flashkat_hf.model import (
     fusing,
+    layers,
+    modeling_flashkat,
     operators,
     triton_attention,
     triton_block,
@@ -127,6 +129,24 @@ def test_the_host_does_little_in_a_training_step(seen):
     assert allocations <= 185, [(name, c[name]) for name in ALLOCATIONS]
     calls = python.total() + FRAMES_OF_TRITON * launches.total()
     assert calls <= 2500, (calls, python.most_common(40))
+
+
+def test_a_compiler_gets_the_smaller_operators(monkeypatch):
+    """The whole model is one graph, of operators that a compiler may open."""
+    graphs = []
+
+    def backend(graph_module, _):
+        graphs.append(str(graph_module.graph))
+        return graph_module.forward
+
+    monkeypatch.setattr(fusing, "TRITON_DEVICES", ("meta",))
+    for module in (fusing, layers, modeling_flashkat):
+        monkeypatch.setattr(module, "working_dtype", lambda x: x.dtype)  # the device has no autocast
+    model = FlashKATForImageClassification(micro_config(num_hidden_layers=1)).train().to("meta")
+    torch.compile(model, backend=backend, fullgraph=True)(torch.randn(2, 3, 32, 32, device="meta"))
+    (graph,) = graphs
+    assert graph.count("torch.ops.flashkat.add_norm_rational.default") == 1
+    assert "_Block" not in graph
 
 
 @triton.jit(do_not_specialize=["n", "factor"])
