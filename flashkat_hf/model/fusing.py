@@ -37,24 +37,27 @@ def fusible(cls: ModuleClass) -> ModuleClass:
 
 def fuses(x: Tensor, *modules: nn.Module) -> bool:
     """Tell whether kernels may stand for these modules: x is on a GPU, and none was touched."""
-    return x.device.type in TRITON_DEVICES and all(map(untouched, modules))
+    return x.device.type in TRITON_DEVICES and untouched(*modules)
 
 
-def untouched(module: nn.Module) -> bool:
-    """Tell whether a module does just what its class says.
+def untouched(*modules: nn.Module) -> bool:
+    """Tell whether modules do just what their classes say.
 
-    Known, listened to by nobody, its forward its own.
+    They are known, listened to by nobody, their forward their own. One loop, since a step asks for hundreds.
     """
-    if type(module) not in KNOWN or (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__  # as accelerate puts it there to move weights
-        or not module.__dict__.get("is_plain", True)  # a GroupRational of another form, or channels first
-    ):
-        return False
-    return PLAIN_WEIGHTS.issuperset(map(type, module._parameters.values()))  # not quantised, not sharded
+    for module in modules:
+        if (
+            type(module) not in KNOWN
+            or module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__  # as accelerate puts it there to move weights
+            or not module.__dict__.get("is_plain", True)  # a GroupRational of another form, or channels first
+            or not PLAIN_WEIGHTS.issuperset(map(type, module._parameters.values()))  # quantised or sharded
+        ):
+            return False
+    return True
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -117,7 +120,9 @@ def tail_parameters(layer: Any, x: Tensor) -> list[Tensor] | None:
         return None
     proj, dropout = map(attention._modules.get, ("proj", "dropout"))
     act1, fc1, act2, fc2, mlp_dropout = map(mlp._modules.get, MLP)
-    if not fuses(x, proj, dropout, act1, fc1, act2, fc2, mlp_dropout) or drops(dropout, mlp_dropout):
+    if not fuses(x, proj, dropout, act1, fc1, act2, fc2, mlp_dropout) or (
+        (dropout.training and dropout.p) or (mlp_dropout.training and mlp_dropout.p)
+    ):
         return None
     parameters = [
         *(*map(proj._parameters.get, LINEAR), *map(norm2._parameters.get, LINEAR)),

@@ -179,7 +179,7 @@ def block_forward(
     head = None
     if mixed is None:
         lse = lse.view(x.shape[0], block.num_heads, x.shape[1])
-        normed, mixed = [torch.empty_like(x, dtype=block.dtype) for _ in range(2)]
+        normed, mixed = torch.empty_like(x, dtype=block.dtype), torch.empty_like(x, dtype=block.dtype)
         launch_norm_forward(x, p.norm1_weight, p.norm1_bias, normed, mean1, rstd1, eps=block.eps1)
         qkv = linear(normed, qkv_weight, biases[0])
         launch_attention_forward(qkv, mixed, lse, block.scale)
@@ -280,7 +280,7 @@ def tail_backward(
     grad_rows = grad.to(dtype).view(rows, hidden_size)
     act, mixed = t.act.view(rows, hidden_size), t.mixed.view(rows, hidden_size)
     grad_hidden = grad_rows.mm(t.fc2_weight)
-    grad_product, hidden = [torch.empty_like(grad_hidden) for _ in range(2)]
+    grad_product, hidden = torch.empty_like(grad_hidden), torch.empty_like(grad_hidden)
     table1, table2 = (t.numerator1, t.denominator1), (t.numerator2, t.denominator2)
     launch_mlp_backward(grad_hidden, t.product, *table2, grad_product, hidden, *sums[1], plan=plans[1])
     del grad_hidden

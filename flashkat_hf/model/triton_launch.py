@@ -57,19 +57,20 @@ def launch(
         return
     device, pointers = first.get_device(), [*map(_pointer, tensors)]
     key = id(kernel), device, num_warps, max_registers, constants, *map(_dtype, tensors)
-    compiled = _kept.get(key)
-    if compiled is None or reduce(or_, pointers) % ALIGNMENT:
+    kept = _kept.get(key)
+    if kept is None or reduce(or_, pointers) % ALIGNMENT:
         compiled = _by_triton(kernel, grid, tensors, numbers, constants, num_warps, max_registers)
         if not reduce(or_, pointers) % ALIGNMENT and takes_known_arguments(compiled):
-            _kept[key] = compiled  # and with it the kernel, so that no other gets its id
+            # the kernel, too, so that no other gets its id
+            _kept[key] = compiled.run, compiled.function, compiled.packed_metadata, compiled, kernel
         return
     if device != _current_device():  # pyright: ignore[reportOptionalCall]
         with torch.accelerator.device_index(device):
             launch(kernel, grid, tensors, numbers, constants, num_warps, max_registers)
         return
-    stream, metadata = _current_stream(device), compiled.packed_metadata  # pyright: ignore[reportOptionalCall]
-    no_hooks = None, None, None
-    compiled.run(*grid, stream, compiled.function, metadata, *no_hooks, *pointers, *numbers, *constants)
+    run, function, metadata, *_ = kept
+    stream, no_hooks = _current_stream(device), (None, None, None)  # pyright: ignore[reportOptionalCall]
+    run(*grid, stream, function, metadata, *no_hooks, *pointers, *numbers, *constants)
 
 
 def is_watched(kernel: Any) -> bool:

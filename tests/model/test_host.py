@@ -105,9 +105,10 @@ def test_the_host_does_little_in_a_training_step(seen):
     """Bound what a step of twelve blocks costs the host, in numbers that no noise moves.
 
     Counted are calls of Python functions, kernels launched, and our calls that allocate tensors, in forward
-    and backward; no size changes them. The bounds are what there is, and 3% for another transformers. It was
-    12,231 calls, 156 launches and 408 allocations once. timm's ViT takes 1,400 calls, and 461 nodes of
-    autograd where this takes 33. Loss and optimiser are the user's.
+    and backward; no size changes them. The bound of calls is the goal; there are 2,200 with PyTorch 2.14 and
+    2,480 with 2.11, which looks at a node's arguments one by one. It was 12,231 calls, 156 launches and 408
+    allocations once. timm's ViT takes 1,400 calls, and 461 nodes of autograd where this takes 33. Loss and
+    optimiser are the user's.
     """
     model = FlashKATForImageClassification(micro_config(num_hidden_layers=12)).train()
     images = torch.randn(2, 3, 32, 32)
