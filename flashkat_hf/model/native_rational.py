@@ -29,7 +29,8 @@ BLOCK_ROWS = 16  # whose sums are one partial sum, whatever the number of thread
 SOURCE = r"""
 #include <string.h>
 
-#define LANES 8  /* a row's neighbours that are computed together; vectors of any processor */
+#define LANES 8    /* a row's neighbours that are computed together; vectors of any processor */
+#define STEPS 256  /* of them whose sums are float32 */
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef int bits __attribute__((vector_size(4 * LANES)));
 
@@ -59,16 +60,25 @@ void rational_forward(const float *restrict x, const float *restrict a, const fl
     }
 }
 
+static inline void flush(double *total, vector *sums) {
+    for (int k = 0; k < 10; k++) {
+        for (int lane = 0; lane < LANES; lane++) total[k] += sums[k][lane];
+        sums[k] = (vector){0};
+    }
+}
+
 /* grad_x, and for each ROWS rows and each group the sums of u x^k (6) and -u f |x|^k (4) */
 void rational_backward(const float *restrict grad_y, const float *restrict x, const float *restrict a,
-                       const float *restrict b, float *restrict grad_x, float *restrict partial,
+                       const float *restrict b, float *restrict grad_x, double *restrict partial,
                        long rows, long groups, long width, int threads) {
-    #pragma omp parallel for num_threads(threads)
+    #pragma omp parallel for collapse(2) num_threads(threads)
     for (long block = 0; block < (rows + ROWS - 1) / ROWS; block++)
         for (long group = 0; group < groups; group++) {
             const float *a_ = a + group * 6, *b_ = b + group * 4;
             const long end = (block + 1) * ROWS < rows ? (block + 1) * ROWS : rows;
+            double *total = partial + (block * groups + group) * 10;
             vector sums[10] = {0};
+            for (int k = 0; k < 10; k++) total[k] = 0;
             for (long row = block * ROWS; row < end; row++)
                 for (long i = 0; i < width; i += LANES) {
                     const long place = (row * groups + group) * width + i;
@@ -87,12 +97,9 @@ void rational_backward(const float *restrict grad_y, const float *restrict x, co
                     for (int k = 0; k < 6; k++) { sums[k] += term; term *= v; }
                     term = grad * f;
                     for (int k = 6; k < 10; k++) { term *= u; sums[k] -= term; }
+                    if (i % (LANES * STEPS) == LANES * (STEPS - 1)) flush(total, sums);
                 }
-            for (int k = 0; k < 10; k++) {
-                float sum = 0;
-                for (int lane = 0; lane < LANES; lane++) sum += sums[k][lane];
-                partial[(block * groups + group) * 10 + k] = sum;
-            }
+            flush(total, sums);
         }
 }
 """
@@ -118,9 +125,9 @@ def gradients(
         return rational_gradients(grad_y, x, numerator, denominator)
     a, b, sizes = _arguments(x, numerator, denominator)
     grad_x = torch.empty_like(x)
-    partial = x.new_empty(-(-sizes[0] // BLOCK_ROWS), len(a), 10)
+    partial = x.new_empty(-(-sizes[0] // BLOCK_ROWS), len(a), 10, dtype=torch.float64)
     functions.rational_backward(*map(Tensor.data_ptr, (grad_y, x, a, b, grad_x, partial)), *sizes)
-    sums = partial.sum(0, dtype=torch.float64).to(x.dtype)
+    sums = partial.sum(0).to(x.dtype)
     return grad_x, *coefficient_gradients(sums[:, :6], sums[:, 6:], numerator, denominator)
 
 
@@ -142,7 +149,7 @@ def _arguments(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tenso
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
     """Load the compiled functions, from the user's cache or the compiler; None where that fails."""
-    compiler = shutil.which("gcc")
+    compiler = shutil.which("gcc") if os.name == "posix" else None
     if compiler is None:
         return None
     key = "\n".join((SOURCE, str(BLOCK_ROWS), *OPTIONS, compiler, platform.machine(), _processor()))

@@ -12,7 +12,8 @@ from flashkat_hf.model import native_rational
 from flashkat_hf.model.op_rational import rational
 from flashkat_hf.model.reference import rational_gradients, rational_value
 
-SHAPES = [(2, 197, 192), (1, 40), (3, 7, 24), (35, 8), (17, 3 * 8 * 5), (0, 64)]  # groups of 24, 5, 3, 1, 15
+SHAPES = [(2, 197, 192), (1, 40), (3, 7, 24), (35, 8), (17, 3 * 8 * 5), (0, 64), (2, 8 * 5001)]
+# groups of 24, 5, 3, 1, 15, and as long as those of images, channels first
 needs_compiler = pytest.mark.skipif(native_rational.load() is None, reason="no compiler, or no OpenMP here")
 
 
