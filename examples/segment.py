@@ -61,10 +61,10 @@ class Settings:
     )
     image_size: int = field(default=48, metadata={"help": "height and width that images are resized to"})
     head_size: int = field(default=32, metadata={"help": "channels of the head; UperNet's own are 512"})
-    epochs: float = field(default=6.0, metadata={"help": "passes over the training images"})
+    epochs: float = field(default=8.0, metadata={"help": "passes over the training images"})
     batch_size: int = field(default=8, metadata={"help": "images of a step and device"})
     learning_rate: float = field(
-        default=2e-3, metadata={"help": "highest; about 1e-4 for a backbone that has learned"}
+        default=1e-3, metadata={"help": "highest; about 1e-4 for a backbone that has learned"}
     )
     max_steps: int = field(default=-1, metadata={"help": "stop after so many steps; the tests use 2"})
     num_scenes: int = field(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_map_only
 
 from .messages import warn
@@ -259,6 +260,8 @@ def _device(module: nn.Module, batch: Batch) -> torch.device:
     hooked = [
         path or name for path, each in module.named_modules() if any(each.__dict__[kind] for kind in HOOKS)
     ]
+    if _has_any_global_hook():
+        raise ValueError("a CUDA graph runs no Python, but there are hooks on all modules")
     if hooked:
         raise ValueError(f"a CUDA graph runs no Python, but {hooked[0]} has hooks")
     if getattr(module, "is_gradient_checkpointing", False) and module.training:
@@ -303,7 +306,7 @@ class _State:
     def holds(self) -> bool:
         """Return True if the module and the modes of PyTorch are as they were."""
         return (
-            not any(self.hooks)
+            not (any(self.hooks) or _has_any_global_hook())
             and all(map(operator.is_, self._members(), self.members))
             and self._values() == self.values
         )

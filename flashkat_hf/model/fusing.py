@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.nn.modules.module import _has_any_global_hook
 
 from .op_attention import HEAD_DIMS, MAX_BATCH, MAX_TOKENS, packed_attention
 from .op_block import block, block_serves, block_tail, tail_serves
@@ -36,8 +37,13 @@ def fusible(cls: ModuleClass) -> ModuleClass:
 
 
 def fuses(x: Tensor, *modules: nn.Module) -> bool:
-    """Tell whether kernels may stand for these modules: x is on a GPU, and none was touched."""
-    return x.device.type in TRITON_DEVICES and untouched(*modules)
+    """Tell whether kernels may stand for these modules: x is on a GPU, nobody listens, and none was touched.
+
+    Hooks on all modules (PyTorch's FLOP counter has them) hear the plain block, module by module.
+    """
+    if x.device.type not in TRITON_DEVICES or (not torch.compiler.is_compiling() and _has_any_global_hook()):
+        return False
+    return untouched(*modules)
 
 
 def untouched(*modules: nn.Module) -> bool:
