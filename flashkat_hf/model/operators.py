@@ -46,7 +46,7 @@ def decomposes(x: Tensor) -> bool:
     """
     # PyTorch 2.11's is_exporting() is True under torch.compile (docs/notes/exporting-under-compile.md)
     if torch.compiler.is_dynamo_compiling():
-        return x.device.type == "cpu"
+        return x.device.type == "cpu" or torch._C._are_functorch_transforms_active()
     return (
         torch.compiler.is_exporting()
         or (torch.compiler.is_compiling() and x.device.type == "cpu")
