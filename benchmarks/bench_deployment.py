@@ -107,6 +107,12 @@ def race(runs: dict, pixels: numpy.ndarray, rounds: int) -> dict[str, tuple[floa
     return {name: tuple(numpy.percentile(times, (10, 50)) * 1e3) for name, times in seconds.items()}
 
 
+def processor() -> str:
+    """Return the name of the CPU."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", default="tiny", choices=("tiny", "small", "base"))
@@ -149,6 +155,7 @@ def main() -> None:
         times = race(runs, pixels[:1].numpy(), options.rounds)
     head = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
     about = {
+        "machine": processor(),
         "size": options.size,
         "pixels": 224,
         "batch": 1,

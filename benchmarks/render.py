@@ -17,6 +17,7 @@ import plot
 from paper import render as paper_page
 from speed_tables import (
     cells_table,
+    deployment_table,
     kernel_table,
     latency_table,
     model_table,
@@ -176,6 +177,7 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     ("docs/calibration.md", "conversion", "conversion", conversion_table),
     ("docs/training.md", "training", "training", training_table),
     ("docs/data.md", "data", "data", data_table),
+    ("docs/deployment.md", "deployment", "deployment", deployment_table),
     (PERFORMANCE, "model", "model", model_table),
     (PERFORMANCE, "inference", "inference", model_table),
     (PERFORMANCE, "latency", "latency", latency_table),

@@ -250,3 +250,28 @@ def precision_table(results: list[dict]) -> str:
     note += f"absolute value. {first['machine']}, torch {first['torch']}, commit {first['commit'][:7]}. "
     note += "`benchmarks/bench_precision.py`."
     return table(header, rows) + "\n\n" + note
+
+
+def deployment_table(results: list[dict]) -> str:
+    """Return a row for each runtime, precision and model: the least time, and the median ratio to the ViT."""
+    rows = []
+    for case in distinct((result["runtime"], result["precision"], result["model"]) for result in results):
+        runs = [r for r in results if (r["runtime"], r["precision"], r["model"]) == case]
+        ratios = sorted(run["of_vit"] for run in runs)
+        ratio = f"{ratios[len(ratios) // 2]:.2f}" + (
+            f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if runs[1:] else ""
+        )
+        error = runs[-1].get("relative_difference")
+        cells = [f"{min(run['ms'] for run in runs):.1f}", ratio, f"{runs[-1]['megabytes']:.1f}"]
+        rows.append([*case, *cells, "" if error is None else f"{error:.0e}"])
+    header = ["runtime", "precision", "model", "ms", "of the ViT", "MB", "logits differ by"]
+    about = results[-1]
+    versions = ", ".join(f"{name} {about[name]}" for name in ("onnxruntime", "openvino", "torch", "timm"))
+    runs = len({result["commit"] + str(result["rounds"]) for result in results})
+    place = f"{about['pixels']} pixels, batch {about['batch']}, one thread of {about['machine']}"
+    note = (
+        f"{about['size']} size, {place} that others used too: models in turn, the 10th percentile of the "
+        f"rounds; of {runs} runs the least time and the median (least to largest) ratio. {versions}, commit "
+        f"{about['commit'][:7]}; `benchmarks/bench_deployment.py`."
+    )
+    return f"{table(header, rows)}\n\n{note}"
