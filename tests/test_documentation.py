@@ -4,12 +4,16 @@ A block that cannot run on a CPU without the network has the reason in the line 
 not show: `<!--- skip: next "needs a GPU" -->`. In the commands, a run ends after two updates.
 """
 
+import importlib.util
+import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from unittest import SkipTest
 
@@ -150,6 +154,29 @@ def test_every_block_says_what_it_is(page):
     assert len(fences) % 2 == 0
     languages = {fence.removeprefix("```").split()[0] if fence != "```" else "" for fence in fences[::2]}
     assert languages <= RUN | SHOWN, page
+
+
+def test_troubleshooting_quotes_messages_that_there_are():
+    """Each part of a quoted message is in the package's source, its literals joined."""
+    source = "".join(path.read_text() for path in sorted(ROOT.glob("flashkat_hf/**/*.py")))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    terms = [line for line, after in pairwise(page.splitlines()) if after.startswith(":   ")]
+    messages = [message for term in terms for message in re.findall("`([^`]+)`", term)]
+    assert len(messages) > 30
+    parts = [part.strip() for message in messages for part in message.split("...")]
+    assert [part for part in parts if len(part) > 5 and part not in source] == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed")
+def test_the_site_is_built_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "site/api/functions/index.html").read_text()
+    assert "model_functions" in reference  # with its docstring, which mkdocstrings reads off the source
+    assert "what the model is called with" in reference
 
 
 def test_what_is_wrong_in_a_page_is_found(tmp_path, workspace):

@@ -1,4 +1,4 @@
-"""A page to try a FlashKAT: the classes of an image, the functions it passes through, where the model looks.
+"""A page to try a FlashKAT: an image's classes, the functions that it passes through, where the model looks.
 
     python examples/demo/app.py                      # the model that the README's first command trained
     python examples/demo/app.py MODEL --port 7861    # another folder or Hub id
