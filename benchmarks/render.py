@@ -167,13 +167,9 @@ def data_table(results: list[dict]) -> str:
 
 # document, the marker's name, the results file, what is written there
 TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
-    ("README.md", "digits", "digits", digits_table),
-    ("README.md", "digits_224", "digits_224", digits_table),
     ("README.md", "throughput", "model", picture("docs/throughput.png", THROUGHPUT)),
-    ("README.md", "model", "model", model_table),
-    ("README.md", "inference", "inference", model_table),
-    ("README.md", "latency", "latency", latency_table),
-    ("README.md", "rational", "rational", rational_table),
+    ("docs/index.md", "digits", "digits", digits_table),
+    ("docs/index.md", "digits_224", "digits_224", digits_table),
     ("docs/calibration.md", "conversion", "conversion", conversion_table),
     ("docs/training.md", "training", "training", training_table),
     ("docs/data.md", "data", "data", data_table),

@@ -1,4 +1,4 @@
-"""Tables of docs/performance.md and the README's speed, each a function of the lines of a results file."""
+"""Tables of docs/performance.md, each a function of the lines of a results file."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence

@@ -60,8 +60,7 @@ def prepared(tmp_path_factory) -> Path:
     reset()
     for name in ("SMALL_IMAGES", "ICONS", "FOLDER"):
         shutil.copytree(folder / "photos", folder / name)
-    for name in ("CHECKPOINT", "runs/kat-tiny"):
-        shutil.copytree(folder / "runs/digits/best", folder / name)
+    shutil.copytree(folder / "runs/digits/best", folder / "CHECKPOINT")
     torch.manual_seed(0)
     save_file(timm_vit().state_dict(), folder / "vit.safetensors")
     (folder / "examples").symlink_to(ROOT / "examples")
