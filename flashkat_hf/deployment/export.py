@@ -133,7 +133,7 @@ def export_model(
         run = form.load(folder)
         logits = torch.cat([run(part.contiguous()).detach() for part in checked.split(batch_size)]).float()
         proof = compare(logits, expected, precision, source) | {
-            "source": source,
+            "source": Path(source).name if Path(source).is_dir() else source,
             "format": format,
             "precision": precision,
             "images": about,

@@ -114,7 +114,10 @@ def load_openvino(folder: Path) -> Runner:
 def program_of(job: Job) -> torch.export.ExportedProgram:
     shapes = ({0: torch.export.Dim("batch")},) if job.dynamic else None
     with quiet():
-        return torch.export.export(job.model, (job.example,), dynamic_shapes=shapes)
+        program = torch.export.export(job.model, (job.example,), dynamic_shapes=shapes)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    return program
 
 
 def write_pt2(job: Job, folder: Path) -> None:
