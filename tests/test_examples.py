@@ -106,8 +106,9 @@ def test_a_log_file_has_a_line_an_epoch(trained):
     _, result = trained
     lines = [line for line in result.stdout.splitlines() if line.startswith("epoch ")]
     assert [line.partition(":")[0] for line in lines] == [f"epoch {epoch + 1}" for epoch in range(EPOCHS)]
-    assert result.stderr == ""
-    assert "\r" not in result.stdout
+    minutes = re.findall(r"^\d+% \d+/\d+ .*\]\n", result.stderr, flags=re.MULTILINE)  # of a slow machine
+    assert result.stderr == "".join(minutes)
+    assert "\r" not in result.stdout + result.stderr
 
 
 def test_the_saved_folder_gives_the_printed_accuracy(trained):
