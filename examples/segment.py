@@ -20,6 +20,7 @@ gradients.
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,8 @@ class Settings:
         for name in POSITIVE:
             if getattr(self, name) <= 0:
                 raise SystemExit(f"--{name}: {getattr(self, name)} must be positive")
-        if self.output.exists() and not self.overwrite:
+        first = os.environ.get("RANK", "0") == "0"  # of several processes the others may come later
+        if first and self.output.exists() and not self.overwrite:
             raise SystemExit(f"--output: {self.output} exists; --overwrite true writes into it")
 
 

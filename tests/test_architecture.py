@@ -48,6 +48,7 @@ ORDER = (  # of model/: a file imports what stands before it; a new file needs a
     "fusing",
     "layers",
     "configuration_flashkat",
+    "embeddings_flashkat",
     "modeling_flashkat",  # the config imports it and what follows for type checkers alone
     "masked_image_flashkat",
     "backbone_flashkat",
