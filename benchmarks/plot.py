@@ -105,11 +105,12 @@ def cells(results: list[dict]):
     panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
     for axes, mode in zip(panels, modes, strict=True):
         found = [[ratios.get((*row, batch, mode), (None, math.nan))[1] for batch in batches] for row in rows]
-        axes.imshow(found, cmap="PuOr", norm=TwoSlopeNorm(1.0, 0.4, 1.9), aspect="auto")
+        axes.imshow(found, cmap="PuOr", norm=TwoSlopeNorm(1.0, 0.3, 3.0), aspect="auto")
         for y, line in enumerate(found):
             for x, ratio in enumerate(line):
                 text = "" if math.isnan(ratio) else f"{ratio:.2f}"
-                axes.text(x, y, text, ha="center", va="center", fontsize=9)
+                colour = "black" if 0.5 < ratio < 2 else "white"
+                axes.text(x, y, text, color=colour, ha="center", va="center", fontsize=9)
         axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
         axes.set_title(mode, fontsize=10)
         axes.set_xlabel("images of a step", fontsize=9)

@@ -167,13 +167,14 @@ def data_table(results: list[dict]) -> str:
 
 # document, the marker's name, the results file, what is written there
 TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
-    ("README.md", "throughput", "model", picture("docs/throughput.png", THROUGHPUT)),
+    ("README.md", "cells_picture", "cells", picture("docs/cells.png", CELLS)),
     ("docs/index.md", "digits", "digits", digits_table),
     ("docs/index.md", "digits_224", "digits_224", digits_table),
     ("docs/calibration.md", "conversion", "conversion", conversion_table),
     ("docs/training.md", "training", "training", training_table),
     ("docs/data.md", "data", "data", data_table),
     ("docs/deployment.md", "deployment", "deployment", deployment_table),
+    (PERFORMANCE, "throughput", "model", picture("throughput.png", THROUGHPUT)),
     (PERFORMANCE, "model", "model", model_table),
     (PERFORMANCE, "inference", "inference", model_table),
     (PERFORMANCE, "latency", "latency", latency_table),
