@@ -88,7 +88,7 @@ TRAFFIC = {
     "packed_attention_keys_kernel": Traffic(hidden=6, head=2, products=4),
     **dict.fromkeys(("resize_width_kernel", "resize_height_kernel"), Traffic()),  # of the data side
     **dict.fromkeys(("level_tables_kernel", "operations_kernel", "normalize_kernel"), Traffic()),  # likewise
-    "gather_sums_kernel": Traffic(),  # partial sums: a few MB
+    **dict.fromkeys(("gather_sums_kernel", "gather_block_sums_kernel"), Traffic()),  # partial sums: a few MB
 }
 
 

@@ -34,12 +34,7 @@ from sybil import Document, Example  # noqa: E402
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-LATER = {"dense.md", "deployment.md"}  # written by others at this moment
-PAGES = [
-    path
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md")))
-    if path.name not in LATER
-]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 REASONS = ("needs a GPU", "needs the network", "run by", "needs a terminal", "a part of", "needs a cluster")
 WITH_BLOCKS = [page for page in PAGES if re.search("^```(bash|python)", page.read_text(), re.MULTILINE)]
 RUN, SHOWN = {"bash", "python"}, {"text", "json", "yaml", "html", "c", "latex", "markdown"}

@@ -55,10 +55,11 @@ def _command(kind: str, arguments: Sequence[str]) -> str:
     plan: dict[str, Any] = {"command": kind, "model": options.model, "data": options.data}
     plan["mixed_precision"] = accelerator.mixed_precision
     if kind == "predict":
-        if options.top_k > len(labels):
-            raise ValueError(f"--top-k: {options.top_k} is more than the model's {len(labels)} labels")
-        columns, types = predictions(model, labels, options.top_k, context)
-        plan["top_k"] = options.top_k
+        top_k = options.top_k or min(5, len(labels))
+        if top_k > len(labels):
+            raise ValueError(f"--top-k: {top_k} is more than the model's {len(labels)} labels")
+        columns, types = predictions(model, labels, top_k, context)
+        plan["top_k"] = top_k
     else:
         if getattr(getattr(model, "config", None), "model_type", None) != "flashkat":
             raise ValueError(f"{options.model} is no FlashKAT, whose features embed writes")
@@ -97,9 +98,7 @@ def _options(kind: str, arguments: Sequence[str]) -> argparse.Namespace:
         "-o", "--output", type=Path, required=True, metavar="FILE", help="Parquet file to make"
     )
     if kind == "predict":
-        parser.add_argument(
-            "--top-k", type=int, default=5, metavar="N", help="labels of a picture (default: 5)"
-        )
+        parser.add_argument("--top-k", type=int, metavar="N", help="labels of a picture (default: 5, or all)")
     else:
         parser.add_argument("--patches", action="store_true", help="the features of every patch, too")
     parser.add_argument(
@@ -118,8 +117,9 @@ def _options(kind: str, arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name.replace('_', '-')}", help=item.metadata["help"], **more)
     options = parser.parse_args(arguments)
     for name, least in (("batch_size", 1), ("workers", 0), ("top_k", 1)):
-        if getattr(options, name, least) < least:
-            parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)} must be at least {least}")
+        value = getattr(options, name, None)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')}: {value} must be at least {least}")
     if options.output.suffix != ".parquet":
         parser.error(f"--output: {options.output} must end in .parquet")
     return options

@@ -44,8 +44,9 @@ def check_contents(settings: Settings) -> None:
     if not names or (settings.resume and names == logs):
         return
     if not settings.resume and not settings.overwrite:
-        choices = "--resume goes on with it, --overwrite replaces it, or name another"
-        raise ValueError(f"--output: {path} exists; {choices}")
+        raise ValueError(
+            f"--output: {path} exists; --resume goes on with it, --overwrite replaces it, or name another"
+        )
     if "settings.json" not in names:
         raise ValueError(f"--output: {path} exists and holds no run of this script; name another")
     others = sorted(name for name in names - CONTENTS if not name.startswith("."))
