@@ -105,7 +105,7 @@ def test_workers_end_by_their_own_process_alone(data):
     """Batch systems may signal every process of a job; the main one has still to save."""
     batches = training(data.train, workers=2)
     epoch = batches.epoch(0)
-    found = [next(epoch)]
+    found = [next(epoch), next(epoch)]  # one of each worker, so that both have begun
     workers = batches.loader._iterator._workers
     for worker in workers:
         subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
