@@ -58,7 +58,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _take(lock: Path, own: dict[str, Any]) -> None:
-    new = lock.with_name(f"{NAME}.{own['id']}")
+    """Make a lock, or replace the one of a dead holder, whose one successor holds a lock named after it."""
+    new = lock.with_name(f"{lock.name}.{own['id']}")
     new.write_text(json.dumps(own))
     try:
         while not _made(lock, new):
@@ -67,14 +68,16 @@ def _take(lock: Path, own: dict[str, Any]) -> None:
                 raise ValueError(
                     f"--output: {lock.parent} is being written by {_named(holder)}; name another"
                 )
-            dead = lock.with_name(f"{NAME}.{uuid.uuid4().hex}")
-            with suppress(FileNotFoundError):  # another one has been faster
-                lock.rename(dead)
-                if _read(dead) != holder:  # and has it now
-                    _made(lock, dead)
-                dead.unlink()
+            succession = lock.with_name(f"{lock.name}.after-{holder.get('id', '')}")
+            _take(succession, own)
+            try:
+                if lock.exists() and _read(lock) == holder:  # nobody else may change it now
+                    os.replace(new, lock)
+                    return
+            finally:
+                succession.unlink()
     finally:
-        new.unlink()
+        new.unlink(missing_ok=True)
 
 
 def _made(lock: Path, new: Path) -> bool:

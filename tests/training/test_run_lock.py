@@ -108,10 +108,11 @@ def test_a_process_of_another_machine_is_watched(tmp_path, monkeypatch, alive):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
 
 
-def test_of_many_at_once_one_has_it(tmp_path, holder, monkeypatch):
+def test_of_many_at_once_one_has_it(tmp_path, holder):
     """All find the lock of a dead process, and all but one then find the one that has taken it."""
     holder.kill()
     holder.wait()
+    dead = (tmp_path / "run" / ".lock").read_text()
     held, refusals, ready = [], [], threading.Barrier(8)
 
     def take() -> None:
@@ -119,16 +120,24 @@ def test_of_many_at_once_one_has_it(tmp_path, holder, monkeypatch):
         try:
             with locked(tmp_path / "run"):
                 held.append(1)
-                time.sleep(1)
+                time.sleep(0.2)
         except ValueError as error:
             refusals.append(error)
 
-    threads = [threading.Thread(target=take) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (len(held), len(refusals)) == (1, 7)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # seconds, so that each is interrupted between any two steps
+    try:
+        for number in range(1, 11):
+            (tmp_path / "run").mkdir(exist_ok=True)
+            (tmp_path / "run" / ".lock").write_text(dead)
+            threads = [threading.Thread(target=take) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert (len(held), len(refusals)) == (number, 7 * number)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_a_file_system_without_links(tmp_path, monkeypatch):
