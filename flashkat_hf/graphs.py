@@ -70,7 +70,7 @@ def graphed_forward(model: nn.Module, batch: Batch) -> "GraphedForward":
 
 
 class _Graphed:
-    """What the graphs of a module share: the batch that they read, and what they rest on."""
+    """The base of the graphs of a module: it holds the batch they read and the state they rest on."""
 
     def __init__(self, module: nn.Module, batch: Batch):
         self.module = module
@@ -286,7 +286,7 @@ def _alike(value: Any, held: Any) -> bool:
 
 
 class _State:
-    """What a graph of a module rests on besides its inputs."""
+    """The state of a module and of PyTorch that a graph rests on; `holds` tells whether it is unchanged."""
 
     def __init__(self, module: nn.Module):
         parts = [each.__dict__ for each in module.modules()]
@@ -315,7 +315,7 @@ class _State:
         return chain(chain.from_iterable(owner.values() for owner in self.owners), (self,))
 
     def _values(self) -> list[Any]:
-        values = [part[name] for part, name in self.scalars]
+        values = [part.get(name) for part, name in self.scalars]
         values += [tensor.data_ptr() for tensor in self.tensors]
         values += [tensor.requires_grad for tensor in self.tensors]
         values += ["forward" in part for part in self.parts]

@@ -27,3 +27,15 @@ def extra(module: str, name: str = "train") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{module} is missing: pip install 'flashkat_hf[{name}]' ({error})") from error
+
+
+def needs(module: str, name: str) -> Any:
+    """Import a module of an extra, as `extra` does, for a command whose errors are of one line.
+
+    Raises:
+        ValueError: it is missing; the message has the command that installs it.
+    """
+    try:
+        return extra(module, name)
+    except ImportError as error:
+        raise ValueError(str(error)) from error

@@ -39,7 +39,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Opener:
-    """How images are opened: a folder's or a data set's, and one that is shown to a model.
+    """The two functions by which a command opens images: many from a source, or one file.
 
     Attributes:
         folder: of source, model and image processor.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..messages import extra
+from ..messages import needs
 from ..model.modeling_flashkat import FlashKATForImageClassification
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Explanation:
         Raises:
             ValueError: matplotlib is not installed.
         """
-        needs("matplotlib")
+        needs("matplotlib", "explain")
         from matplotlib.figure import Figure
 
         scale, shift = (torch.as_tensor(value).reshape(-1, 1, 1) for value in (std, mean))
@@ -106,7 +106,7 @@ def explain(
     Source: Abnar and Zuidema, Quantifying Attention Flow in Transformers, ACL 2020; Sundararajan et al.,
     Axiomatic Attribution for Deep Networks, ICML 2017 (baseline: the mean colour, 0 after normalisation).
     """
-    captum = needs("captum.attr")
+    captum = needs("captum.attr", "explain")
     if not model.config.num_labels:
         raise ValueError("the model has no head: there is no prediction to explain")
     if pixel_values.ndim != 4 or len(pixel_values) != 1:
@@ -156,18 +156,6 @@ def attention_rollout(attentions: tuple[Tensor, ...], pooling: str = "cls", num_
         flow = (0.5 * weights.float().mean(1) + 0.5 * stays) @ flow
     pooled = flow[:, 0] if pooling == "cls" else flow[:, num_prefix:].mean(1)
     return pooled[:, num_prefix:]
-
-
-def needs(module: str):
-    """Import a module of the extra `explain`.
-
-    Raises:
-        ValueError: it is missing; in one line, with the command that installs it.
-    """
-    try:
-        return extra(module, "explain")
-    except ImportError as error:
-        raise ValueError(str(error)) from error
 
 
 def _label_index(label: int | str, names: dict[int, str]) -> int:

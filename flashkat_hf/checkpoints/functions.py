@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..messages import extra
+from ..messages import needs
 from ..model.coefficients import SIMPLE_FUNCTIONS, WITH_AFFINE_MAPS, start_table
 from ..model.layers import GroupRational, SimplifiedActivation, as_rational
 from .functions_forms import Affine, Asymptote, Quotient
@@ -209,7 +209,7 @@ class LearnedFunction:
         Raises:
             ValueError: sympy is not installed; the message names the extra.
         """
-        sympy = needs("sympy")
+        sympy = needs("sympy", "functions")
         return self.form.sympy(sympy, sympy.Symbol("x", real=True))
 
     def plot(self, ax: "Axes", what: What = "value", **style: Any) -> None:
@@ -286,18 +286,6 @@ def _formula(act: GroupRational | SimplifiedActivation, group: int) -> tuple[str
         own = act.own_coefficients(group, torch.empty(0)).double().tolist()
         return act.functions[group], tuple(own)
     return "rational", tuple(torch.cat(rows).double().tolist())
-
-
-def needs(module: str) -> Any:
-    """Import a module of the extra `functions`.
-
-    Raises:
-        ValueError: it is missing; in one line, with the command that installs it.
-    """
-    try:
-        return extra(module, "functions")
-    except ImportError as error:
-        raise ValueError(str(error)) from error
 
 
 def in_kind(function: Callable[[Tensor], Tensor], x: Any) -> Any:

@@ -51,7 +51,7 @@ SETTINGS = {  # columns of panels, inches of a panel, sizes of text and lines
 
 
 class View(NamedTuple):
-    """What a panel shows, where it is not read off the functions: the same in all pictures of a film.
+    """The axes of a panel, given by the caller so that all pictures of a film have the same.
 
     Attributes:
         x: first and last input.

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..files import to_json
+from ..messages import needs
 from .command_options import FORMATS
-from .functions import LearnedFunction, needs
+from .functions import LearnedFunction
 
 NOTE = "no function has a pole: each denominator is 1 plus terms that are never negative"
 C_HELPERS = {
@@ -176,7 +177,7 @@ def _polynomial(coefficients: Sequence[float], lowest: int, number, powers: tupl
 
 
 def _sympy(functions: Sequence[LearnedFunction]) -> list[str]:
-    text = needs("sympy").sstr
+    text = needs("sympy", "functions").sstr
     return [
         "from sympy import *",
         "",

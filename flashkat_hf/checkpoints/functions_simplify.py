@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..messages import needs
 from ..model.coefficients import SIMPLE_FUNCTIONS, WITH_AFFINE_MAPS, degrees
 from ..model.layers import SimplifiedActivation
 from ..model.modeling_flashkat import FlashKATModel
-from .functions import LearnedFunction, model_functions, needs
+from .functions import LearnedFunction, model_functions
 from .functions_formats import formula
 
 ROUNDING = 1e-7  # of the output's root mean square: as far as float32 coefficients go
@@ -119,7 +120,7 @@ def simplify(model: nn.Module, batches: Iterable[Tensor], tolerance: float) -> S
     """
     if not 0 < tolerance < float("inf"):
         raise ValueError(f"the tolerance must be positive, not {tolerance:g}")
-    needs("scipy.optimize")
+    needs("scipy.optimize", "functions")
     choices = [_choose(function, tolerance) for function in model_functions(model, batches)]
     simplified = copy.deepcopy(model)
     before = after = 0
@@ -242,7 +243,7 @@ def _fit_affine(name: str, x: numpy.ndarray, weight: numpy.ndarray, y: numpy.nda
         (float(numpy.sum(outer(*start)[0] ** 2)) if errors is None else errors[index], *start)
         for index, start in enumerate(grid)
     )
-    least_squares = needs("scipy.optimize").least_squares
+    least_squares = needs("scipy.optimize", "functions").least_squares
     best = starts[0]
     for _, p, q in starts[:3]:
         free = (lambda v, p=p: outer(p, v[0])[0]) if kinked else (lambda v: outer(v[0], v[1])[0])
@@ -291,7 +292,7 @@ def _fit_rational(
         a = _solve(columns, root, y)
         return root * (columns @ a - y), a
 
-    least_squares = needs("scipy.optimize").least_squares
+    least_squares = needs("scipy.optimize", "functions").least_squares
     scale = size ** -numpy.arange(1.0, lower + 1)
     results = [
         least_squares(

@@ -19,7 +19,7 @@ FOREIGN_SETTINGS = ("quantization_config", "fusion_config")  # they choose other
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
         folder: on disk or in the cache of the Hub.

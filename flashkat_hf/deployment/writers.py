@@ -19,7 +19,7 @@ Runner = Callable[[Tensor], Tensor]  # pixel values to logits, both float32
 
 
 class Job(NamedTuple):
-    """What an exporter is given.
+    """The input of an exporter.
 
     Attributes:
         model: pixel values to logits, folded, in evaluation mode, in the precision's dtype inside.

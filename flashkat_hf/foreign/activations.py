@@ -28,7 +28,7 @@ Place = tuple[nn.Module, str]  # a module and the name of its attribute
 
 @dataclass(frozen=True)
 class Replacement:
-    """What `replace_activations` did to a model.
+    """The changes that `replace_activations` has made to a model.
 
     Attributes:
         layers: the new layers by their names; a layer that stands at several places has the first one's.

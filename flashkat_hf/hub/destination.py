@@ -1,4 +1,4 @@
-"""Where a push goes: the names, and whether there is a token, known before PyTorch is imported."""
+"""The destination of a push: its names and its token are checked here before PyTorch is imported."""
 
 import re
 from collections.abc import Iterator

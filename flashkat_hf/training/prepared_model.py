@@ -56,7 +56,8 @@ class PreparedModel:
         self.graphed = plan.graphed
         self.reduces = plan.graphed and plan.num_processes > 1
         self.step: GraphedStep | None = None  # captured with the first batch
-        self.finish = GraphedCall(self._change_weights, self._replays)
+        # changes the weights by the gradients, and the averaged ones by the weights
+        self.update = GraphedCall(self._change_weights, self._replays)
 
     def add_gradients(self, images: Tensor, targets: Tensor) -> Tensor:
         """Add the gradients of a micro-batch; return its loss, a scalar on the device.
@@ -92,10 +93,6 @@ class PreparedModel:
             parts = flat.split([gradient.numel() for gradient in gradients])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
-
-    def update(self) -> None:
-        """Change the weights by the gradients, and the averaged ones by the weights."""
-        self.finish()
 
     def _replays(self) -> bool:
         return self.step is not None and self.step.holds_gradients()
