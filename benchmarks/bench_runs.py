@@ -142,9 +142,9 @@ def run(settings: Settings, data: str, *flags: str, synthetic: bool = False) -> 
         started = time.time()
         child = json.dumps({"flags": flags, "synthetic": synthetic, "started": started})
         command = [sys.executable, __file__, "--output", os.devnull, "--child", child]
-        finished = subprocess.run(command, check=False, capture_output=True, text=True)
+        finished = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
         if finished.returncode:
-            raise SystemExit(f"{' '.join(flags)}: {finished.stderr[-2000:]}")
+            raise SystemExit(f"{' '.join(flags)}: the run ended with {finished.returncode}; see above")
         wall = time.time() - started
         lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
         rates = [line["images_per_second"] for line in lines if "kind" not in line]

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .samples import DataError, Examples, Partition, Stream, Transform
 from .seeding import random_integer
-from .workers import Indexed, Streamed, StreamPosition, collate, make_loader
+from .workers import Indexed, Streamed, StreamPosition, collate, end_workers, make_loader
 
 logger = logging.get_logger(__name__)
 Batch = dict[str, Tensor]
@@ -111,6 +111,10 @@ class TrainBatches:
                 self.following = epoch + 1, 0
             yield batch
 
+    def close(self) -> None:
+        """End the worker processes."""
+        end_workers(self.loader)
+
 
 class EvalBatches:
     """One process's part of a split: all processes together have every image once.
@@ -163,6 +167,10 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         return _checked(self.loader, self.corrupt)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        end_workers(self.loader)
 
 
 class _Order:

@@ -179,6 +179,12 @@ def make_loader(
     return DataLoader(dataset, generator=torch.Generator(), **options)
 
 
+def end_workers(loader: DataLoader) -> None:
+    """End a loader's worker processes; left to the interpreter's exit, PyTorch waits 5 seconds for each."""
+    if (workers := getattr(loader, "_iterator", None)) is not None:
+        workers._shutdown_workers()
+
+
 def _start_worker(worker: int) -> None:
     """Give a worker one thread, and let the main process alone end it.
 

@@ -6,6 +6,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,14 +211,15 @@ def _evaluation(options: argparse.Namespace, accelerator: "Accelerator") -> dict
     )
     model = accelerator.prepare_model(model, evaluation_mode=True)
     start = time.perf_counter()
-    result = evaluate(
-        model,
-        batches,
-        accelerator,
-        outputs=indices,
-        mixed_precision=options.mixed_precision,
-        progress=None if options.no_progress else "evaluating",
-    )
+    with closing(batches):
+        result = evaluate(
+            model,
+            batches,
+            accelerator,
+            outputs=indices,
+            mixed_precision=options.mixed_precision,
+            progress=None if options.no_progress else "evaluating",
+        )
     seconds = time.perf_counter() - start
     return {
         "model": options.model,

@@ -80,6 +80,11 @@ class Feed:
                 yield moved(self.device, kept.pop(0))
             yield from batches
 
+    def close(self) -> None:
+        """End the worker processes."""
+        self.train.close()
+        self.test.close()
+
     def unreadable(self) -> list[str]:
         """Return the names of the images that this process has left out, less the folder of the data."""
         root = f"{self.plan.settings.data}{os.sep}"  # which may be another one when the run goes on

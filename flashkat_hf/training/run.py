@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -109,7 +109,7 @@ def _train(
         accelerator.wait_for_everyone()
         if accelerator.device.type == "cpu" and settings.size == "micro":
             torch.set_num_threads(1)  # more gain little on such small products, and lose much on busy cores
-        with trainer.signals:
+        with trainer.signals, closing(feed):
             return trainer.run(checkpoints.newest() if resuming else None)
 
 

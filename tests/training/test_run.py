@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -480,8 +481,15 @@ def test_the_batches_that_are_measured_are_trained_on(run, monkeypatch):
     plain = run("plain")
     monkeypatch.setattr(TrainBatches, "epoch", noted)
     measured = run("measured", workers=2)
+    assert not multiprocessing.active_children()
     assert (len(made), begun) == (6, [(0, 0), (1, 0)])
     assert losses(measured) == losses(plain)
+
+
+def test_a_run_that_fails_ends_its_workers(run):
+    with pytest.raises(ValueError, match="the loss is nan") as failure:  # keeps the frames, and so the loader
+        run(workers=2, learning_rate=1e30)
+    assert not multiprocessing.active_children(), failure
 
 
 def test_the_data_side_is_measured_once_all_workers_give(monkeypatch):
