@@ -15,7 +15,6 @@ Each result is a JSON line with the GPU, the versions and the commit.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -31,18 +30,14 @@ import transformers
 from bench_data import Settings as Photographs
 from bench_data import make_folder
 from bench_model import about, refuse_unknown, transformers_vit
-from bench_training import Synthetic
+from timed_run import UPDATE
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, GraphedTrainer
-from flashkat_hf.training import feed, train
-from flashkat_hf.training.recipe import parse
-from flashkat_hf.training.trainer import Trainer as OurTrainer
 
 CASES = ("Trainer", "start", "jpeg", "accumulated")
 MODES = ("eager", "compiled")
 BATCH_SIZES = (16, 64)
-UPDATE = 10  # of "start"
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,6 @@ class Settings:
     turns: int = field(default=2, metadata={"help": "turns of each Trainer"})
     images: int = field(default=3200, metadata={"help": "photographs"})
     commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
-    child: str | None = field(default=None, metadata={"help": "used by the script itself: flags of a run"})
 
     def __post_init__(self):
         refuse_unknown("--cases", self.cases, dict.fromkeys(CASES))
@@ -140,8 +134,8 @@ def run(settings: Settings, data: str, *flags: str, synthetic: bool = False) -> 
     with tempfile.TemporaryDirectory() as folder:
         flags = ("--data", data, "--output", f"{folder}/run", "--size", settings.size, *flags)
         started = time.time()
-        child = json.dumps({"flags": flags, "synthetic": synthetic, "started": started})
-        command = [sys.executable, __file__, "--output", os.devnull, "--child", child]
+        given = json.dumps({"flags": flags, "synthetic": synthetic, "started": started})
+        command = [sys.executable, Path(__file__).with_name("timed_run.py"), given]
         finished = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
         if finished.returncode:
             raise SystemExit(f"{' '.join(flags)}: the run ended with {finished.returncode}; see above")
@@ -156,24 +150,6 @@ def run(settings: Settings, data: str, *flags: str, synthetic: bool = False) -> 
         "update_10_s": round(reached, 1),
         "peak_gib": summary["peak_memory_gib"],
     }
-
-
-def child(given: str) -> None:
-    """Train, and say when update 10 was made."""
-    given = json.loads(given)
-    if given["synthetic"]:
-        Synthetic.steps, feed.TrainBatches = 40, Synthetic
-    update = OurTrainer._update
-
-    def timed(trainer, batches) -> None:
-        update(trainer, batches)
-        if trainer.progress.step == UPDATE:
-            if trainer.accelerator.device.type == "cuda":
-                torch.cuda.synchronize()
-            print(f"update reached after {time.time() - given['started']} s", flush=True)
-
-    OurTrainer._update = timed
-    train(parse(given["flags"]))
 
 
 def our_runs(settings: Settings) -> Iterator[dict]:
@@ -198,9 +174,6 @@ def our_runs(settings: Settings) -> Iterator[dict]:
 
 
 def main(settings: Settings) -> None:
-    if settings.child:
-        child(settings.child)
-        return
     facts = about(settings) | {"transformers": transformers.__version__, "size": settings.size}
     with settings.output.open("a") as lines:
         parts = [trainer_runs] if "Trainer" in settings.cases else []

@@ -88,6 +88,9 @@ class Synthetic:
     def __len__(self) -> int:
         return self.steps
 
+    def close(self) -> None:
+        pass
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
         for _ in range(start, self.steps):
             yield {name: tensor.clone() for name, tensor in self.batch.items()}  # mixing works in place

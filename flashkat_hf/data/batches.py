@@ -149,7 +149,7 @@ class EvalBatches:
                 "collate_fn": collate,
                 "persistent": False,
             }
-            self.loader = make_loader(Indexed(split, transform), workers, **options)
+            self.loader = make_loader(Indexed(split, transform), min(workers, self.num_batches), **options)
         else:
             workers = min(workers, split.most_workers(world_size))
             dataset = Streamed(split, transform, Partition(rank, world_size), batch_size)

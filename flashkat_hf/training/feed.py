@@ -57,7 +57,8 @@ class Feed:
     def loading_rate(self, epoch: int, update: int, stop: Callable[[], int]) -> float | None:
         """Return the images per second that workers give while nothing trains, if it is soon known.
 
-        The batches are kept, on the CPU, for the `epoch` that follows; `stop` ends it early.
+        The batches are kept, on the CPU, for the `epoch` that follows; `stop` ends it early. It is not
+        measured where two batches of each worker are more than KEPT_BYTES.
         """
         if not self.plan.workers:
             return None
@@ -66,9 +67,10 @@ class Feed:
         def noted() -> Iterator[dict[str, Tensor]]:
             for batch in batches:
                 kept.append({name: tensor.cpu() for name, tensor in batch.items()})
-                yield batch
-                if stop() or sum(tensor.nbytes for each in kept for tensor in each.values()) > KEPT_BYTES:
+                number = max(len(kept), 2 * self.plan.workers)
+                if stop() or number * sum(tensor.nbytes for tensor in batch.values()) > KEPT_BYTES:
                     return
+                yield batch
 
         rate = loading_rate(noted(), self.plan.workers)
         self.begun = (epoch, update), self._after(kept, batches)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-PROBE_SECONDS = 2.0
+PROBE_SECONDS = 0.5
 PROBE_LONGEST = 10.0  # seconds after the first batch
 
 

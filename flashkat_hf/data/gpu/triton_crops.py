@@ -15,6 +15,7 @@ from .records import Crops, DecodedImages
 # What the table has for each image.
 ADDRESS, HEIGHT, WIDTH, TOP, LEFT, ROWS, COLUMNS, BICUBIC, MIRRORED, ENTRIES = map(tl.constexpr, range(10))
 BLOCK = 8  # rows of a program
+UNSPECIALIZED = ("most_rows",)  # another one in each batch: compiled once, not again where 16 divides it
 EXACT = tl.constexpr(2.0**23)  # float32 has no fractions from here on
 
 
@@ -45,7 +46,7 @@ def weigh(pixel, length, center, density, bicubic):
     return tl.where(pixel == inside, weight, 0.0), inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def resize_width_kernel(
     table_ptr,  # (count, ENTRIES) int64; images are (3, height, width) uint8, contiguous
     y_ptr,  # (count, 3, most_rows, size) float32
@@ -82,7 +83,7 @@ def resize_width_kernel(
         tl.store(y_ptr + row * size + column, y / total, mask=(row < rows) & (column >= 0) & (column < size))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def resize_height_kernel(
     table_ptr,  # (count, ENTRIES) int64
     x_ptr,  # (count, 3, most_rows, width) float32
