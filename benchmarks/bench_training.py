@@ -1,21 +1,32 @@
-"""Measure the trainer's throughput with the pretraining recipe: JPEG files, synthetic data, two GPUs.
+"""Measure the trainer with the pretraining recipe on 1, 2, 4 and 8 GPUs: JPEG files and synthetic data.
 
-    R=benchmarks/results
-    python benchmarks/bench_training.py --output $R/training.jsonl
-    python benchmarks/bench_training.py --append --output $R/training.jsonl --cases "synthetic fsdp2"
+    R=benchmarks/results/training.jsonl
+    python benchmarks/bench_training.py --output $R                                    # all GPUs of this host
+    python benchmarks/bench_training.py --append --output $R --size base --batch_size 256
+    python benchmarks/bench_training.py --append --output $R --cases "synthetic fsdp2" --processes 2
     python benchmarks/bench_training.py --size micro --batch_size 8 --images 64 --output /dev/null  # on a CPU
 
-One GPU reads JPEG files that are made for it, and the same batch again and again (synthetic); two GPUs do so
-with DDP, and train on synthetic data with FSDP2, whose model one process then loads. Each case is a run of
-its own, a JSON line, and a row of the table; an epoch counts from the second on, when everything is compiled.
+Each case is a run of its own, a JSON line, and a row of the table:
+
+- "synthetic": the same batch again and again, already on the GPU.
+- "jpeg": JPEG files that are made for it.
+- "synthetic fsdp2": weights sharded over the GPUs; one process then loads the model.
+- "resume": not measured, but checked: the launcher of several processes gets SIGTERM, the run goes on with
+  --resume, and its weights must be those of an undisturbed run to the bit.
+
+An epoch counts from the second on. The time to update 10 starts with the launcher; a checkpoint is saved
+after it, which is timed, too.
 """
 
+import hashlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +35,13 @@ import torch
 from bench_data import Settings as Photographs
 from bench_data import make_folder
 from PIL import Image
+from timed_run import UPDATE, after_update
 from transformers import AutoModelForImageClassification, HfArgumentParser
 
 import flashkat_hf  # noqa: F401 - registers the model
 from flashkat_hf.training import feed, train
 from flashkat_hf.training.recipe import parse
+from flashkat_hf.training.trainer import Trainer
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -36,7 +49,8 @@ FSDP2 = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "FlashKATLayer",
 }
-CASES = ("synthetic", "jpeg", "synthetic ddp", "jpeg ddp", "synthetic fsdp2")
+CASES = ("synthetic", "jpeg", "synthetic fsdp2", "resume")
+SEVERAL = CASES[2:]  # cases that need several processes
 RATES = ("images_per_second", "step_images_per_second", "data_images_per_second")
 CLASSES = 2  # of bench_data's folder
 
@@ -54,8 +68,9 @@ class Arguments:
     append: bool = field(default=False, metadata={"help": "add to the output file instead of starting it"})
     steps: int = field(default=30, metadata={"help": "of an epoch with synthetic data"})
     epochs: int = field(default=3, metadata={"help": "of each run; the first is not counted"})
-    processes: int | None = field(
-        default=None, metadata={"help": "of the second part; default: GPUs, 2 at most"}
+    processes: list[int] = field(
+        default_factory=lambda: [2**n for n in range(max(torch.cuda.device_count(), 1).bit_length())],
+        metadata={"help": "numbers of processes, a GPU each; default: 1, 2, 4, ... of this host's GPUs"},
     )
     on_device: str = field(default="auto", metadata={"help": "what the GPU does to images in the jpeg case"})
     workers: int | None = field(
@@ -65,10 +80,23 @@ class Arguments:
     case: str | None = field(default=None, metadata={"help": "used by the script itself"})
     data: str | None = field(default=None, metadata={"help": "likewise"})
     folder: str | None = field(default=None, metadata={"help": "likewise"})
+    started: float = field(default=0.0, metadata={"help": "likewise: when the launcher began, since 1970"})
+    resume: bool = field(default=False, metadata={"help": "likewise"})
 
     def __post_init__(self):
         if unknown := set(self.cases or ()) - set(CASES):
             raise SystemExit(f"--cases: {'; '.join(sorted(unknown))} unknown; known are {'; '.join(CASES)}")
+        if impossible := [n for n in self.processes if not 1 <= n <= max(torch.cuda.device_count(), 2)]:
+            raise SystemExit(f"--processes: {impossible[0]}; there are {torch.cuda.device_count()} GPUs")
+        if missing := [case for case in self.cases or () if not self.counts(case)]:
+            needs = "several GPUs" if "fsdp2" in missing[0] else "several processes"
+            raise SystemExit(f"--cases: {missing[0]} needs {needs}; --processes {max(self.processes)}")
+
+    def counts(self, case: str) -> list[int]:
+        """Return the numbers of processes that a case is run on; none where it cannot run."""
+        if "fsdp2" in case and not torch.cuda.is_available():
+            return []  # accelerate's FSDP2 is for GPUs
+        return [number for number in self.processes if number > 1 or case not in SEVERAL]
 
 
 class Synthetic:
@@ -97,98 +125,140 @@ class Synthetic:
 
 
 def work(arguments: Arguments) -> None:
-    """Train as one process of a run."""
+    """Train as one process of a run, and note beside its folder how long it took to begin and to save."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     flags = ["--data", str(arguments.data), "--output", str(arguments.folder), "--size", arguments.size]
     flags += ["--batch_size", str(arguments.batch_size * world), "--epochs", str(arguments.epochs)]
     flags += ["--warmup_epochs", "0", "--evaluate_epochs", str(arguments.epochs)]
-    flags += ["--checkpoint_minutes", "1000"]
+    flags += ["--checkpoint_minutes", "1000", *(["--resume"] if arguments.resume else [])]
     if arguments.workers is not None:
         flags += ["--workers", str(arguments.workers)]
     if not torch.cuda.is_available():
         flags += ["--precision", "no"]
-    if "jpeg" in arguments.case:
+    if arguments.case in ("jpeg", "resume"):
         flags += ["--on_device", arguments.on_device, "--skip_corrupt"]  # files just made need no check
     else:
         Synthetic.steps, feed.TrainBatches = arguments.steps, Synthetic
         flags += ["--workers", "0", "--on_device", "nothing"]
+
+    def note(trainer: Trainer) -> None:
+        reached = time.time()
+        if arguments.case != "resume":
+            trainer._save()
+        if trainer.main:
+            times = {"start_up_s": reached - arguments.started, "checkpoint_s": time.time() - reached}
+            Path(f"{arguments.folder}.json").write_text(json.dumps(times))
+
+    after_update(UPDATE, note)
     train(parse(["--recipe", "pretrain-small", *flags]))
 
 
-def measure(case: str, processes: int, data: str, arguments: Arguments, extra: dict[str, str]) -> dict:
+def command(case: str, processes: int, data: str, folder: Path, arguments: Arguments) -> list[str]:
+    """Return the command of a run in processes of its own."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    words = [sys.executable, *(launch if processes > 1 else []), __file__, "--case", case]
+    words += ["--data", data, "--folder", str(folder), "--output", os.devnull]
+    for name in ("size", "batch_size", "steps", "epochs", "on_device", "workers"):
+        if (value := getattr(arguments, name)) is not None:
+            words += [f"--{name}", str(value)]
+    return [*words, "--started", str(time.time())]
+
+
+def measure(case: str, processes: int, data: str, arguments: Arguments) -> dict:
     """Run a case in processes of its own, and return its rates and what it ran on."""
     with tempfile.TemporaryDirectory() as folder:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *(launch if processes > 1 else []), __file__, "--case", case]
-        command += ["--data", data, "--folder", f"{folder}/run", "--output", os.devnull]
-        for name in ("size", "batch_size", "steps", "epochs", "on_device", "workers"):
-            if (value := getattr(arguments, name)) is not None:
-                command += [f"--{name}", str(value)]
-        result = subprocess.run(command, env={**os.environ, **extra}, check=False)
-        if result.returncode:
-            raise SystemExit(f"{case} on {processes} processes failed")
         run = Path(folder, "run")
+        extra = FSDP2 if "fsdp2" in case else {}
+        words = command(case, processes, data, run, arguments)
+        if subprocess.run(words, env={**os.environ, **extra}, check=False).returncode:
+            raise SystemExit(f"{case} on {processes} processes failed")
         summary = json.loads((run / "summary.json").read_text())
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         epochs = [line for line in lines if "kind" not in line][1:]
         settings = json.loads((run / "settings.json").read_text())
+        times = json.loads(Path(f"{run}.json").read_text())
         AutoModelForImageClassification.from_pretrained(run / "last")  # in one process, made by several
     rates = {rate: round(statistics.median(line[rate] for line in epochs), 1) for rate in RATES}
     names = ("peak_memory_gib", "precision", "compiled", "device", "versions", "commit")
-    about = {name: summary[name] for name in names}
     return {
-        "case": case,
-        "processes": processes,
-        "size": arguments.size,
-        "batch_size": arguments.batch_size,
-        **({"on_device": settings["on_device"]} if "jpeg" in case else {}),
+        **described(case, processes, arguments),
+        **({"on_device": settings["on_device"]} if case == "jpeg" else {}),
         **rates,
-        **about,
+        **{name: round(seconds, 2) for name, seconds in times.items()},
+        **{name: summary[name] for name in names},
         **({"commit": arguments.commit} if arguments.commit else {}),
     }
 
 
-def chosen_cases(arguments: Arguments, processes: int) -> list[str]:
-    """Return the cases asked for, or all that this machine can run.
+def check_resuming(case: str, processes: int, data: str, arguments: Arguments) -> dict:
+    """Stop the launcher of a run by SIGTERM and let the run go on; compare it with an undisturbed one.
 
     Raises:
-        SystemExit: one was asked for that it cannot run.
+        SystemExit: it was not stopped, or the weights differ.
     """
-    largest = len(CASES) if torch.cuda.is_available() else 4  # accelerate's FSDP2 is for GPUs
-    possible = CASES[: largest if processes > 1 else 2]
-    if impossible := [case for case in arguments.cases or () if case not in possible]:
-        known = f"with --processes {processes}: {'; '.join(possible)}"
-        raise SystemExit(f"--cases: {impossible[0]} cannot run here; {known}")
-    return arguments.cases or list(possible)
+    weights, codes = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("whole", "stopped"):
+            run = Path(folder, name)
+            words = command(case, processes, data, run, arguments)
+            if name == "stopped":
+                process = subprocess.Popen(words)
+                while not Path(f"{run}.json").exists() and process.poll() is None:
+                    time.sleep(0.05)
+                process.send_signal(signal.SIGTERM)
+                codes.append(process.wait())
+                if not (run / "checkpoints").exists():
+                    raise SystemExit(f"{case} on {processes} processes: no checkpoint after SIGTERM")
+                words.append("--resume")
+            if subprocess.run(words, check=False).returncode:
+                raise SystemExit(f"{case} on {processes} processes: the {name} run failed")
+            weights.append(hashlib.sha256((run / "last" / "model.safetensors").read_bytes()).hexdigest())
+        summary = json.loads((run / "summary.json").read_text())
+    if weights[0] != weights[1]:
+        raise SystemExit(f"{case} on {processes} processes: the weights differ from an undisturbed run's")
+    names = ("device", "versions", "commit")
+    return {
+        **described(case, processes, arguments),
+        "same_bits": True,
+        "launcher_exit": codes[0],
+        **{name: summary[name] for name in names},
+        **({"commit": arguments.commit} if arguments.commit else {}),
+    }
+
+
+def described(case: str, processes: int, arguments: Arguments) -> dict:
+    """Return what names a result."""
+    sizes = {"size": arguments.size, "batch_size": arguments.batch_size}
+    return {"case": case, "processes": processes, **sizes}
 
 
 def main(arguments: Arguments) -> None:
     if arguments.case:
         work(arguments)
         return
-    processes = arguments.processes or max(1, min(2, torch.cuda.device_count()))
-    cases = chosen_cases(arguments, processes)
+    runs = [(case, number) for case in arguments.cases or CASES for number in arguments.counts(case)]
     results = []
     with (
         tempfile.TemporaryDirectory() as folder,
         arguments.output.open("a" if arguments.append else "w") as lines,
     ):
-        read = any("jpeg" in case for case in cases)
-        copies = arguments.copies if read else 1
-        images = arguments.images if read else arguments.batch_size * processes  # only counted there
+        reads = {case for case, _ in runs} & {"jpeg", "resume"}
+        copies = arguments.copies if reads else 1
+        # Without files to read they are only counted.
+        images = arguments.images if reads else arguments.batch_size * max(arguments.processes)
         make_folder(
             Path(folder), Photographs(arguments.output, images, copies, batch_size=arguments.batch_size)
         )
-        for case in cases:
-            count = 1 if case in CASES[:2] else processes
-            results.append(measure(case, count, folder, arguments, FSDP2 if "fsdp2" in case else {}))
+        for case, number in runs:
+            function = check_resuming if case == "resume" else measure
+            results.append(function(case, number, folder, arguments))
             lines.write(json.dumps(results[-1]) + "\n")
             lines.flush()
     print(f"\n{results[0]['device']}, {arguments.size}, {arguments.batch_size} images a device")
     print(f"{'case':18}{'processes':>10}{'images/s':>12}{'step side':>12}{'data side':>12}")
     for result in results:
-        rates = "".join(f"{result[rate]:12.0f}" for rate in RATES)
-        print(f"{result['case']:18}{result['processes']:10}{rates}")
+        rates = "".join(f"{result[rate]:12.0f}" for rate in RATES if rate in result)
+        print(f"{result['case']:18}{result['processes']:10}{rates or '  same bits'}")
 
 
 if __name__ == "__main__":

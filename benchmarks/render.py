@@ -123,27 +123,42 @@ PERFORMANCE = "docs/performance.md"
 
 
 def training_table(results: list[dict]) -> str:
-    """Return a row for each case of the trainer, beside synthetic data on one GPU by the same commit."""
-    synthetic = [result for result in results if result["case"] == "synthetic"]
-    one_gpu = {result["commit"]: result["images_per_second"] for result in synthetic}
+    """Return a row for each case of the trainer, with its share of a linear rate."""
+    measured = [result for result in results if result["case"] != "resume"]
+
+    def kind(result: dict) -> tuple:
+        return result["size"], result["batch_size"], result["device"], result["commit"]
+
+    alone = [result for result in measured if (result["case"], result["processes"]) == ("synthetic", 1)]
+    one_gpu = {kind(result): result["images_per_second"] for result in alone}
     rows = [
-        "| pretraining recipe | GPUs | images/s | step side | of one GPU, synthetic | commit |",
-        "|---" * 6 + "|",
+        "| pretraining recipe | GPUs | images/s | of linear | GPU memory, GiB | to update 10 | checkpoint |",
+        "|---" * 7 + "|",
     ]
-    for result in results:
+    for result in measured:
         case = ", ".join(result[name] for name in ("case", "on_device") if name in result)
-        commit, rate = result["commit"], result["images_per_second"]
-        rows.append(
-            f"| {case} | {result['processes']} | {rate:,.0f} | {result['step_images_per_second']:,.0f} | "
-            f"{f'{rate / one_gpu[commit]:.2f}' if commit in one_gpu else ''} | {commit[:7]} |"
-        )
-    about = results[0]
+        rate, processes = result["images_per_second"], result["processes"]
+        share = f"{rate / processes / one_gpu[kind(result)]:.2f}" if kind(result) in one_gpu else ""
+        cells = [f"{result['size']}, {result['batch_size']} a GPU: {case}", processes, f"{rate:,.0f}", share]
+        cells += [
+            result["peak_memory_gib"],
+            f"{result['start_up_s']:.0f} s",
+            f"{result['checkpoint_s']:.1f} s",
+        ]
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    about = measured[0]
     rows += [
         "",
-        f"{about['size']}, {about['batch_size']} images a GPU, {about['precision']}, compiled; "
-        f"{about['device']}, torch {about['versions']['torch']}, "
-        f"accelerate {about['versions']['accelerate']}; `benchmarks/bench_training.py`.",
+        f"Linear is the synthetic rate of one GPU times their number. {about['device']}, "
+        f"{about['precision']}, torch {about['versions']['torch']}, accelerate {about['versions']['accelerate']}, commit "
+        f"{', '.join(dict.fromkeys(result['commit'][:7] for result in results))}; "
+        "`benchmarks/bench_training.py`.",
     ]
+    if same := [result["processes"] for result in results if result.get("same_bits")]:
+        gpus = f"{max(same)} GPUs"
+        rows[-1] += (
+            f" After SIGTERM to the launcher on {gpus} a resumed run ended with the bits of a whole one."
+        )
     return "\n".join(rows)
 
 

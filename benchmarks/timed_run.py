@@ -9,6 +9,7 @@ every batch is the same and on the device already.
 import json
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -19,21 +20,28 @@ from flashkat_hf.training.trainer import Trainer
 UPDATE = 10
 
 
+def after_update(number: int, act: Callable[[Trainer], None]) -> None:
+    """Let `act` take the trainer of this process after an update, when the device has done it."""
+    update = Trainer._update
+
+    def watched(trainer: Trainer, batches) -> None:
+        update(trainer, batches)
+        if trainer.progress.step == number:
+            if trainer.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            act(trainer)
+
+    Trainer._update = watched
+
+
 def main(given: dict) -> None:
     if given["synthetic"]:
         from bench_training import Synthetic
 
         Synthetic.steps, feed.TrainBatches = 40, Synthetic
-    update = Trainer._update
-
-    def timed(trainer, batches) -> None:
-        update(trainer, batches)
-        if trainer.progress.step == UPDATE:
-            if trainer.accelerator.device.type == "cuda":
-                torch.cuda.synchronize()
-            print(f"update reached after {time.time() - given['started']} s", flush=True)
-
-    Trainer._update = timed
+    after_update(
+        UPDATE, lambda _: print(f"update reached after {time.time() - given['started']} s", flush=True)
+    )
     train(parse(given["flags"]))
 
 

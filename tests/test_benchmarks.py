@@ -389,18 +389,21 @@ def training_arguments(tmp_path, **options) -> bench_training.Arguments:
 def test_cases_that_are_unknown_or_cannot_run(tmp_path, monkeypatch):
     """Said before any file is made."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="--cases: png unknown; known are synthetic; jpeg; synthetic ddp"):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit, match="--cases: png unknown; known are synthetic; jpeg; synthetic fsdp2"):
         training_arguments(tmp_path, cases=["jpeg", "png"])
-    for case, processes in (("synthetic ddp", 1), ("synthetic fsdp2", 2)):
-        with pytest.raises(
-            SystemExit, match=f"--cases: {case} cannot run here; with --processes {processes}: synth"
-        ):
-            bench_training.main(training_arguments(tmp_path, cases=[case], processes=processes))
+    with pytest.raises(SystemExit, match="--processes: 4; there are 0 GPUs"):
+        training_arguments(tmp_path, processes=[1, 4])
+    with pytest.raises(SystemExit, match="--cases: resume needs several processes; --processes 1"):
+        training_arguments(tmp_path, cases=["resume"], processes=[1])
+    with pytest.raises(SystemExit, match="--cases: synthetic fsdp2 needs several GPUs; --processes 2"):
+        training_arguments(tmp_path, cases=["synthetic fsdp2"], processes=[1, 2])
     assert not (tmp_path / "r.jsonl").exists()
-    assert bench_training.chosen_cases(training_arguments(tmp_path), 1) == ["synthetic", "jpeg"]
-    assert bench_training.chosen_cases(training_arguments(tmp_path), 2) == list(bench_training.CASES[:4])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert bench_training.chosen_cases(training_arguments(tmp_path), 2) == list(bench_training.CASES)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    arguments = training_arguments(tmp_path)
+    counts = [arguments.counts(case) for case in bench_training.CASES]
+    assert counts == [[1, 2, 4, 8], [1, 2, 4, 8], [2, 4, 8], [2, 4, 8]]
 
 
 def test_cases_run_alone_and_are_added(tmp_path, monkeypatch):
@@ -413,11 +416,12 @@ def test_cases_run_alone_and_are_added(tmp_path, monkeypatch):
         "measure",
         lambda case, processes, *_: {"case": case, "processes": processes, "device": "GPU", **rates},
     )
-    for case, processes in (("synthetic ddp", 2), ("jpeg", 2)):
+    for case, processes in (("synthetic", [1, 2]), ("jpeg", [1])):
         bench_training.main(training_arguments(tmp_path, cases=[case], processes=processes, append=True))
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert [(line["case"], line["processes"]) for line in lines] == [("synthetic ddp", 2), ("jpeg", 1)]
+    found = [(line["case"], line["processes"]) for line in lines]
+    assert found == [("synthetic", 1), ("synthetic", 2), ("jpeg", 1)]
     assert made[0].images * made[0].copies == 2 * 512
     assert made[1].images * made[1].copies >= 30 * 512
-    bench_training.main(training_arguments(tmp_path, cases=["synthetic"]))
+    bench_training.main(training_arguments(tmp_path, cases=["synthetic"], processes=[1]))
     assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 1

@@ -146,7 +146,7 @@ def accesses(settings: Settings) -> Iterator[dict]:
     blocks = math.ceil(images * tokens / ROWS) * GROUPS
     x = torch.empty(settings.shape, device=settings.device)
     tables = (torch.empty(GROUPS, columns, device=settings.device) for columns in (6, 4))
-    tile, layout, rows = backward_plan(x, *tables, programs_per_multiprocessor=12)
+    tile, layout, rows = backward_plan(x, *tables)
     programs, sums = tile.num_programs * tile.segments, COEFFICIENTS * rows * layout[1]
     for name, reads, writes, atomics in (
         (ALGORITHM1, (2 + COEFFICIENTS) * elements, elements, COEFFICIENTS * elements),

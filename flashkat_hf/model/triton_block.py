@@ -20,8 +20,8 @@ from .triton_norm_rational import (
     launch_norm_rational_forward,
     norm_rational_backward_plan,
 )
-from .triton_rational import rational_forward
-from .triton_rational_mlp import launch_mlp_backward, linear_plan, mlp_backward_plan, rational_mlp_forward
+from .triton_rational import backward_plan, rational_forward
+from .triton_rational_mlp import launch_mlp_backward, linear_plan, rational_mlp_forward
 from .triton_sums import COLUMNS, NUM_WARPS, TILE, column_sums, table_sums, tile_of
 from .triton_tiles import NORM_BACKWARD
 
@@ -228,7 +228,7 @@ def block_backward(
     """
     hidden_size, inner_size = tail.act.shape[-1], tail.product.shape[-1]
     tables = tail.numerator1, tail.denominator1, tail.numerator2, tail.denominator2
-    mlp_plan = mlp_backward_plan(tail.product, *tables[2:])
+    mlp_plan = backward_plan(tail.product, *tables[2:])
     norm2_plan = norm_rational_backward_plan(tail.total, *tables[:2], totals=True)
     norm1_plan, head_sizes = None, (0, 0, 0, 0, 0)
     if head is not None:

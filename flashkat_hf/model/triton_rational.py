@@ -84,8 +84,8 @@ def rational_backward_kernel(
 
     Grid (num_programs,), with num_programs * SEGMENTS a multiple of segments_per_row: the step between a
     program's tiles is whole rows, so a segment of the tile stays in one group and its coefficients and sums
-    stay in registers. The loop's loads run two tiles ahead. Memory: two reads and one write of each element.
-    Arithmetic: float32, about 48 instructions an element.
+    stay in registers. The loop's loads run two tiles ahead; what is written is not kept in the cache (".cs").
+    Memory: two reads and one write of each element. Arithmetic: float32, about 48 instructions an element.
     """
     first = tl.program_id(0).to(tl.int64) * SEGMENTS
     step = tl.num_programs(0).to(tl.int64) * SEGMENTS
@@ -104,7 +104,8 @@ def rational_backward_kernel(
         f, reciprocal, slope = quotient_and_slope(x, a, b)
         u = grad_y * reciprocal
         grad_x = u * slope
-        tl.store(grad_x_ptr + start * WIDTH + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        grad_x = grad_x.to(grad_x_ptr.dtype.element_ty)
+        tl.store(grad_x_ptr + start * WIDTH + offset, grad_x, mask=mask, cache_modifier=".cs")
         sums = add_coefficient_terms(sums, x, u, f, SEGMENTS, WIDTH)
     store_sums(partial_ptr + first + segment, step, sums, None)
 
@@ -129,7 +130,7 @@ def rational_backward(
     Arguments are valid and contiguous.
     """
     grad_x = torch.empty_like(x)
-    tile, layout, rows = backward_plan(x, numerator, denominator, programs_per_multiprocessor=12)
+    tile, layout, rows = backward_plan(x, numerator, denominator)
     partial = torch.empty(10, rows, layout[1], dtype=torch.float32, device=x.device)
     if x.numel():
         tensors = grad_y, x, numerator, denominator, grad_x, partial
@@ -140,16 +141,13 @@ def rational_backward(
     return (grad_x, *gather_sums((numerator, denominator), partial, None))
 
 
-def backward_plan(
-    x: Tensor, numerator: Tensor, denominator: Tensor, programs_per_multiprocessor: int
-) -> tuple[Tile, tuple[int, ...], int]:
+def backward_plan(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tile, tuple[int, ...], int]:
     """Return the tile, the kernel's numbers, and the rows of its sums `(10, rows, segments_per_row)`.
 
     The programs' tiles in a row make whole rows. Without elements there are no programs, and the sums are
     empty.
     """
-    programs = programs_per_multiprocessor * num_multiprocessors(x.device)
-    return _backward_plan(x.numel(), *_sizes(x, numerator, denominator), programs)
+    return _backward_plan(x.numel(), *_sizes(x, numerator, denominator), num_multiprocessors(x.device))
 
 
 def _sizes(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[int, int, int, int]:
@@ -173,10 +171,10 @@ def _backward_plan(
     element_bytes: int,
     numerator_rows: int,
     denominator_rows: int,
-    programs: int,
+    multiprocessors: int,
 ) -> tuple[Tile, tuple[int, ...], int]:
     num_groups = max(numerator_rows, denominator_rows)
-    tile = backward_tile(num_elements, hidden_size, hidden_size // num_groups, element_bytes, programs)
+    tile = backward_tile(num_elements, hidden_size, hidden_size // num_groups, element_bytes, multiprocessors)
     layout = _layout(num_elements, hidden_size, numerator_rows, denominator_rows, tile.width)
     return tile, layout, tile.num_programs * tile.segments * tile.width // hidden_size
 

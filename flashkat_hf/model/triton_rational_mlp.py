@@ -134,8 +134,9 @@ def rational_mlp_backward_kernel(
         f, reciprocal, slope = quotient_and_slope(x, a, b)
         u = grad_y * reciprocal
         grad_x = u * slope
-        tl.store(y_ptr + start * WIDTH + offset, f.to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(grad_x_ptr + start * WIDTH + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        y, stored = f.to(y_ptr.dtype.element_ty), grad_x.to(grad_x_ptr.dtype.element_ty)
+        tl.store(y_ptr + start * WIDTH + offset, y, mask=mask, cache_modifier=".cs")
+        tl.store(grad_x_ptr + start * WIDTH + offset, stored, mask=mask, cache_modifier=".cs")
         sums = add_coefficient_terms(sums, x, u, f, SEGMENTS, WIDTH)
         columns += grad_x
     store_sums(partial_ptr + first + segment, step, sums, None)
@@ -175,18 +176,13 @@ def rational_mlp_backward(
         gradients.
     """
     grad_x, y = torch.empty_like(x), torch.empty_like(x)
-    plan = mlp_backward_plan(x, numerator, denominator)
+    plan = backward_plan(x, numerator, denominator)
     _, layout, rows = plan
     partial = torch.empty(10, rows, layout[1], dtype=torch.float32, device=x.device)
     columns = torch.empty(1, rows, x.shape[-1], dtype=torch.float32, device=x.device)
     launch_mlp_backward(grad_y, x, numerator, denominator, grad_x, y, partial, columns, plan=plan)
     *tables, columns = gather_sums((numerator, denominator), partial, columns)
     return grad_x, y, columns.squeeze(0), *tables
-
-
-def mlp_backward_plan(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tile, tuple[int, ...], int]:
-    """Return what `backward_plan` does, for this file's kernel."""
-    return backward_plan(x, numerator, denominator, programs_per_multiprocessor=4)
 
 
 def launch_mlp_backward(*tensors: Tensor, plan: tuple[Tile, tuple[int, ...], int]) -> None:

@@ -12,6 +12,7 @@ MAX_REGISTERS = 2048  # of a multiprocessor, for each of a warp's 32 threads
 NORM_FORWARD = (24, 4)  # registers of a thread, for `norm_tile`: so many, and so many for each channel
 NORM_BACKWARD = NORM_RATIONAL_BACKWARD = (16, 28 / 3)
 NORM_BACKWARD_TOTALS = (24, 12)
+BACKWARD_PROGRAMS = 10  # of a multiprocessor, for `backward_tile`
 ATTENTION_BLOCK = 64  # queries, or keys, of a program: 16 for each of four warps
 
 
@@ -33,20 +34,19 @@ def forward_tile(num_elements: int, group_size: int, element_bytes: int) -> Tile
 
 
 def backward_tile(
-    num_elements: int, hidden_size: int, group_size: int, element_bytes: int, programs: int
+    num_elements: int, hidden_size: int, group_size: int, element_bytes: int, num_multiprocessors: int
 ) -> Tile:
-    """Return a tile for about so many programs, which walk over the tensor in steps of whole rows.
+    """Return a tile for programs that walk over the tensor in steps of whole rows.
 
-    Each thread so stays in one group.
-
-    Its coefficients and their partial sums then live in registers. The step, `num_programs * segments`, must
-    be a multiple of the segments in a row.
+    A thread stays in one group, so that its coefficients and their partial sums live in registers. The step,
+    `num_programs * segments`, must be a multiple of the segments in a row. There are no more programs than a
+    multiprocessor holds at once: those that waited for others to end cost a quarter more time.
     """
-    segments, width = 128, segment_width(group_size, element_bytes)
+    segments, width = 64, segment_width(group_size, element_bytes)
     segments_per_row = hidden_size // width
     whole_rows = segments_per_row // math.gcd(segments_per_row, segments)
-    wanted = min(programs, _cdiv(num_elements, segments * width))
-    return Tile(segments, width, num_warps=4, num_programs=_cdiv(wanted, whole_rows) * whole_rows)
+    wanted = min(BACKWARD_PROGRAMS * num_multiprocessors, _cdiv(num_elements, segments * width))
+    return Tile(segments, width, num_warps=2, num_programs=_cdiv(wanted, whole_rows) * whole_rows)
 
 
 class NormTile(NamedTuple):

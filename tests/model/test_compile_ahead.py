@@ -78,7 +78,7 @@ def test_compiles(group_size, capability, dtype):
     forward = compile_for(
         triton_rational.rational_forward_kernel, forward_tile(2**20, group_size, num_bytes), dtype, target
     )
-    tile = backward_tile(2**20, hidden_size, group_size, num_bytes, programs=528)
+    tile = backward_tile(2**20, hidden_size, group_size, num_bytes, num_multiprocessors=132)
     backward = compile_for(triton_rational.rational_backward_kernel, tile, dtype, target)
     between_linears = compile_for(triton_rational_mlp.rational_mlp_backward_kernel, tile, dtype, target)
     for compiled in (forward, backward, between_linears):
@@ -210,7 +210,7 @@ def test_compiles_for_rocm():
     target = GPUTarget("hip", "gfx942", 64)
     compiled = compile_for(
         triton_rational.rational_backward_kernel,
-        backward_tile(2**20, 3072, 384, 2, programs=1216),
+        backward_tile(2**20, 3072, 384, 2, num_multiprocessors=304),
         "bfloat16",
         target,
     )

@@ -20,7 +20,7 @@ def test_tiles(num_rows, group_size, element_bytes):
     hidden_size = 8 * group_size
     num_elements = num_rows * hidden_size
     forward = forward_tile(num_elements, group_size, element_bytes)
-    backward = backward_tile(num_elements, hidden_size, group_size, element_bytes, programs=528)
+    backward = backward_tile(num_elements, hidden_size, group_size, element_bytes, num_multiprocessors=132)
     for tile in (forward, backward):
         assert group_size % tile.width == 0  # a segment lies in one group
         assert tile.width * element_bytes <= 16
