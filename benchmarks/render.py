@@ -140,18 +140,19 @@ def training_table(results: list[dict]) -> str:
         rate, processes = result["images_per_second"], result["processes"]
         share = f"{rate / processes / one_gpu[kind(result)]:.2f}" if kind(result) in one_gpu else ""
         cells = [f"{result['size']}, {result['batch_size']} a GPU: {case}", processes, f"{rate:,.0f}", share]
-        cells += [
-            result["peak_memory_gib"],
-            f"{result['start_up_s']:.0f} s",
-            f"{result['checkpoint_s']:.1f} s",
-        ]
+        cells.append(result["peak_memory_gib"])
+        cells += [f"{result[key]:.1f} s" if key in result else "" for key in ("start_up_s", "checkpoint_s")]
         rows.append(f"| {' | '.join(map(str, cells))} |")
-    about = measured[0]
+    places = []
+    for about in measured:
+        mode, versions = "compiled" if about["compiled"] else "CUDA graphs", about["versions"]
+        places.append(
+            f"{about['device']}, {about['precision']}, {mode}, torch {versions['torch']}, accelerate "
+            f"{versions['accelerate']}, commit {about['commit'][:7]}"
+        )
     rows += [
         "",
-        f"Linear is the synthetic rate of one GPU times their number. {about['device']}, "
-        f"{about['precision']}, torch {about['versions']['torch']}, accelerate {about['versions']['accelerate']}, commit "
-        f"{', '.join(dict.fromkeys(result['commit'][:7] for result in results))}; "
+        f"Linear is the synthetic rate of one GPU times their number. {'; then '.join(dict.fromkeys(places))}. "
         "`benchmarks/bench_training.py`.",
     ]
     if same := [result["processes"] for result in results if result.get("same_bits")]:

@@ -75,6 +75,8 @@ def cases(settings: Settings) -> list[Case]:
             Case(name, "backward", repeats=times)
             for name, times in product((ALGORITHM2, ALGORITHM1), settings.repeats)
         ]
+    wanted = settings.contenders
+    chosen = [case for case in chosen if wanted is None or case.contender in wanted]
     return sorted(
         dict.fromkeys(chosen), key=lambda case: (case.contender, case.direction) == (ALGORITHM1, "backward")
     )
@@ -82,7 +84,7 @@ def cases(settings: Settings) -> list[Case]:
 
 def only_timed(settings: Settings) -> list[Case]:
     """Return further contenders of table 3, many kernels each, which are not counted."""
-    if "table3" not in settings.names:
+    if "table3" not in settings.names or settings.contenders:
         return []
     originals = [name for name in contenders(settings.peer, compiled=False) if "original" in name]
     return [Case(name, "backward") for name in (EAGER, COMPILED, *originals)]

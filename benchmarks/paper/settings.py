@@ -11,6 +11,7 @@ import torch
 from bench_model import refuse
 
 from .published import GROUPS, SHAPE
+from .results import FLASHKAT, KAT, OURS, RELAXED
 
 EXPERIMENTS = {
     "table1": "parameters and operations of an MLP, a KAN and a GR-KAN layer",
@@ -40,6 +41,7 @@ class Settings:
     commit: str | None = None
     sizes: tuple[str, ...] = ("tiny", "small", "base")
     modes: tuple[str, ...] = ("eager", "compiled")
+    contenders: tuple[str, ...] | None = None  # None: all
 
     @property
     def device(self) -> str:
@@ -86,13 +88,20 @@ def parse(arguments: list[str] | None = None) -> Settings:
     parser.add_argument("--commit", help="of the code measured; default: asks git")
     parser.add_argument("--sizes", nargs="+", default=list(Settings.sizes), choices=Settings.sizes)
     parser.add_argument("--modes", nargs="+", default=list(Settings.modes), choices=Settings.modes)
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=(OURS, FLASHKAT, RELAXED, KAT),
+        help="of tables 2 and 3, figures 2 and 3 and memory, to measure some again; default: all",
+    )
     options = vars(parser.parse_args(arguments))
     return settings(**options)
 
 
 def settings(
     names: list[str], output: Path, ncu: str | None = None, toy: bool = False, peer: Path | None = None,
-    sizes: Sequence[str] = Settings.sizes, modes: Sequence[str] = Settings.modes, **others,
+    sizes: Sequence[str] = Settings.sizes, modes: Sequence[str] = Settings.modes,
+    contenders: Sequence[str] | None = None, **others,
 ) -> Settings:  # fmt: skip
     unknown = [name for name in names if name not in (*EXPERIMENTS, "all")]
     refuse(unknown, f"{', '.join(unknown)} unknown; known are all, {', '.join(EXPERIMENTS)}")
@@ -116,5 +125,6 @@ def settings(
         ncu=program,
         sizes=tuple(sizes),
         modes=tuple(modes),
+        contenders=tuple(contenders) if contenders else None,
         **others,
     )
