@@ -152,8 +152,8 @@ def training_table(results: list[dict]) -> str:
         )
     rows += [
         "",
-        f"Linear is the synthetic rate of one GPU times their number. {'; then '.join(dict.fromkeys(places))}. "
-        "`benchmarks/bench_training.py`.",
+        "Linear is the synthetic rate of one GPU times their number. "
+        f"{'; then '.join(dict.fromkeys(places))}. `benchmarks/bench_training.py`.",
     ]
     if same := [result["processes"] for result in results if result.get("same_bits")]:
         gpus = f"{max(same)} GPUs"

@@ -114,7 +114,7 @@ def measure(settings: Settings, write: Write, attempt: Callable) -> None:
     slow = [
         case for case in chosen if case.contender in (ALGORITHM1, RELAXED) and case.direction == "backward"
     ]
-    for part in ([case for case in chosen if case not in slow], slow):
+    for part in filter(None, ([case for case in chosen if case not in slow], slow)):
         with attempt("Nsight Compute"):
             counted = nsight.profile(settings.ncu, part, settings.shape, settings.peer)
             for case, counters in zip(part, counted, strict=True):
