@@ -197,8 +197,9 @@ class BackgroundPusher:
 
     def _refuse(self, job: _Job, reason: str) -> None:
         """Warn of what was not pushed, and keep the line for the end."""
-        self._problems.append(self._problem(job, reason))
-        warn(self._problems[-1])
+        line = self._problem(job, reason)
+        self._problems.append(line)
+        warn(line)
 
     def _problem(self, job: _Job, reason: str) -> str:
         """Return the line that says what was not pushed, why, and the command that pushes it."""
