@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import numpy
@@ -105,6 +106,23 @@ def test_what_the_page_shows(app, bare_folder):
     assert not torch.is_grad_enabled() or all(p.grad is None for p in model.parameters())
 
 
+def test_of_a_long_thin_image_the_middle_is_resized(app, bare_folder):
+    """The whole would be resized to 37 x 2,220,000 pixels, which a large model's memory does not hold."""
+    processor = app.load(str(bare_folder))[1]
+    sizes = []
+
+    class Spy:
+        def __getattr__(self, name):
+            return getattr(processor, name)
+
+        def __call__(self, image, **options):
+            sizes.append(image.size)
+            return processor(image, **options)
+
+    assert app.prepare(Image.new("RGB", (60_000, 1)), Spy()).shape == (1, 3, 32, 32)
+    assert sizes == [(10, 1)]
+
+
 def test_one_line_where_it_cannot_start(app, bare_folder, tmp_path, capsys, monkeypatch):
     def problem(*arguments: str) -> str:
         assert app.main(list(arguments)) == 1
@@ -141,6 +159,12 @@ def page(bare_folder, tmp_path) -> Iterator[str]:
         finally:
             server.terminate()
             server.wait()
+    assert uploads(port) == []
+
+
+def uploads(port: int | str) -> list[Path]:
+    """Return the pictures that a page on this port keeps in memory."""
+    return list(Path("/dev/shm").glob(f"*/*/picture{port}.png"))
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"missing: {', '.join(MISSING)}")
@@ -149,7 +173,8 @@ def test_in_a_browser(page, tmp_path):
     """Upload an image, read its label, change the layer and see the plot change; what is no image is told."""
     from playwright.sync_api import expect, sync_playwright
 
-    picture, text = tmp_path / "picture.png", tmp_path / "text.png"
+    port = page.rpartition(":")[2]
+    picture, text = tmp_path / f"picture{port}.png", tmp_path / "text.png"
     picture.write_bytes(file(gradient()))
     text.write_text("not an image")
     with sync_playwright() as playwright:
@@ -165,6 +190,7 @@ def test_in_a_browser(page, tmp_path):
         plot = tab.locator(
             ".gradio-container img[src^='data:image'], .gradio-container .matplotlib img"
         ).first
+        assert uploads(port) or not Path("/dev/shm").is_dir()
         before = plot.get_attribute("src")
         tab.get_by_label("Layer").click()
         tab.get_by_role("option", name="1", exact=True).click()

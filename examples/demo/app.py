@@ -9,6 +9,7 @@ It runs as a Space on the Hub, too, with a model in the folder `model` beside it
 import argparse
 import io
 import os
+import signal
 import sys
 import tempfile
 from dataclasses import replace
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from matplotlib.figure import Figure
 from PIL import Image
 from transformers.utils import logging
@@ -27,6 +29,7 @@ from flashkat_hf.checkpoints.explain import explain
 from flashkat_hf.checkpoints.functions import LearnedFunction, model_functions
 from flashkat_hf.checkpoints.functions_drawing import COLORS, draw_functions
 from flashkat_hf.checkpoints.functions_inputs import Inputs
+from flashkat_hf.data.augmentation import middle
 from flashkat_hf.data.samples import open_image
 from flashkat_hf.messages import one_line
 
@@ -75,12 +78,17 @@ def answer(
     """Return what the page shows of an image: the image, its classes, a layer's functions, two maps."""
     image = read(content)
     model, processor = load(checkpoint)
-    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    pixels = prepare(image, processor)
     with torch.no_grad():
         scores = model(pixels).logits[0].float().softmax(-1).tolist()
     names = {model.config.id2label[index]: score for index, score in enumerate(scores)}
     maps = explain(model, pixels).plot(processor.image_mean, processor.image_std)
     return _preview(image), names, draw_layer(model, layer, pixels), maps
+
+
+def prepare(image: Image.Image, processor: Any) -> torch.Tensor:
+    """Return what the model sees of an image, of a thin one its middle: `(1, channels, height, width)`."""
+    return processor(middle(image, processor), return_tensors="pt")["pixel_values"]
 
 
 def _preview(image: Image.Image) -> Image.Image:
@@ -151,7 +159,7 @@ def build(checkpoint: str) -> Any:
 
     def changed_layer(content, name, layer):
         model, processor = load(name)
-        pixels = processor(read(content), return_tensors="pt")["pixel_values"] if content else None
+        pixels = prepare(read(content), processor) if content else None
         return draw_layer(model, layer, pixels)
 
     with gradio.Blocks(title="FlashKAT", analytics_enabled=False, delete_cache=(600, 600)) as page:
@@ -195,6 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # read when Gradio is imported
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         logging.disable_progress_bar()  # of loading weights
+        hub_logging.set_verbosity_error()  # less its lines about each attempt to reach the network
         try:
             load(options.model)
             page = build(options.model)
@@ -213,4 +222,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the uploads are removed then, too
     sys.exit(main())
