@@ -1,7 +1,7 @@
 """Fine-tune a segmentation head, UperNet, on a FlashKAT backbone, and the same head on a ViT beside it.
 
     python examples/segment.py                                    # about three minutes on two CPU cores
-    python examples/segment.py --data scenes --model runs/kat-tiny --image_size 512 --learning_rate 1e-4
+    python examples/segment.py --data scenes --model runs/kat-tiny --image_size 512
     accelerate launch examples/segment.py --data scenes --model runs/kat-tiny --image_size 512 --twin false
 
 `--data` is a folder with train/images, train/masks, val/images and val/masks: to each image belongs a mask of
@@ -12,169 +12,226 @@ Without `--data` the scenes are made up: two to four discs, squares, triangles a
 pieces of scikit-learn's two photographs, which shine through them. One half of each photograph trains, the
 other validates.
 
-The run's folder gets `flashkat` and, with `--twin`, `vit`, which `from_pretrained` loads; `summary.json` with
-the IoU of each class; and `masks.png`. The ViT is transformers' Dinov2Backbone of the same width, depth and
-heads, a plain ViT with layer scale; both start at random and learn by the same recipe, unless `--model` names
-weights of the one. transformers' Trainer does the rest: bfloat16 on a GPU, several GPUs, averaging of
-gradients.
+The trainer is that of `flashkat finetune`, told of masks by `Segmentation` below, and so are the flags:
+--resume, --ema_decay, --trackers and the others. The run's folder gets `flashkat` and, with `--twin`, `vit`,
+a run each, whose best/ `from_pretrained` loads; `summary.json` with the IoU of each class; and `masks.png`.
+The ViT is transformers' Dinov2Backbone of the same width, depth and heads, a plain ViT with layer scale; both
+start at random and learn by the same recipe, unless `--model` names weights of the one.
 """
 
-import json
-import os
+import hashlib
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from accelerate import Accelerator
+from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
-from transformers import (
-    Dinov2Config,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-    UperNetConfig,
-    UperNetForSemanticSegmentation,
-    set_seed,
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from transformers import AutoImageProcessor, UperNetConfig, UperNetForSemanticSegmentation
+from two_backbones import (
+    UNUSED,
+    backbone_config,
+    is_first_process,
+    make_backbone,
+    photograph_pieces,
+    read_flags,
+    train_each,
+    whole_image_processor,
 )
 
-from flashkat_hf import FlashKATBackbone, FlashKATConfig
-from flashkat_hf.data.samples import IMAGE_SUFFIXES
+from flashkat_hf.data.batches import EvalBatches
+from flashkat_hf.data.options import Augmentation
+from flashkat_hf.data.samples import IMAGE_SUFFIXES, DataError, Examples, ImageData, Sample
+from flashkat_hf.files import to_json, write_text
 from flashkat_hf.messages import one_line
+from flashkat_hf.training.evaluation import measure
+from flashkat_hf.training.recipe import Settings
+from flashkat_hf.training.task import as_they_are
 
 IGNORED = 255  # pixels of a mask that belong to nothing
-MEAN, STD = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 SHAPES = ("disc", "square", "triangle", "cross")  # in made-up scenes
-POSITIVE = ("image_size", "head_size", "epochs", "batch_size", "learning_rate", "num_scenes")
+SCENE_SIZE = 48  # pixels of their sides
 
 
 @dataclass(frozen=True)
-class Settings:
-    data: Path | None = field(
-        default=None, metadata={"help": "folder of images and masks; default: made-up scenes"}
-    )
-    output: Path = field(default=Path("runs/segment"), metadata={"help": "folder of the run"})
-    overwrite: bool = field(default=False, metadata={"help": "write into a folder that exists"})
-    model: str | None = field(
-        default=None, metadata={"help": "FlashKAT folder or Hub id; default: micro, at random"}
-    )
-    image_size: int = field(default=48, metadata={"help": "height and width that images are resized to"})
+class Flags:
     head_size: int = field(default=32, metadata={"help": "channels of the head; UperNet's own are 512"})
-    epochs: float = field(default=8.0, metadata={"help": "passes over the training images"})
-    batch_size: int = field(default=8, metadata={"help": "images of a step and device"})
-    learning_rate: float = field(
-        default=1e-3, metadata={"help": "highest; about 1e-4 for a backbone that has learned"}
-    )
-    max_steps: int = field(default=-1, metadata={"help": "stop after so many steps; the tests use 2"})
     num_scenes: int = field(
         default=1600, metadata={"help": "made-up scenes to train on; a quarter more validate"}
     )
     twin: bool = field(default=True, metadata={"help": "train the same head on a ViT, too"})
-    seed: int = 0
+    recipe: Path = field(
+        default=Path(__file__).with_suffix(".yaml"), metadata={"help": "YAML file of settings"}
+    )
 
     def __post_init__(self):
-        for name in POSITIVE:
+        for name in ("head_size", "num_scenes"):
             if getattr(self, name) <= 0:
-                raise SystemExit(f"--{name}: {getattr(self, name)} must be positive")
-        first = os.environ.get("RANK", "0") == "0"  # of several processes the others may come later
-        if first and self.output.exists() and not self.overwrite:
-            raise SystemExit(f"--output: {self.output} exists; --overwrite true writes into it")
+                raise ValueError(f"--{name}: {getattr(self, name)} must be positive")
 
 
-class Scenes(torch.utils.data.Dataset):
-    """Pairs of image and mask, paths or arrays, as a model takes them; flipped at random if `flips`."""
+class MaskedImage:
+    """The transform of a sample: image and mask scaled together, and mirrored together by chance."""
 
-    def __init__(self, pairs: list[tuple], size: int, flips: bool = False):
-        self.pairs, self.size, self.flips = pairs, (size, size), flips
+    takes_sample = True
 
-    def __len__(self) -> int:
-        return len(self.pairs)
+    def __init__(self, processor: Any, flip: float):
+        size = (processor.crop_size["height"], processor.crop_size["width"])
+        dtypes = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}
+        self.transform = v2.Compose(
+            [
+                v2.ToImage(),
+                v2.Resize(size),  # of a mask without mixing its numbers
+                v2.RandomHorizontalFlip(flip),
+                v2.ToDtype(dtypes, scale=True),
+                v2.Normalize(processor.image_mean, processor.image_std),
+            ]
+        )
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        image, mask = map(opened, self.pairs[index])
-        image = image.convert("RGB").resize(self.size, Image.Resampling.BILINEAR)
-        mask = mask.resize(self.size, Image.Resampling.NEAREST)
-        pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1) / 255
-        item = {"pixel_values": (pixels - MEAN) / STD, "labels": torch.from_numpy(numpy.array(mask)).long()}
-        if self.flips and torch.rand(()) < 0.5:
-            item = {name: tensor.flip(-1) for name, tensor in item.items()}
-        return item
+    def __call__(self, sample: Sample) -> dict[str, Tensor]:
+        try:
+            image, mask = opened(sample.image).convert("RGB"), numpy.array(opened(sample.label))
+        except OSError as error:
+            raise DataError(f"cannot read the image {sample.name} or its mask: {error}") from error
+        pixels, labels = self.transform(image, tv_tensors.Mask(mask))
+        return {"pixel_values": pixels.as_subclass(Tensor), "labels": labels.as_subclass(Tensor)}
 
 
-def opened(picture: Path | numpy.ndarray) -> Image.Image:
-    return Image.open(picture) if isinstance(picture, Path) else Image.fromarray(picture)
+def opened(picture: str | Image.Image) -> Image.Image:
+    return Image.open(picture) if isinstance(picture, str) else picture
 
 
-def read_folder(folder: Path) -> tuple[list[tuple], list[tuple], list[str]]:
-    """Return the pairs of paths that train and that validate, and the classes' names.
+class MeanIoU:
+    """The intersection over union of each class, of all pixels together; see `Scores` in the trainer."""
+
+    def __init__(self, accelerator: Accelerator, class_names: list[str]):
+        number = len(class_names)
+        self.accelerator = accelerator
+        self.class_names = class_names
+        self.matrix = torch.zeros(number, number, dtype=torch.int64, device=accelerator.device)
+        self.count = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+
+    def add(self, outputs: Any, labels: Tensor) -> None:
+        number, logits = len(self.class_names), outputs.logits
+        labels = labels.to(logits.device)
+        counted = labels != IGNORED
+        pairs = labels[counted] * number + logits.argmax(1)[counted]
+        self.matrix += torch.bincount(pairs, minlength=number**2).view(number, number)
+        self.count += len(labels)
+
+    def result(self) -> dict[str, Any]:
+        matrix, count = (self.accelerator.reduce(part, "sum").cpu() for part in (self.matrix, self.count))
+        hits, pixels = matrix.diagonal(), matrix.sum(1)
+        if not pixels.sum():
+            raise ValueError("there are no pixels to evaluate")
+        iou = {
+            name: (hits[i] / (pixels[i] + matrix[:, i].sum() - hits[i])).item()
+            for i, name in enumerate(self.class_names)
+            if pixels[i]
+        }
+        right = (hits.sum() / pixels.sum()).item()
+        return {"mean_iou": sum(iou.values()) / len(iou), "pixels": right, "iou": iou, "count": count.item()}
+
+
+@dataclass
+class Segmentation:
+    """The class of each pixel, as a task of the trainer (`flashkat_hf/training/task.py`)."""
+
+    num_scenes: int = 0
+    class_names: list[str] = field(default_factory=list)
+    names: Mapping[str, str] = field(default_factory=lambda: {"mean_iou": "mean IoU", "pixels": "pixels"})
+    unused: tuple[str, ...] = UNUSED
+
+    def open_data(self, settings: Settings, rank: int, world_size: int) -> ImageData:
+        data = (
+            read_folder(Path(settings.data)) if settings.data else make_scenes(self.num_scenes, settings.seed)
+        )
+        self.class_names = data.class_names
+        return data
+
+    def transforms(self, processor: Any, augmentation: Augmentation) -> tuple:
+        return MaskedImage(processor, augmentation.flip), MaskedImage(processor, 0.0), None
+
+    def mixing(self, settings: Settings, num_labels: int) -> Any:
+        return as_they_are
+
+    def scores(self, accelerator: Accelerator) -> MeanIoU:
+        return MeanIoU(accelerator, self.class_names)
+
+
+def read_folder(folder: Path) -> ImageData:
+    """Return the images and masks of a folder, and the classes' names.
 
     Raises:
-        SystemExit: in one line: a folder, an image or a mask is missing, or a mask does not serve.
+        DataError: in one line: a folder, an image or a mask is missing, or a mask does not serve.
     """
-    splits, largest = [], 0
+    splits, largest, digest = [], 0, hashlib.sha256()
     listed = folder / "classes.txt"
     names = listed.read_text().splitlines() if listed.is_file() else []
     names = [name.strip() for name in names if name.strip()]
     for split in ("train", "val"):
-        images, masks = folder / split / "images", folder / split / "masks"
-        for place in (images, masks):
+        places = folder / split / "images", folder / split / "masks"
+        for place in places:
             if not place.is_dir():
-                raise SystemExit(f"--data: {place} is not a folder")
-        pairs = []
-        for image in sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES):
-            mask = masks / f"{image.stem}.png"
+                raise DataError(f"--data: {place} is not a folder")
+        images = sorted(path for path in places[0].iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        masks = [places[1] / f"{image.stem}.png" for image in images]
+        for image, mask in zip(images, masks, strict=True):
             largest = max(largest, largest_class(image, mask, len(names)))
-            pairs.append((image, mask))
-        if not pairs:
-            raise SystemExit(f"--data: {images} holds no images")
-        splits.append(pairs)
-    return *splits, names or [f"class {index}" for index in range(largest + 1)]
+            digest.update(f"{split} {image.name} {image.stat().st_size}".encode() + mask.read_bytes())
+        if not images:
+            raise DataError(f"--data: {places[0]} holds no images")
+        splits.append(Examples([str(path) for path in images], [str(path) for path in masks]))
+    names = names or [f"class {index}" for index in range(largest + 1)]
+    return ImageData(*splits, names, digest.hexdigest())
 
 
 def largest_class(image_path: Path, mask_path: Path, num_classes: int) -> int:
     """Return the largest class in a mask that fits its image; without `num_classes` any below 255 serves."""
     if not mask_path.is_file():
-        raise SystemExit(f"--data: {image_path} has no mask {mask_path}")
+        raise DataError(f"--data: {image_path} has no mask {mask_path}")
     try:
         with Image.open(image_path) as image, Image.open(mask_path) as mask:
             sizes = ["{}x{}".format(*picture.size) for picture in (mask, image)]
             if mask.mode not in ("L", "P"):
-                raise SystemExit(f"--data: {mask_path} has the mode {mask.mode}; a mask has one byte a pixel")
+                raise DataError(f"--data: {mask_path} has the mode {mask.mode}; a mask has one byte a pixel")
             values = numpy.unique(numpy.asarray(mask))
     except (OSError, UnidentifiedImageError) as error:
-        raise SystemExit(f"--data: {mask_path} or its image cannot be read: {error}") from error
+        raise DataError(f"--data: {mask_path} or its image cannot be read: {error}") from error
     if sizes[0] != sizes[1]:
-        raise SystemExit(f"--data: {mask_path} has {sizes[0]} pixels, but its image {sizes[1]}")
+        raise DataError(f"--data: {mask_path} has {sizes[0]} pixels, but its image {sizes[1]}")
     largest = int(values[values != IGNORED].max(initial=0))
     if num_classes and largest >= num_classes:
         named = f"classes.txt names {num_classes} classes"
-        raise SystemExit(f"--data: {mask_path} has the value {largest}, but {named}")
+        raise DataError(f"--data: {mask_path} has the value {largest}, but {named}")
     return largest
 
 
-def make_scenes(number: int, seed: int) -> tuple[list[tuple], list[tuple], list[str]]:
-    """Return made-up scenes that train and that validate (see the top), and the classes' names."""
-    from sklearn.datasets import load_sample_images
-
-    photos, splits = [photo.astype(float) for photo in load_sample_images().images], []
+def make_scenes(number: int, seed: int) -> ImageData:
+    """Return made-up scenes that train and that validate (see the top)."""
+    splits, digest = [], hashlib.sha256()
     for split, count in enumerate((number, max(number // 4, 1))):
-        random = numpy.random.default_rng([seed, split])
-        halves = [numpy.array_split(photo, 2, axis=1)[split] for photo in photos]
-        splits.append([make_scene(random, halves) for _ in range(count)])
-    return *splits, ["background", *SHAPES]
+        random, piece = numpy.random.default_rng([seed, split]), photograph_pieces(split, SCENE_SIZE)
+        pairs = [make_scene(random, piece) for _ in range(count)]
+        digest.update(b"".join(part.tobytes() for pair in pairs for part in pair))
+        splits.append(
+            Examples(*([Image.fromarray(part) for part in parts] for parts in zip(*pairs, strict=True)))
+        )
+    return ImageData(*splits, ["background", *SHAPES], digest.hexdigest(), "made-up scenes")
 
 
-def make_scene(random, photos: list[numpy.ndarray], size: int = 48) -> tuple:
+def make_scene(random: numpy.random.Generator, piece: Any) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Return one image `(size, size, 3)` and its mask `(size, size)`, bytes."""
-
-    def piece() -> numpy.ndarray:
-        photo = photos[random.integers(len(photos))]
-        top, left = (random.integers(side - 2 * size) for side in photo.shape[:2])
-        return photo[top : top + 2 * size : 2, left : left + 2 * size : 2]
-
-    scene, mask = piece().copy(), numpy.zeros((size, size), dtype="uint8")
+    size = SCENE_SIZE
+    scene, mask = piece(random), numpy.zeros((size, size), dtype="uint8")
     rows, columns = numpy.mgrid[:size, :size]
     for _ in range(random.integers(2, 5)):
         kind, radius = random.integers(len(SHAPES)), random.uniform(6, 11)
@@ -187,150 +244,85 @@ def make_scene(random, photos: list[numpy.ndarray], size: int = 48) -> tuple:
         )[kind]
         inside = distance < radius
         if not mask[inside].any():  # shapes do not cover each other
-            scene[inside] = 0.4 * piece()[inside] + 0.6 * random.integers(0, 256, 3)
+            scene[inside] = 0.4 * piece(random)[inside] + 0.6 * random.integers(0, 256, 3)
             mask[inside] = 1 + kind
     return scene.round().astype("uint8"), mask
 
 
-def build(settings: Settings, kind: str, names: list[str]) -> UperNetForSemanticSegmentation:
-    """Return UperNet on a FlashKAT or, of the same size, on a ViT.
+def build(flags: Flags, settings: Settings, names: list[str], kind: str) -> tuple:
+    """Return UperNet on a FlashKAT or, of the same size, on a ViT, and its image processor.
 
     Raises:
-        SystemExit: the model cannot be loaded, or its patches do not divide the images.
+        ValueError: the model cannot be loaded, or its patches do not divide the images.
     """
-    try:
-        if settings.model:
-            base = FlashKATConfig.from_pretrained(settings.model)
-        else:
-            base = FlashKATConfig.from_size("micro", image_size=settings.image_size)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        flag, text = "--model" if settings.model else "--image_size", one_line(error.__cause__ or error)
-        raise SystemExit(f"{flag}: {text}") from error
-    patch = base.patch_size
-    if not isinstance(patch, int) or settings.image_size % patch:
-        raise SystemExit(f"--image_size: {settings.image_size} must be a multiple of the patches' {patch}")
-    stages = [round(base.num_hidden_layers * part / 4) for part in (1, 2, 3, 4)]
-    if kind == "flashkat":
-        base.out_indices = stages
-        backbone_config = base
-    else:
-        shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
-        sizes = {name: getattr(base, name) for name in shared}
-        ratio = base.intermediate_size // base.hidden_size
-        backbone_config = Dinov2Config(**sizes, mlp_ratio=ratio, out_indices=stages, use_mask_token=False)
+    plain = backbone_config(settings, "flashkat", SCENE_SIZE)
+    stages = [round(plain.num_hidden_layers * part / 4) for part in (1, 2, 3, 4)]
     config = UperNetConfig(
-        backbone_config=backbone_config,
-        hidden_size=settings.head_size,
-        auxiliary_in_channels=base.hidden_size,
-        auxiliary_channels=settings.head_size,
+        backbone_config=backbone_config(settings, kind, SCENE_SIZE, out_indices=stages),
+        hidden_size=flags.head_size,
+        auxiliary_in_channels=plain.hidden_size,
+        auxiliary_channels=flags.head_size,
         loss_ignore_index=IGNORED,
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
     )
     model = UperNetForSemanticSegmentation(config)
-    if kind == "flashkat" and settings.model:
-        model.backbone = FlashKATBackbone.from_pretrained(settings.model, out_indices=stages)
-    return model
+    model.backbone = make_backbone(settings, config.backbone_config)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model, whole_image_processor(settings.image_size or plain.image_size)
 
 
-def most_likely(outputs, labels: torch.Tensor) -> torch.Tensor:
-    """Return the class of each pixel, out of what the model returns; the rest is not kept."""
-    return (outputs[0] if isinstance(outputs, tuple) else outputs).argmax(1).to(torch.uint8)
+def judge(folder: Path, data: ImageData, rows: int) -> tuple[dict[str, Any], list[Tensor]]:
+    """Return the scores of a saved model, and the masks `(height, width)` that it gives the first images."""
+    model = UperNetForSemanticSegmentation.from_pretrained(folder)
+    transform = MaskedImage(AutoImageProcessor.from_pretrained(folder), 0.0)
+    accelerator, masks = Accelerator(cpu=True), []
+    scores = MeanIoU(accelerator, data.class_names)
+    with closing(EvalBatches(data.test, transform, batch_size=8)) as batches:
+        result = measure(model, batches, accelerator, scores)
+    with torch.no_grad():
+        for index in range(rows):
+            item = transform(data.test[index])
+            masks.append(model(item["pixel_values"][None]).logits[0].argmax(0))
+    return {**result, "parameters": model.num_parameters()}, masks
 
 
-def scores(outputs, names: list[str]) -> dict[str, float]:
-    """Return the IoU of each class that occurs, their mean, and the part of the pixels that is right."""
-    counted, number = outputs.label_ids != IGNORED, len(names)
-    pairs = outputs.label_ids[counted].astype("int64") * number + outputs.predictions[counted]
-    matrix = numpy.bincount(pairs, minlength=number**2).reshape(number, number)
-    hits, pixels = matrix.diagonal(), matrix.sum(1)
-    iou = {
-        f"iou {name}": hits[i] / (pixels[i] + matrix[:, i].sum() - hits[i])
-        for i, name in enumerate(names)
-        if pixels[i]
-    }
-    return {"mean_iou": sum(iou.values()) / len(iou), "accuracy": hits.sum() / pixels.sum(), **iou}
-
-
-def learn(settings: Settings, kind: str, train: Scenes, val: Scenes, names: list[str]) -> tuple:
-    """Train one of the two and save it; return its scores and masks, and whether this process writes."""
-    set_seed(settings.seed)
-    model, on_gpu = build(settings, kind, names), torch.cuda.is_available()
-    arguments = TrainingArguments(
-        str(settings.output / kind),
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.05,
-        bf16=on_gpu,
-        dataloader_num_workers=2 if settings.data else 0,
-        dataloader_pin_memory=on_gpu,
-        save_strategy="no",
-        logging_steps=100,
-        disable_tqdm=True,
-        report_to=[],
-        seed=settings.seed,
-    )
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=train,
-        compute_metrics=partial(scores, names=names),
-        preprocess_logits_for_metrics=most_likely,
-    )
-    trainer.train()
-    result = trainer.predict(val)
-    trainer.save_model()
-    metrics = {name.removeprefix("test_"): float(value) for name, value in result.metrics.items()}
-    metrics["parameters"] = model.num_parameters()
-    return metrics, result.predictions, trainer.is_world_process_zero()
-
-
-def draw(path: Path, val: Scenes, columns: dict[str, numpy.ndarray], num_classes: int) -> None:
+def draw(path: Path, data: ImageData, columns: dict[str, list[Tensor]]) -> None:
     """Draw the first images, their masks, and what each model makes of them, a row for each image."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows, width = min(6, len(val)), 2 + len(columns)
-    figure, axes = pyplot.subplots(rows, width, figsize=(2.2 * width, 2.2 * rows), squeeze=False)
+    rows, width = len(next(iter(columns.values()))), 2 + len(columns)
+    figure = Figure(figsize=(2.2 * width, 2.2 * rows), layout="tight")
+    axes = figure.subplots(rows, width, squeeze=False)
     for row in range(rows):
-        item = val[row]
-        image = (item["pixel_values"] * STD + MEAN).permute(1, 2, 0).clamp(0, 1)
-        pictures = {"image": image, "mask": item["labels"].numpy()}
-        pictures |= {name: masks[row] for name, masks in columns.items()}
+        image, mask, _ = data.test[row]
+        pictures = {"image": opened(image).convert("RGB"), "mask": numpy.array(opened(mask))}
+        pictures |= {name: masks[row].numpy() for name, masks in columns.items()}
         for axis, (name, picture) in zip(axes[row], pictures.items(), strict=True):
-            shown = numpy.ma.masked_equal(picture, IGNORED) if name != "image" else picture
-            axis.imshow(shown, cmap="tab20", vmin=0, vmax=max(num_classes, 20) - 1, interpolation="nearest")
+            shown = picture if name == "image" else numpy.ma.masked_equal(picture, IGNORED)
+            most = max(len(data.class_names), 20) - 1
+            axis.imshow(shown, cmap="tab20", vmin=0, vmax=most, interpolation="nearest")
             axis.set_axis_off()
             axis.set_title(name if row == 0 else "")
-    figure.tight_layout()
     figure.savefig(path, dpi=80)
-    pyplot.close(figure)
 
 
-def main(settings: Settings) -> None:
+def main() -> None:
     """Check data and models, train, and write scores and pictures."""
-    made = not settings.data
-    pairs = make_scenes(settings.num_scenes, settings.seed) if made else read_folder(settings.data)
-    names = pairs[2]
-    train, val = Scenes(pairs[0], settings.image_size, flips=not made), Scenes(pairs[1], settings.image_size)
-    kinds = ["flashkat", "vit"] if settings.twin else ["flashkat"]
-    for kind in kinds:  # what cannot be built is said before anything learns
-        build(settings, kind, names)
-    print(f"{len(train)} images to train on, {len(val)} to validate, {len(names)} classes", flush=True)
-    summary, masks = {}, {}
-    for kind in kinds:
-        summary[kind], masks[kind], writes = learn(settings, kind, train, val, names)
-        iou, accuracy = (f"{summary[kind][name]:.1%}" for name in ("mean_iou", "accuracy"))
-        print(f"{kind}: mean IoU {iou}, pixels {accuracy}", flush=True)
-    if writes:
-        (settings.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        draw(settings.output / "masks.png", val, masks, len(names))
+    try:
+        flags, settings = read_flags(Flags, __doc__ or "")
+        task = Segmentation(flags.num_scenes)
+        folders = train_each(settings, task, partial(build, flags), flags.twin)
+        if is_first_process():
+            data = task.open_data(settings, 0, 1)
+            judged = {kind: judge(folder, data, min(6, len(data.test))) for kind, folder in folders.items()}
+            summary = {kind: result for kind, (result, _) in judged.items()}
+            write_text(settings.output / "summary.json", to_json(summary))
+            draw(settings.output / "masks.png", data, {kind: masks for kind, (_, masks) in judged.items()})
+            for kind, result in summary.items():
+                print(f"{kind}: mean IoU {result['mean_iou']:.1%}, pixels {result['pixels']:.1%}")
+    except (ValueError, ImportError, OSError) as error:
+        raise SystemExit(f"segment.py: {one_line(error)}") from error
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Settings, description=__doc__).parse_args_into_dataclasses())
+    main()

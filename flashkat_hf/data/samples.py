@@ -47,7 +47,7 @@ class Sample(NamedTuple):
     """One labelled image, not decoded yet."""
 
     image: Encoded
-    label: int
+    label: Any  # the index of its class, or what a transform that takes samples makes targets of
     name: str  # what messages call it
 
 
@@ -70,13 +70,13 @@ class Examples:
 
     Attributes:
         images: paths, or images in memory.
-        labels: the index of each one's class.
+        labels: the index of each one's class, or what a transform that takes samples makes targets of.
         skip_corrupt: training replaces an image that cannot be read by the next one, evaluation omits it.
         name: what messages call the split, where the images have no names.
     """
 
     images: Sequence[Encoded]
-    labels: Sequence[int]
+    labels: Sequence[Any]
     skip_corrupt: bool = False
     name: str = "the images"
 
@@ -90,7 +90,7 @@ class Examples:
     def __getitem__(self, index: int) -> Sample:
         image = self.images[index]
         name = image if isinstance(image, str) else f"number {index} of {self.name}"
-        return Sample(image, int(self.labels[index]), name)
+        return Sample(image, self.labels[index], name)
 
 
 @dataclass(frozen=True)
@@ -172,12 +172,14 @@ class ImageData(Generic[SplitKind]):
         test: the held-out images, of the same classes.
         class_names: in the order of the labels.
         fingerprint: changes when the data changes; `docs/data.md` says what it sees.
+        name: what the data are called where no source is named.
     """
 
     train: SplitKind
     test: SplitKind
     class_names: list[str]
     fingerprint: str
+    name: str = "digits"
 
 
 def open_image(image: Encoded, name: str | None = None) -> Image.Image:

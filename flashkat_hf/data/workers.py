@@ -140,7 +140,7 @@ def _prepare(sample: Sample, transform: Transform, skip_corrupt: bool) -> dict[s
             raise
         return {"corrupt": {sample.name: str(error)}}
     item = transformed if isinstance(transformed, dict) else {"pixel_values": transformed}
-    return {**item, "labels": sample.label, "corrupt": {}}
+    return {"labels": sample.label, **item, "corrupt": {}}
 
 
 def _transformed(sample: Sample, transform: Transform) -> Any:

@@ -13,20 +13,26 @@ if TYPE_CHECKING:
 PANELS = (  # title, and of each curve label, name in metrics.jsonl, and whether it is of single batches
     ("loss", (("single batches", "loss", True), ("mean of an epoch", "loss", False))),
     ("learning rate", (("learning rate", "learning_rate", None),)),
-    ("top-1 accuracy in %", (("weights", "top1", False), ("averaged weights", "top1_ema", False))),
 )
 
 
-def plot_curves(metrics: Sequence[Mapping[str, Any]], rates: Sequence[tuple[int, float]] = ()) -> Figure:
-    """Draw loss, learning rate and accuracy of a training run over its steps, a panel each.
+def plot_curves(
+    metrics: Sequence[Mapping[str, Any]],
+    rates: Sequence[tuple[int, float]] = (),
+    score: str = "top1",
+    title: str = "top-1 accuracy",
+) -> Figure:
+    """Draw loss, learning rate and score of a training run over its steps, a panel each.
 
     A curve that no line has is left out.
 
     Args:
         metrics: lines of a metrics.jsonl, in any order: "step" and any of "kind", "epoch", "loss",
-            "learning_rate", "top1" and "top1_ema"; the accuracies as parts of 1. Lines with the kind "step"
+            "learning_rate", and the score and the same with "_ema", as parts of 1. Lines with the kind "step"
             are of single batches, the others of epochs, whose mean loss is drawn in their middle.
         rates: (step, learning rate) instead of those of the metrics, which are too few to show a warm-up.
+        score: the name of the score in the lines.
+        title: of its panel.
 
     Raises:
         ValueError: matplotlib is not installed, or there is nothing to draw.
@@ -36,7 +42,11 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], rates: Sequence[tuple[int,
     except ImportError as error:
         raise ValueError(f"a figure needs matplotlib: {error}") from error
     panels = []
-    for title, names in PANELS:
+    percent, scored = (
+        f"{title} in %",
+        (("weights", score, False), ("averaged weights", f"{score}_ema", False)),
+    )
+    for title, names in (*PANELS, (percent, scored)):
         curves = {
             label: points for label, name, single in names if (points := _points(metrics, name, single))
         }
@@ -50,7 +60,7 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], rates: Sequence[tuple[int,
     for panel, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for label, points in curves.items():
             steps, values = zip(*points, strict=True)
-            scale = 100 if "accuracy" in title else 1
+            scale = 100 if title == percent else 1
             style: dict[str, Any] = {"marker": ".", "markersize": 4} if len(points) <= 60 else {}
             style |= {"alpha": 0.4, "linewidth": 0.8} if label == "single batches" else {"linewidth": 1.4}
             panel.plot(steps, [scale * value for value in values], label=label, **style)

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier over any number of processes, exact: every image counts once."""
+"""How good a model is, over any number of processes, exact: every image counts once."""
 
 import math
 import queue
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from operator import length_hint
-from typing import Any, cast
+from typing import Any, Protocol, cast
 from unicodedata import normalize
 
 import torch
@@ -29,32 +29,73 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # their forward pas
 STOP = -(2**20)  # a process's vote that outweighs all others
 
 
-@torch.no_grad()
+class Scores(Protocol):
+    """What adds up how good a model is over the batches of one evaluation, in one of many processes."""
+
+    def add(self, outputs: Any, labels: Tensor) -> None:
+        """Count a batch: what the model returned, on the device, and the targets, on the CPU.
+
+        Raises:
+            ValueError: the outputs cannot be those of such targets.
+        """
+        ...
+
+    def result(self) -> dict[str, Any]:
+        """Return the scores and "count", the number of images, over all processes, which all ask.
+
+        Raises:
+            ValueError: there were no images, or the outputs were not finite.
+        """
+        ...
+
+
+class Accuracy:
+    """Top-1, top-5 accuracy and mean cross-entropy; the sums of all processes are added once, at the end."""
+
+    def __init__(self, accelerator: Accelerator, outputs: Sequence[int] | None = None):
+        """Prepare to count; `outputs` as in `evaluate`."""
+        exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        self.accelerator = accelerator
+        self.translate = None if outputs is None else torch.tensor(list(outputs))
+        self.sums = torch.zeros(4, dtype=exact, device=accelerator.device)
+
+    def add(self, outputs: Any, labels: Tensor) -> None:
+        labels = _class_numbers(labels, self.translate)
+        logits = getattr(outputs, "logits", outputs).float()
+        low, high = labels.min(), labels.max()  # on the CPU: a GPU would have to be waited for
+        if low < 0 or high >= logits.shape[-1]:
+            raise ValueError(f"label {low} or {high} has no output of the {logits.shape[-1]}")
+        self.sums += _sums(logits, labels.to(logits.device, non_blocking=True)).to(self.sums.dtype)
+
+    def result(self) -> dict[str, Any]:
+        total = self.accelerator.reduce(self.sums, "sum")
+        assert isinstance(total, Tensor)
+        count, top1, top5, loss = total.tolist()
+        if not count:
+            raise ValueError("there are no images to evaluate")
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the model's outputs for {int(count)} images are not finite: the loss is {loss}"
+            )
+        return {"top1": top1 / count, "top5": top5 / count, "loss": loss / count, "count": int(count)}
+
+
 def evaluate(
     model: nn.Module,
     batches: Iterable[dict[str, Tensor]],
     accelerator: Accelerator,
     *,
     outputs: Sequence[int] | None = None,
-    mixed_precision: bool = False,
-    progress: str | None = None,
-    keep_progress: bool = True,
-    stop: Callable[[], int] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Return top-1 and top-5 accuracy and mean cross-entropy; all processes' sums are added once, at the end.
-
-    The model keeps its mode, training or evaluation.
+    """Return top-1 and top-5 accuracy and mean cross-entropy of a classifier.
 
     Args:
         model: returns logits `(batch, outputs)` or an object with `logits`; prepared or plain.
         batches: this process's `EvalBatches`; no image may be in the batches of two processes.
         accelerator: the processes.
         outputs: the model's output for each class of the data; default: the one of the same number.
-        mixed_precision: compute in accelerate's precision, and compiled where the model is; default: in the
-            model's own dtype, as `pipeline` does.
-        progress: text of a progress bar on the main process, in a log file of a line a minute; default: none.
-        keep_progress: leave the bar on the terminal when it is done.
-        stop: is asked every half second; when it is not 0 in any process, all of them end the evaluation.
+        **options: as `measure` has them.
 
     Returns:
         `{"top1", "top5", "loss", "count"}`: parts of the images in [0, 1], mean loss, number of images.
@@ -62,37 +103,58 @@ def evaluate(
     Raises:
         ValueError: there are no images, a label is no number of a class or has no output, or the model's
             outputs are not finite.
+        Stopped: as `measure`.
+    """
+    return measure(model, batches, accelerator, Accuracy(accelerator, outputs), **options)
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    accelerator: Accelerator,
+    scores: Scores,
+    *,
+    mixed_precision: bool = False,
+    progress: str | None = None,
+    keep_progress: bool = True,
+    stop: Callable[[], int] | None = None,
+) -> dict[str, Any]:
+    """Return the result of scores to which each batch of every process was added.
+
+    The model keeps its mode, training or evaluation.
+
+    Args:
+        model: takes the images of a batch; prepared or plain.
+        batches: this process's `EvalBatches`; no image may be in the batches of two processes.
+        accelerator: the processes.
+        scores: take what the model returns.
+        mixed_precision: compute in accelerate's precision, and compiled where the model is; default: in the
+            model's own dtype, as `pipeline` does.
+        progress: text of a progress bar on the main process, in a log file of a line a minute; default: none.
+        keep_progress: leave the bar on the terminal when it is done.
+        stop: is asked every half second; when it is not 0 in any process, all of them end the evaluation.
+
+    Raises:
+        ValueError: as the scores.
         Stopped: `stop` said so.
     """
     forward = _forward(model, accelerator, mixed_precision)
-    exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    sums = torch.zeros(5, dtype=exact, device=accelerator.device)
-    translate = None if outputs is None else torch.tensor(list(outputs))
     training = model.training
     model.eval()
     try:
         steps = _in_step(_until(stop, batches) if stop else batches, accelerator, stop)
         for batch, counts in _progress(steps, batches, accelerator, progress, keep_progress):
-            labels = _class_numbers(batch["labels"], translate)
-            logits = forward(batch["pixel_values"].to(accelerator.device, non_blocking=True)).float()
-            low, high = labels.min(), labels.max()  # on the CPU: a GPU would have to be waited for
-            if low < 0 or high >= logits.shape[-1]:
-                raise ValueError(f"label {low} or {high} has no output of the {logits.shape[-1]}")
+            outputs = forward(batch["pixel_values"].to(accelerator.device, non_blocking=True))
             if counts:
-                sums[:4] += _sums(logits, labels.to(accelerator.device, non_blocking=True)).to(exact)
+                scores.add(outputs, batch["labels"])
     finally:
         model.train(training)
-    sums[4] = stop() if stop else 0
-    total = accelerator.reduce(sums, "sum")
-    assert isinstance(total, Tensor)
-    count, top1, top5, loss, stopped = total.tolist()
-    if stopped:
-        raise Stopped
-    if not count:
-        raise ValueError("there are no images to evaluate")
-    if not math.isfinite(loss):
-        raise ValueError(f"the model's outputs for {int(count)} images are not finite: the loss is {loss}")
-    return {"top1": top1 / count, "top5": top5 / count, "loss": loss / count, "count": int(count)}
+    if stop:
+        vote = accelerator.reduce(torch.tensor([stop()], device=accelerator.device), "sum")
+        if cast(Tensor, vote).item():
+            raise Stopped
+    return scores.result()
 
 
 def _class_numbers(labels: Tensor, translate: Tensor | None) -> Tensor:
@@ -120,14 +182,13 @@ def _sums(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([loss.new_tensor(len(labels)), hits[:, 0].sum(), hits.sum(), loss])
 
 
-def _forward(model: nn.Module, accelerator: Accelerator, mixed_precision: bool) -> Callable[[Tensor], Tensor]:
-    """Return the function from images to logits, in accelerate's precision or in the model's own."""
+def _forward(model: nn.Module, accelerator: Accelerator, mixed_precision: bool) -> Callable[[Tensor], Any]:
+    """Return the function from images to outputs, in accelerate's precision or in the model's own."""
     if mixed_precision or accelerator.distributed_type in SHARDED:
-        forward = accelerator.unwrap_model(model)
-    else:  # the class's own forward: accelerate wraps the object's in mixed precision
-        plain = accelerator.unwrap_model(model, keep_torch_compile=False)
-        forward = partial(type(plain).forward, plain)
-    return lambda images: getattr(output := forward(images), "logits", output)
+        return accelerator.unwrap_model(model)
+    # the class's own forward: accelerate wraps the object's in mixed precision
+    plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+    return partial(type(plain).forward, plain)
 
 
 def _until(stop: Callable[[], int], batches: Iterable) -> Iterator[dict[str, Tensor]]:

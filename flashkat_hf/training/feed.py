@@ -9,12 +9,12 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..data.augmentation import batch_transform, evaluation_transform, training_transform
 from ..data.batches import EvalBatches, TrainBatches
 from ..data.prefetch import made_ahead, moved
 from ..data.samples import ImageData
 from .plan import Plan
 from .speed import loading_rate
+from .task import Task
 
 KEPT_BYTES = 2**30  # of batches that are read before training, to measure how fast that is
 
@@ -22,7 +22,7 @@ KEPT_BYTES = 2**30  # of batches that are read before training, to measure how f
 class Feed:
     """The batches of one process: `train` to learn from, `test` for `evaluate`."""
 
-    def __init__(self, plan: Plan, accelerator: Accelerator, data: ImageData, processor: Any):
+    def __init__(self, plan: Plan, accelerator: Accelerator, data: ImageData, processor: Any, task: Task):
         settings = plan.settings
         options = {
             "batch_size": plan.micro_batch,
@@ -30,14 +30,13 @@ class Feed:
             "world_size": accelerator.num_processes,
             "pin_memory": accelerator.device.type == "cuda",
         }
-        transform = training_transform(processor, settings.augmentation)
+        transform, test_transform, remainder = task.transforms(processor, settings.augmentation)
         order = {"epochs": settings.epochs, "seed": settings.seed}
         test_workers = 0 if settings.in_memory else plan.workers
-        remainder = batch_transform(processor, settings.augmentation)
         self.plan = plan
         self.device = accelerator.device
         self.train = TrainBatches(data.train, transform, workers=plan.workers, **order, **options)
-        self.test = EvalBatches(data.test, evaluation_transform(processor), workers=test_workers, **options)
+        self.test = EvalBatches(data.test, test_transform, workers=test_workers, **options)
         self.to_device = remainder.to(self.device) if remainder else partial(moved, self.device)
         # Without workers, batches draw from the generators of this process, and so does the step.
         self.in_background = remainder is not None and self.device.type == "cuda" and plan.workers > 0

@@ -13,7 +13,6 @@ from accelerate.utils import ProjectConfiguration, TorchDynamoPlugin, parse_flag
 from torch import nn
 from transformers.utils import logging
 
-from ..data.sources import open_data
 from ..files import read_json
 from ..hub.background import BackgroundPusher
 from ..messages import warn
@@ -28,6 +27,7 @@ from .recipe import Settings
 from .run_folder import RunFolder
 from .run_log import describe_data
 from .state import Checkpoints
+from .task import ImageClassification, Task, check_unused
 from .trainer import Trainer
 
 
@@ -35,6 +35,7 @@ def train(
     settings: Settings,
     on_model: Callable[[Path], None] | None = None,
     build: Callable[[Settings, list[str]], tuple[nn.Module, Any]] | None = None,
+    task: Task | None = None,
 ) -> dict[str, Any] | None:
     """Train, and leave the folder `settings.output`; the settings stay as they are.
 
@@ -43,6 +44,7 @@ def train(
         on_model: called in the main process with best/ or last/ each time that it has been written and is
             complete; by default pushes best/ to `settings.push_to`.
         build: makes another model of settings and class names, and its image processor.
+        task: what is learned of each image; default: its class.
 
     Returns:
         The summary, in the main process; None if the run was complete before.
@@ -54,6 +56,8 @@ def train(
         SystemExit: with 143 or 130, after SIGTERM or Ctrl-C, when the state is saved.
     """
     logging.disable_progress_bar()  # of writing small files
+    task = task or ImageClassification()
+    check_unused(task, settings)
     if missing := [name for name in settings.trackers if importlib.util.find_spec(name) is None]:
         raise ValueError(f"--trackers: {missing[0]} is missing: pip install {missing[0]}")
     if settings.film and importlib.util.find_spec("matplotlib") is None:
@@ -61,7 +65,7 @@ def train(
     accelerator = make_accelerator(settings)
     folder = RunFolder(settings.output)
     with folder.claimed(settings, accelerator):
-        return _train(settings, accelerator, folder, on_model, build or build_model)
+        return _train(settings, accelerator, folder, on_model, build or build_model, task)
 
 
 def _train(
@@ -70,11 +74,11 @@ def _train(
     folder: RunFolder,
     on_model: Callable[[Path], None] | None,
     build: Callable[[Settings, list[str]], tuple[nn.Module, Any]],
+    task: Task,
 ) -> dict[str, Any] | None:
     main = accelerator.is_main_process
     plan = resolve(settings, accelerator)
-    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    data = open_data(settings.data, **ranks, **settings.data_options())
+    data = task.open_data(settings, accelerator.process_index, accelerator.num_processes)
     num_images = data.train.num_images
     if num_images is not None and num_images < settings.batch_size:
         raise ValueError(f"--batch_size: {settings.batch_size} is more than the {num_images} training images")
@@ -98,8 +102,9 @@ def _train(
         if outputs != len(data.class_names):
             raise ValueError(f"the model has {outputs} outputs, but the data {len(data.class_names)} classes")
         model = PreparedModel(plan, accelerator, network, processor)
-        feed = Feed(plan, accelerator, data, processor)
-        trainer = Trainer(plan, accelerator, data, model, feed, folder, checkpoints, StopSignals(), on_model)
+        feed = Feed(plan, accelerator, data, processor, task)
+        parts = (data, model, feed, folder, checkpoints, StopSignals(), on_model, task)
+        trainer = Trainer(plan, accelerator, *parts)
         if main:
             folder.repair()
             if not resuming:

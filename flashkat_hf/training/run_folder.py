@@ -87,7 +87,7 @@ class RunFolder:
             item.name: item.default for item in FIELDS
         } | earlier  # of a version that had fewer settings
         if earlier.get("data_fingerprint") != present["data_fingerprint"]:
-            data = present["data"] or "the digits"
+            data = present["data"] or "the default ones"
             raise ValueError(f"--resume: {self.path} was trained on other data than {data}")
         if changes := [
             f"{name} was {earlier.get(name)} and is {present.get(name)}"
@@ -108,23 +108,24 @@ class RunFolder:
             write_summary(folder, summary)
 
     def write_samples(self, data: ImageData) -> None:
-        """Write one held-out image of each class, if the images are in memory: the digits."""
-        samples = self.path / "samples"
-        if isinstance(data.test, Examples) and isinstance(data.test.images[0], Image):
+        """Write one held-out image of each class, if images with classes are in memory: the digits."""
+        samples, test = self.path / "samples", data.test
+        in_memory = isinstance(test, Examples) and isinstance(test.images[0], Image)
+        if in_memory and isinstance(test.labels[0], int):
             samples.mkdir(exist_ok=True)
             for label, name in enumerate(data.class_names):
-                index = list(data.test.labels).index(label)
-                open_image(data.test.images[index]).save(samples / f"{name}_{index}.png")
+                index = list(test.labels).index(label)
+                open_image(test.images[index]).save(samples / f"{name}_{index}.png")
 
     def repair(self) -> None:
         """Undo what a kill left half-done."""
         for folder in (self.best, self.last):
             restore(folder)
 
-    def draw(self, rates: Sequence[tuple[int, float]]) -> None:
-        """Write curves.png, where matplotlib is installed; `rates` as in `plot_curves`."""
+    def draw(self, rates: Sequence[tuple[int, float]], score: str, title: str) -> None:
+        """Write curves.png, where matplotlib is installed; the rest as in `plot_curves`."""
         if self.pictures:
-            plot_curves(self.lines(), rates).savefig(self.path / "curves.png")
+            plot_curves(self.lines(), rates, score, title).savefig(self.path / "curves.png")
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ def describe_data(settings: Settings, data: ImageData) -> str:
     )
     names = ", ".join(data.class_names[:3]) + (", ..." if len(data.class_names) > 3 else "")
     images = f"{train} images to train on, {test} to test"
-    return f"data: {settings.data or 'digits'}, {images}, {len(data.class_names)} classes ({names})"
+    return f"data: {settings.data or data.name}, {images}, {len(data.class_names)} classes ({names})"
 
 
 def describe(

@@ -25,15 +25,19 @@ def summarize(
     progress: Progress,
     image_size: int,
     metrics: list[dict[str, Any]],
+    names: list[str],
     results: dict[str, Any],
     weights: str,
 ) -> dict[str, Any]:
-    """Return what summary.json says of a model whose `weights` ("raw" or "ema") had these `results`."""
+    """Return what summary.json says of a model whose `weights` ("raw" or "ema") had these `results`.
+
+    `names` are those of the scores in them, the one that the best epoch was chosen by first.
+    """
     settings = plan.settings
     suffix = "_ema" if weights == "ema" else ""
     lines = [line for line in metrics if RATES[0] in line]
     return {
-        "data": settings.data or "digits",
+        "data": settings.data or data.name,
         "num_train_images": data.train.num_images,
         "num_test_images": results["count"],
         "num_labels": len(data.class_names),
@@ -41,10 +45,9 @@ def summarize(
         "epochs": progress.epoch,
         "steps": progress.step,
         "batch_size": settings.batch_size,
-        "top1": results[f"top1{suffix}"],
-        "top5": results[f"top5{suffix}"],
-        "top1_raw": results["top1"],
-        "top1_ema": results.get("top1_ema"),
+        **{name: results[f"{name}{suffix}"] for name in names},
+        f"{names[0]}_raw": results[names[0]],
+        f"{names[0]}_ema": results.get(f"{names[0]}_ema"),
         "weights": weights,
         "best_epoch": progress.best["epoch"],
         **{rate: statistics.median(line[rate] for line in lines) if lines else None for rate in RATES},
@@ -63,14 +66,14 @@ def summarize(
     }
 
 
-def score(results: dict[str, Any]) -> float:
-    """Return the better of the raw and the averaged weights' accuracies; -1 where nothing was evaluated."""
-    return max(results.get("top1", -1.0), results.get("top1_ema", -1.0))
+def score(results: dict[str, Any], name: str) -> float:
+    """Return the better of the raw and the averaged weights' scores; -1 where nothing was evaluated."""
+    return max(results.get(name, -1.0), results.get(f"{name}_ema", -1.0))
 
 
-def best_weights(results: dict[str, Any]) -> str:
-    """Return "ema" if the averaged weights are more accurate than the raw ones, else "raw"."""
-    return "ema" if results.get("top1_ema", -1.0) > results["top1"] else "raw"
+def best_weights(results: dict[str, Any], name: str) -> str:
+    """Return "ema" if the averaged weights have the better score, else "raw"."""
+    return "ema" if results.get(f"{name}_ema", -1.0) > results[name] else "raw"
 
 
 def versions() -> dict[str, str | None]:

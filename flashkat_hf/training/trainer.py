@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from ..data.samples import ImageData
 from ..files import to_json, write_text
 from ..messages import warn
-from .evaluation import Stopped, evaluate
+from .evaluation import Stopped, measure
 from .feed import Feed
 from .initial_model import save_model
-from .optimization import Mixing, Schedule, seed_update
+from .optimization import Schedule, seed_update
 from .pictures import Pictures
 from .plan import Plan
 from .prepared_model import PreparedModel
@@ -34,6 +34,7 @@ from .run_log import RunLog, describe
 from .speed import Meter
 from .state import Checkpoints, Progress, all_finite
 from .summary import best_weights, score, summarize
+from .task import Task
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Trainer:
     checkpoints: Checkpoints
     signals: StopSignals
     on_model: Callable[[Path], None] | None  # called in the main process when best/ or last/ is complete
+    task: Task
     progress: Progress = field(default_factory=Progress)
     pending: list[tuple[int, float, Tensor]] = field(default_factory=list)  # steps, rates and unread losses
     loading_rate: float | None = None
@@ -61,7 +63,8 @@ class Trainer:
         self.agreement = Agreement(self.accelerator.num_processes)
         device = self.accelerator.device if self.plan.replicated else None
         self.schedule = Schedule(self.model.optimizer, self.settings, self.feed.updates_per_epoch, device)
-        self.mixing = Mixing(self.settings, len(self.data.class_names))
+        self.mixing = self.task.mixing(self.settings, len(self.data.class_names))
+        self.score = next(iter(self.task.names))  # which the best epoch is chosen by
         self.log = RunLog(self.accelerator, self.folder)
         self.pictures = Pictures(
             self.accelerator, self.folder, self.data, self.model.processor, self.settings.film
@@ -228,35 +231,36 @@ class Trainer:
             line["skipped_images"] = len(progress.unreadable)
         self.log.note(line)
         self._picture_functions()
-        if progress.last.get("epoch") == progress.epoch and score(progress.last) > score(progress.best):
+        new = progress.last.get("epoch") == progress.epoch
+        if new and score(progress.last, self.score) > score(progress.best, self.score):
             progress.best = progress.last
-            weights = best_weights(progress.best)
+            weights = best_weights(progress.best, self.score)
             average = self.model.average if weights == "ema" else None
             self._write_model("best", (average or self.model).module, progress.best, weights)
 
     def _evaluate(self, epoch: int) -> dict[str, float]:
-        """Return the accuracies of the model and of its averaged weights, as lines of metrics have them."""
+        """Return the scores of the model and of its averaged weights, as lines of metrics have them."""
         options = {"keep_progress": False, "stop": lambda: self.signals.number}
         results: list[dict[str, Any]] = []
         for kind, part in (("", self.model), ("'s averaged weights", self.model.average)):
             if part:
                 module, text = self.model.whole(part.module), f"evaluating epoch {epoch}{kind}"
+                parts = module, self.feed.test, self.accelerator, self.task.scores(self.accelerator)
                 try:
-                    results.append(
-                        evaluate(module, self.feed.test, self.accelerator, progress=text, **options)
-                    )
+                    results.append(measure(*parts, progress=text, **options))
                 except Stopped:
                     self._save()
                     self._stop(self.agreement.any(self.signals.number))
         raw, *averaged = results
-        accuracies = {"top1": raw["top1"], "top5": raw["top5"]}
-        text = f"epoch {epoch}: test accuracy {raw['top1']:.2%}"
+        names = self.task.names
+        scores = {name: raw[name] for name in names}
+        text = f"epoch {epoch}: {names[self.score]} {raw[self.score]:.2%}"
         if averaged:
-            accuracies |= {"top1_ema": averaged[0]["top1"], "top5_ema": averaged[0]["top5"]}
-            text += f", averaged weights {averaged[0]['top1']:.2%}"
-        self.progress.last = {"epoch": epoch, "count": raw["count"], **accuracies}
+            scores |= {f"{name}_ema": averaged[0][name] for name in names}
+            text += f", averaged weights {averaged[0][self.score]:.2%}"
+        self.progress.last = {"epoch": epoch, "count": raw["count"], **scores}
         self.log.say(text)
-        return accuracies
+        return scores
 
     def _picture_functions(self) -> None:
         """Show the learned functions as they are, where trackers or a film want them; all processes ask."""
@@ -266,7 +270,7 @@ class Trainer:
     def _summary(self, results: dict[str, Any], weights: str) -> dict[str, Any]:
         device, size = self.accelerator.device, self.model.processor.crop_size["height"]
         parts = (self.plan, device, self.data, self.progress, size, self.folder.lines())
-        return summarize(*parts, results, weights)
+        return summarize(*parts, list(self.task.names), results, weights)
 
     def _write_model(self, name: str, module: nn.Module, results: dict[str, Any], weights: str) -> None:
         """Replace best/ or last/; the one place where a complete model has just appeared."""
@@ -282,9 +286,9 @@ class Trainer:
         self._write_model("last", self.model.module, self.progress.last, "raw")
         model, summary = self.model.whole(self.model.module), None
         if self.main:
-            summary = self._summary(self.progress.best, best_weights(self.progress.best))
+            summary = self._summary(self.progress.best, best_weights(self.progress.best, self.score))
             write_summary(self.folder.best, summary)
-            self.folder.draw(self.schedule.curve(self.num_steps))
+            self.folder.draw(self.schedule.curve(self.num_steps), self.score, self.task.names[self.score])
             self.pictures.finish(model)
             self.folder.write_samples(self.data)
             write_text(self.folder.summary, to_json(summary))

@@ -184,7 +184,7 @@ def test_another_process_may_stop_an_evaluation(monkeypatch):
         if tensor.ndim == 0:
             votes.append(tensor.item())
             return tensor + (1 if len(votes) == 1 else -(2**20))
-        return reduce(tensor + torch.tensor([0, 0, 0, 0, 1]), how)
+        return reduce(tensor + 1, how)
 
     monkeypatch.setattr(accelerator, "reduce", with_another)
     batch = {"pixel_values": torch.eye(3), "labels": torch.arange(3)}

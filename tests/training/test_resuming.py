@@ -184,7 +184,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(run, monkeypatch, value):
         match=r"^the loss is nan at step 4, learning rate 0.000\d+; last good check\S+ \S+/step-2;",
     ):
         run("bad", **settings)
-    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: {"top1": 0.5, "top5": 1.0, "count": 6})
+    monkeypatch.setattr(loop, "measure", lambda *_, **__: {"top1": 0.5, "top5": 1.0, "count": 6})
     output = run("bad", resume=True, skip_nonfinite=True, **settings)
     assert json.loads((output / "summary.json").read_text())["skipped_updates"] == 1
     assert all(tensor.isfinite().all() for tensor in weights(output).values())

@@ -139,11 +139,11 @@ def test_the_best_model_is_kept_and_the_last_one_too(run, monkeypatch):
     """Accuracies made up: raw 0.5, 0.9, 0.7; averaged 0.6, 0.8, 0.7."""
     states, values = [], iter([0.5, 0.6, 0.9, 0.8, 0.7, 0.7])
 
-    def evaluated(model, batches, accelerator, **_):
+    def evaluated(model, batches, accelerator, scores, **_):
         states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return {"top1": next(values), "top5": 1.0, "count": 6}
 
-    monkeypatch.setattr(loop, "evaluate", evaluated)
+    monkeypatch.setattr(loop, "measure", evaluated)
     written = []
     output = run(
         epochs=3,
@@ -167,11 +167,11 @@ def test_the_best_model_is_kept_and_the_last_one_too(run, monkeypatch):
 def test_averaged_weights_may_be_the_best(run, monkeypatch):
     states, values = [], iter([0.5, 0.6, 0.5, 0.5])
 
-    def evaluated(model, batches, accelerator, **_):
+    def evaluated(model, batches, accelerator, scores, **_):
         states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return {"top1": next(values), "top5": 1.0, "count": 6}
 
-    monkeypatch.setattr(loop, "evaluate", evaluated)
+    monkeypatch.setattr(loop, "measure", evaluated)
     output = run(ema_decay=0.5)
     assert all(torch.equal(tensor, weights(output, "best")[name]) for name, tensor in states[1].items())
     assert not all(torch.equal(tensor, weights(output, "best")[name]) for name, tensor in states[0].items())
