@@ -5,6 +5,7 @@ Self-attention of short sequences from the product that holds q, k and v.
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from .operators import HALF, by_device, by_formula, differentiable
 from .reference import packed_attention_gradients, packed_attention_value
@@ -87,6 +88,16 @@ def _formula_gradients(ctx, grad_y: Tensor) -> tuple:
     return grad_qkv, columns, None, None
 
 
+def _flops(qkv, qkv_bias, num_heads: int, scale: float, **_) -> int:
+    shape = qkv[0], num_heads, qkv[1], qkv[2] // (3 * num_heads)
+    return sdpa_flop_count(shape, shape, shape)
+
+
+def _backward_flops(grad_y, qkv, y, lse, scale: float, **_) -> int:
+    shape = qkv[0], lse[1], qkv[1], qkv[2] // (3 * lse[1])
+    return sdpa_backward_flop_count(shape, shape, shape, shape)
+
+
 _value = by_device(packed_attention_value, packed_attention_forward)
 packed_attention_operator = differentiable(
     "packed_attention",
@@ -96,4 +107,5 @@ packed_attention_operator = differentiable(
     _gradients,
     _formula_gradients,
     num_outputs=1,
+    flops=(_flops, _backward_flops),
 )

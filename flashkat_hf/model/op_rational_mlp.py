@@ -1,5 +1,7 @@
 """The operator `rational_mlp`: a linear map, a rational and a second linear map."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -99,9 +101,14 @@ def _shapes_of_gradients(grad_y, x, numerator, denominator):
     )
 
 
+def _flops(x, weight, *_, **__) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 _gradients = by_device(rational_mlp_gradients, rational_mlp_backward)
 forward_operator = called_directly(
-    register("rational_mlp_forward", _forward, _shapes_of_y_and_product, open_to_compiler=True), _forward
+    register("rational_mlp_forward", _forward, _shapes_of_y_and_product, open_to_compiler=True, flops=_flops),
+    _forward,
 )
 backward_operator = called_directly(
     register("rational_mlp_backward", _gradients, _shapes_of_gradients), _gradients

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 PACKAGE = __name__.rpartition(".")[0]
 NAMESPACE = "flashkat" if PACKAGE == "flashkat_hf.model" else re.sub(r"\W", "_", PACKAGE, flags=re.ASCII)
@@ -80,7 +81,13 @@ def is_traced(x: Tensor) -> bool:
     )
 
 
-def register(name: str, function: Callable, shapes: Callable, open_to_compiler: bool = False) -> Any:
+def register(
+    name: str,
+    function: Callable,
+    shapes: Callable,
+    open_to_compiler: bool = False,
+    flops: Callable | None = None,
+) -> Any:
     """Register a function of tensors, with type hints, as the operator `flashkat::NAME`.
 
     Args:
@@ -88,10 +95,15 @@ def register(name: str, function: Callable, shapes: Callable, open_to_compiler: 
         function: its type hints are the operator's schema.
         shapes: makes empty results of the right shapes and dtypes from the same arguments.
         open_to_compiler: whether `torch.compile` looks into it.
+        flops: from the arguments, shapes in place of tensors, to the operations of its matrix products, which
+            PyTorch's FLOP counter cannot see inside; default: it has none.
     """
     define = torch.library.triton_op if open_to_compiler else torch.library.custom_op
     operator: Any = define(f"{NAMESPACE}::{name}", function, mutates_args=())
     operator.register_fake(shapes)
+    packet = getattr(getattr(torch.ops, NAMESPACE), name)
+    if flops is not None and packet not in flop_registry:
+        register_flop_formula(packet)(flops)
     return operator
 
 
@@ -129,6 +141,7 @@ def differentiable(
     gradients: Callable,
     formula_gradients: Callable,
     num_outputs: int | None = None,
+    flops: tuple[Callable | None, Callable | None] = (None, None),
 ) -> Callable:
     """Build an operator with gradients, and return the function that calls it.
 
@@ -141,9 +154,10 @@ def differentiable(
         formula_gradients: `(ctx, *grads)` returns the same by operations that autograd differentiates, for
             second derivatives in eager mode; `by_formula` helps.
         num_outputs: for a forward that returns a tuple, how many of it the caller gets; the rest is saved.
+        flops: of forward and backward, as `register` has them.
     """
-    operator = register(name, *forward, open_to_compiler=True)
-    backward_operator = register(f"{name}_backward", *backward)
+    operator = register(name, *forward, open_to_compiler=True, flops=flops[0])
+    backward_operator = register(f"{name}_backward", *backward, flops=flops[1])
     operator.register_autograd(
         lambda ctx, *grads: gradients(ctx, backward_operator, *grads), setup_context=save
     )
