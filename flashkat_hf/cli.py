@@ -206,6 +206,8 @@ def _add_export(commands) -> None:
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images in a call; default: 1")
     parser.add_argument("--dynamic-batch", action="store_true", help="any number of images in a call")
     parser.add_argument("--opset", type=int, default=18, metavar="N", help="of ONNX; default: 18")
+    text = "for onnx: rationals as operators of our own, in a library for onnxruntime that cc or gcc compiles"
+    parser.add_argument("--custom-op", action="store_true", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
     parser.set_defaults(run=_export)
 
@@ -215,7 +217,16 @@ def _export(options: argparse.Namespace) -> str:
     _quieten()
     from .deployment import export_model
 
-    names = "format", "precision", "images", "batch_size", "dynamic_batch", "opset", "overwrite"
+    names = [
+        "format",
+        "precision",
+        "images",
+        "batch_size",
+        "dynamic_batch",
+        "opset",
+        "custom_op",
+        "overwrite",
+    ]
     return export_model(options.model, options.output, **{name: getattr(options, name) for name in names})
 
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from ..conversion.calibration import find_images, image_batches
 from ..conversion.conversion import written_whole
 from ..files import write_text
 from ..messages import extra
+from .custom_operators import find_compiler
 from .folding import folded
-from .writers import FORMATS, IMPORTS, Job
+from .writers import CUSTOM_PROGRAM, FORMATS, IMPORTS, Job, Runner, load_onnx
 
 NUM_CHECKED = 4  # images in check.safetensors
 BOUNDS = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.5}  # of the difference of the logits, over their size
@@ -45,6 +47,29 @@ pixels = numpy.ascontiguousarray(pixels, numpy.float32)
 {program}
 print(labels[logits[0].argmax()])
 '''
+JAVASCRIPT = """\
+// Name an image: node run.cjs IMAGE (npm install onnxruntime-node sharp; onnxruntime-web serves, too)
+const ort = require("onnxruntime-node"), sharp = require("sharp");
+const fs = require("node:fs"), path = require("node:path");
+const read = (file) => JSON.parse(fs.readFileSync(path.join(__dirname, file)));
+const p = read("preprocessing.json"), labels = read("labels.json"), side = p.crop;
+(async () => {
+  const size = { width: p.resize, height: p.resize, fit: p.keep_ratio ? "outside" : "fill" };
+  const kernel = ["nearest", "lanczos3", "linear", "cubic"][p.resample];
+  const image = sharp(process.argv[2]).removeAlpha().toColourspace(p.mode === "RGB" ? "srgb" : "b-w");
+  const { data, info } = await image.resize({ ...size, kernel }).raw().toBuffer({ resolveWithObject: true });
+  const left = Math.round((info.width - side) / 2), top = Math.round((info.height - side) / 2);
+  const value = (c, y, x) => data[((top + y) * info.width + left + x) * info.channels + c] / 255;
+  const pixels = Float32Array.from({ length: p.mean.length * side * side }, (_, i) => {
+    const c = Math.floor(i / side / side), y = Math.floor(i / side) % side;
+    return (value(c, y, i % side) - p.mean[c]) / p.std[c];
+  });
+  const session = await ort.InferenceSession.create(path.join(__dirname, "model.onnx"));
+  const feeds = { pixel_values: new ort.Tensor("float32", pixels, [1, p.mean.length, side, side]) };
+  const { logits } = await session.run(feeds);
+  console.log(labels[logits.data.indexOf(Math.max(...logits.data))]);
+})();
+"""
 
 
 class Logits(nn.Module):
@@ -69,13 +94,15 @@ def export_model(
     batch_size: int = 1,
     dynamic_batch: bool = False,
     opset: int = LEAST_OPSET,
+    custom_op: bool = False,
     overwrite: bool = False,
 ) -> str:
     """Write a model for another runtime, run it there, and hold its logits against the source's.
 
     The folder has the model's file, `preprocessing.json`, `labels.json`, `check.safetensors` (pixel values
     and the source's logits), `proof.json` (what was compared, how far it was off, on which versions) and
-    `run.py`, which names an image. It appears whole and proved, or not at all.
+    `run.py`, which names an image; for ONNX also `run.cjs`, which does so in JavaScript. It appears whole and
+    proved, or not at all.
 
     Args:
         source: folder or Hub id of a FlashKAT.
@@ -87,6 +114,9 @@ def export_model(
         batch_size: images in a call.
         dynamic_batch: any number of images in a call.
         opset: of ONNX, 18 or later.
+        custom_op: for ONNX in fp32 and int8, make each rational one operator of our own, and compile the
+            library that has it, for onnxruntime on machines of this kind; a runtime without the library
+            computes the same from the file alone, as a chain of operations.
         overwrite: replace the folder.
 
     Returns:
@@ -108,6 +138,10 @@ def export_model(
         )
     if opset < LEAST_OPSET:
         raise ValueError(f"--opset {opset}: PyTorch exports to {LEAST_OPSET} and later")
+    if custom_op:
+        if format != "onnx" or precision == "fp16":
+            raise ValueError(f"--custom-op is for onnx in fp32 and int8, not {format} in {precision}")
+        find_compiler()
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size} must be at least 1")
     if precision == "int8" and images is None:
@@ -127,11 +161,10 @@ def export_model(
     inner = Logits(folded(model), torch.float16 if (precision, format) in HALF else torch.float32).eval()
     # a dynamic batch is traced with two: 1 would be taken for a constant
     example = checked[:1].repeat(2 if dynamic_batch and batch_size == 1 else batch_size, 1, 1, 1)
-    job = Job(inner, example, dynamic_batch, precision, batches, opset)
+    job = Job(inner, example, dynamic_batch, precision, batches, opset, custom_op)
     with written_whole(output) as folder:
         form.write(job, folder)
-        run = form.load(folder)
-        logits = torch.cat([run(part.contiguous()).detach() for part in checked.split(batch_size)]).float()
+        logits = logits_of(form.load(folder), checked, batch_size)
         proof = compare(logits, expected, precision, source) | {
             "source": Path(source).name if Path(source).is_dir() else source,
             "format": format,
@@ -141,19 +174,30 @@ def export_model(
             "bytes": sum(path.stat().st_size for path in folder.iterdir()),
             "versions": versions(format),
         }
+        if custom_op:
+            logits = logits_of(load_onnx(folder, custom=False), checked, batch_size)
+            proof["without_library"] = compare(logits, expected, precision, source)
+            proof["library"] = f"{platform.system()} {platform.machine()}"
         stored = {"pixel_values": checked.contiguous(), "logits": expected.contiguous()}
         save_file(stored, folder / "check.safetensors")
         labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
         for name, values in (("preprocessing", preprocessing), ("labels", labels), ("proof", proof)):
             write_text(folder / f"{name}.json", json.dumps(values, indent=2) + "\n")
         needs = {"onnx": "onnxruntime"}.get(format, "torch" if format in ("pt2", "aoti") else format)
-        text = PROGRAM.format(needs=needs, imports=IMPORTS[format], program=form.program)
+        program = CUSTOM_PROGRAM if custom_op else form.program
+        text = PROGRAM.format(needs=needs, imports=IMPORTS[format], program=program)
         write_text(folder / "run.py", text)
+        if format == "onnx":
+            write_text(folder / "run.cjs", JAVASCRIPT)
     return (
         f"{output}: {format} in {precision}, {proof['bytes'] / 1e6:.1f} MB; logits within "
         f"{proof['relative_difference']:.1e} of {source}'s on {about}, {proof['same_label']} of "
         f"{len(checked)} labels the same"
     )
+
+
+def logits_of(run: Runner, pixels: Tensor, batch_size: int) -> Tensor:
+    return torch.cat([run(part.contiguous()).detach() for part in pixels.split(batch_size)]).float()
 
 
 HALF = {("fp16", "onnx"), ("fp16", "pt2"), ("fp16", "aoti")}  # OpenVINO keeps float32 operations

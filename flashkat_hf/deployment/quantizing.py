@@ -1,36 +1,38 @@
 """An ONNX model in int8: matrix products by onnxruntime's quantiser, rationals as tables of 256 entries.
 
 A rational of an 8-bit number has 256 values. Its whole chain of operations, between the number's
-quantisation and that of the result, becomes one look-up in a table of `(256, hidden_size)` bytes, exact for
+quantisation and that of the result, becomes one look-up in a table of 256 bytes for each group, exact for
 each entry: the result is what rounding the chain's own value gives.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
 
 from ..messages import extra
-from .folding import FoldedRational
+from .chains import Chain, find_chains, replace_nodes, sort_nodes
+from .custom_operators import LOOKUP, add_function, operator_node
+from .folding import FoldedRational, rationals_of
 
 LEVELS = 256
 
 
-class Chain(NamedTuple):
-    """The operations of one rational in a graph."""
-
-    source: str  # name of the tensor that goes in
-    result: str  # name of the tensor that comes out
-    nodes: list[Any]
-
-
 def quantize(
-    source: Path, target: Path, model: nn.Module, batches: Sequence[Tensor], tables: bool = True
+    source: Path,
+    target: Path,
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    tables: bool = True,
+    custom: bool = False,
 ) -> None:
     """Write the int8 form of an exported model.
+
+    The attention's own products stay in float32: in 8 bits their softmax costs more than they save. Results
+    of linear maps are rounded to 8 bits in front of a rational alone.
 
     Args:
         source: the float32 ONNX file of `folding.folded`'s model.
@@ -38,10 +40,11 @@ def quantize(
         model: the folded model that was exported, for its rationals and the range of what they meet.
         batches: pixel values to calibrate with.
         tables: make tables of the rationals; otherwise they stay chains in float32.
+        custom: make a look-up one operator of our own, with a function that stands for it.
     """
     onnx, quantization = extra("onnx", "onnx"), extra("onnxruntime.quantization", "onnx")
     graph = onnx.load(source).graph
-    rationals = {name: act for name, act in model.named_modules() if isinstance(act, FoldedRational)}
+    rationals = rationals_of(model)
     chains = find_chains(graph, rationals)
     rationals = {name: rationals[name] for name in chains}
     name = graph.input[0].name
@@ -59,52 +62,23 @@ def quantize(
         target,
         Reader(),
         quant_format=quantization.QuantFormat.QDQ,
-        op_types_to_quantize=["MatMul", "Gemm", "Conv"],
-        nodes_to_exclude=products_without_weights(graph),
+        op_types_to_quantize=["Gemm", "Conv"],
         per_channel=True,
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
+        extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]},
     )
     if not tables:
         return
     quantized = onnx.load(target)
     ranges = input_ranges(model, rationals, batches)
     for name, chain in chains.items():
-        put_table(quantized.graph, chain, rationals[name], ranges[name], name)
+        put_table(quantized.graph, chain, rationals[name], ranges[name], name, custom)
     sort_nodes(quantized.graph)
+    if custom:
+        add_function(quantized, LOOKUP)
     onnx.checker.check_model(quantized)
     onnx.save(quantized, target)
-
-
-def products_without_weights(graph: Any) -> list[str]:
-    """Return the names of the attention's own products: in 8 bits their softmax costs more than they save."""
-    constants = {tensor.name for tensor in graph.initializer}
-    return [node.name for node in graph.node if node.op_type == "MatMul" and not constants & set(node.input)]
-
-
-def find_chains(graph: Any, rationals: Mapping[str, nn.Module]) -> dict[str, Chain]:
-    """Find the nodes of each rational by its module's name, which the exporter wrote beside them."""
-    nodes: dict[str, list[Any]] = {name: [] for name in rationals}
-    for node in graph.node:
-        scopes = next((item.value for item in node.metadata_props if "name_scopes" in item.key), "")
-        for name in rationals:
-            if f"'{name}'" in scopes:
-                nodes[name].append(node)
-    constants = {tensor.name for tensor in graph.initializer}
-    chains = {}
-    for name, own in nodes.items():
-        if not own:  # the identity: no operation
-            continue
-        made = {output for node in own for output in node.output}
-        sources = {i for node in own for i in node.input if i and i not in made | constants}
-        outside = {i for node in graph.node if not any(node is mine for mine in own) for i in node.input}
-        results = made & outside
-        if len(sources) != 1 or len(results) != 1:
-            raise ValueError(
-                f"{name} is not one chain in the graph: from {sorted(sources)} to {sorted(results)}"
-            )
-        chains[name] = Chain(sources.pop(), results.pop(), own)
-    return chains
 
 
 @torch.no_grad()
@@ -132,86 +106,45 @@ def input_ranges(
 
 
 @torch.no_grad()
-def put_table(graph: Any, chain: Chain, act: FoldedRational, span: tuple[float, float], name: str) -> None:
-    """Replace a chain, and the quantisation of its result, by a look-up in a table for each channel.
+def put_table(
+    graph: Any, chain: Chain, act: FoldedRational, span: tuple[float, float], name: str, custom: bool
+) -> None:
+    """Replace a chain, and the quantisation of its result, by a look-up in a table for each group.
 
-    Behind a product that is quantised already, the look-up takes its bytes and has the bias in the table.
+    The channels of a group are brought together, since a look-up in one short table is the fastest.
     """
     numpy_helper, helper = extra("onnx.numpy_helper", "onnx"), extra("onnx.helper", "onnx")
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    number = lambda tensor: numpy_helper.to_array(constants[tensor])  # noqa: E731
     (last,) = [node for node in graph.node if chain.result in node.input]
-    own = {output for node in chain.nodes for output in node.output}
-    nodes = [node for node in graph.node if not own & set(node.output) and node is not last]
-    if (product := product_with_bias(graph, chain.source)) is not None:
-        (data, scale, zero), bias = product.input[:3], number(bias_of(graph, chain.source))
-        scale, zero, offset = float(number(scale)), int(number(zero)), torch.from_numpy(bias.copy()).double()
-    else:
-        scale, offset = max((span[1] - span[0]) / (LEVELS - 1), 1e-12), torch.zeros(act.hidden_size).double()
-        zero, data = round(-span[0] / scale), f"{name}.bytes"
-    out_scale, out_zero = float(number(last.input[1])), int(number(last.input[2]))
-    values = act.double()((torch.arange(LEVELS) - zero).double()[:, None] * scale + offset)
+    out_scale, out_zero = (float(numpy_helper.to_array(constants[key])) for key in last.input[1:3])
+    scale = max((span[1] - span[0]) / (LEVELS - 1), 1e-12)
+    zero = round(-span[0] / scale)
+    groups, width = act.hidden_size // act.repeats, act.repeats
+    numbers = (torch.arange(LEVELS) - zero).double()[:, None] * scale
+    values = act.double()(numbers.expand(-1, act.hidden_size))[:, ::width].T
     act.float()
     tensors = {
         "table": (values / out_scale).round().add(out_zero).clamp(0, LEVELS - 1).byte().numpy(),
         "scale": numpy.asarray(scale, numpy.float32),
         "zero": numpy.asarray(zero, numpy.uint8),
+        "grouped": numpy.array([-1, groups, width]),
+        "joined": numpy.array([groups, -1]),
+        "split": numpy.array([groups, -1, width]),
         "rows": numpy.array([-1, act.hidden_size]),
     }
     graph.initializer.extend(
         numpy_helper.from_array(value, f"{name}.{key}") for key, value in tensors.items()
     )
-    make = helper.make_node
-    if product is None:
-        nodes.append(make("QuantizeLinear", [chain.source, f"{name}.scale", f"{name}.zero"], [data]))
-    nodes += [
-        make("Cast", [data], [f"{name}.numbers"], to=helper.TensorProto.INT32),
-        make("Reshape", [f"{name}.numbers", f"{name}.rows"], [f"{name}.indices"]),
-        make("GatherElements", [f"{name}.table", f"{name}.indices"], [f"{name}.found"], axis=0),
-        make("Shape", [data], [f"{name}.shape"]),
-        make("Reshape", [f"{name}.found", f"{name}.shape"], [last.output[0]]),
-    ]
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def product_with_bias(graph: Any, tensor: str) -> Any:
-    """Return the DequantizeLinear of a product to which a constant is added to make `tensor`, or None."""
-    constants = {item.name for item in graph.initializer}
-    makers = {output: node for node in graph.node for output in node.output}
-    adds = makers[tensor]
-    if adds.op_type != "Add" or len(constants & set(adds.input)) != 1:
-        return None
-    (other,) = set(adds.input) - constants
-    return makers[other] if makers[other].op_type == "DequantizeLinear" else None
-
-
-def bias_of(graph: Any, tensor: str) -> str:
-    (adds,) = [node for node in graph.node if tensor in node.output]
-    (bias,) = {item.name for item in graph.initializer} & set(adds.input)
-    return bias
-
-
-def sort_nodes(graph: Any) -> None:
-    """Put every node behind those that make its inputs, and leave out those that nobody needs."""
-    needed = {tensor.name for tensor in graph.output}
-    makers = {output: node for node in graph.node for output in node.output}
-    stack = [makers[name] for name in needed if name in makers]
-    while stack:
-        new = set(stack.pop().input) - needed
-        needed |= new
-        stack += [makers[name] for name in new if name in makers]
-    made = {tensor.name for tensor in [*graph.initializer, *graph.input]} | {""}
-    left = [node for node in graph.node if needed & set(node.output)]
-    ordered: list[Any] = []
-    while left:
-        ready = [node for node in left if made.issuperset(node.input)]
-        assert ready, "the graph has a cycle"
-        made.update(output for node in ready for output in node.output)
-        ordered += ready
-        left = [node for node in left if not made.issuperset(node.output)]
-    del graph.node[:]
-    graph.node.extend(ordered)
-    constants = [tensor for tensor in graph.initializer if tensor.name in needed]
-    del graph.initializer[:]
-    graph.initializer.extend(constants)
+    inputs = [f"{name}.bytes", *(f"{name}.{key}" for key in LOOKUP.inputs[1:])]
+    if custom:
+        nodes = [operator_node(LOOKUP, inputs, last.output[0], groups)]
+    else:
+        names = dict(zip(LOOKUP.inputs, inputs, strict=True)) | {"y": last.output[0]}
+        rename = lambda old: [names.get(key, f"{name}.{key}") for key in old]  # noqa: E731
+        nodes = [type(node).FromString(node.SerializeToString()) for node in LOOKUP.body()]
+        for node in nodes:
+            node.input[:], node.output[:] = rename(node.input), rename(node.output)
+    scales = [f"{name}.scale", f"{name}.zero"]
+    nodes.insert(0, helper.make_node("QuantizeLinear", [chain.source, *scales], [inputs[0]]))
+    replaced = {output for node in [*chain.nodes, last] for output in node.output}
+    replace_nodes(graph, replaced, nodes)

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..messages import extra
+from .chains import find_chains
+from .custom_operators import LIBRARY, build, put_operators
+from .folding import rationals_of
 from .quantizing import quantize
 
 FULL = {"INFERENCE_PRECISION_HINT": "f32"}  # some CPUs would take bfloat16
@@ -28,6 +31,7 @@ class Job(NamedTuple):
         precision: "fp32", "fp16" or "int8".
         batches: pixel values to calibrate with, for int8.
         opset: of ONNX.
+        custom: whether rationals are operators of our own, for ONNX.
     """
 
     model: nn.Module
@@ -36,6 +40,7 @@ class Job(NamedTuple):
     precision: str
     batches: Sequence[Tensor]
     opset: int
+    custom: bool = False
 
 
 class Format(NamedTuple):
@@ -73,25 +78,33 @@ def write_onnx(job: Job, folder: Path, tables: bool = True) -> None:
             external_data=False,
         )
         if eight:
-            quantize(folder / "float.onnx", path, job.model, job.batches, tables)
+            quantize(folder / "float.onnx", path, job.model, job.batches, tables, job.custom)
             (folder / "float.onnx").unlink()
-    strip(path)
-
-
-def strip(path: Path) -> None:
-    """Remove what the exporter noted beside the nodes: names of modules, and paths of this machine."""
     onnx = extra("onnx", "onnx")
     model = onnx.load(path)
-    for item in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
-        del item.metadata_props[:]
-        item.ClearField("doc_string")
+    if job.custom:
+        build(folder)
+        if not eight:
+            rationals = rationals_of(job.model)
+            put_operators(model, rationals, find_chains(model.graph, rationals))
+    strip(model)
     onnx.save(model, path)
 
 
-def load_onnx(folder: Path) -> Runner:
+def strip(model: Any) -> None:
+    """Remove what the exporter noted beside the nodes: names of modules, and paths of this machine."""
+    for item in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        del item.metadata_props[:]
+        item.ClearField("doc_string")
+
+
+def load_onnx(folder: Path, custom: bool = True) -> Runner:
+    """Load a model, with the library of our operators if the folder has one and `custom` is true."""
     onnxruntime = extra("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if custom and (folder / LIBRARY).exists():
+        options.register_custom_ops_library(str(folder.resolve() / LIBRARY))
     providers = ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=providers)
     return lambda pixels: torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
@@ -100,7 +113,8 @@ def load_onnx(folder: Path) -> Runner:
 def write_openvino(job: Job, folder: Path) -> None:
     openvino = extra("openvino", "openvino")
     # OpenVINO makes one kernel of a chain of operations, which is faster than a look-up
-    write_onnx(job._replace(precision="int8" if job.precision == "int8" else "fp32"), folder, tables=False)
+    precision = "int8" if job.precision == "int8" else "fp32"
+    write_onnx(job._replace(precision=precision), folder, tables=False)
     model = openvino.convert_model(folder / "model.onnx")
     openvino.save_model(model, folder / "model.xml", compress_to_fp16=job.precision == "fp16")
     (folder / "model.onnx").unlink()
@@ -191,3 +205,8 @@ IMPORTS = {
     "pt2": "import torch",
     "aoti": "import torch",
 }
+CUSTOM_PROGRAM = """\
+options = onnxruntime.SessionOptions()
+options.register_custom_ops_library(str(folder.resolve() / "operators.so"))  # without it: the same, slower
+session = onnxruntime.InferenceSession(folder / "model.onnx", options)
+logits = session.run(None, {"pixel_values": pixels})[0]"""
