@@ -1,0 +1,59 @@
+"""Run what the results file does not have yet, in the order of its value.
+
+    python -m benchmarks.learning --output benchmarks/results/learning.jsonl --minutes 7
+    python benchmarks/render.py
+
+The first line may be repeated until it says that nothing is missing. It needs Fashion-MNIST (`apt-get install
+dataset-fashion-mnist`, or its four files by `--source`), timm and scikit-learn.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+
+import torch
+from bench_model import about, results_file
+
+from .plan import Bench, stages
+from .settings import Settings, open_pictures, parse
+from .training import OutOfTime
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    start = time.monotonic()
+    settings = parse(arguments)
+    sets = open_pictures(settings)
+    rows = earlier(settings)
+    torch.set_float32_matmul_precision("high")
+    deadline = start + 60 * settings.minutes if settings.minutes else None
+    machine = str(about(settings)["machine"])  # pyright: ignore[reportArgumentType]
+    with results_file(settings) as write:  # pyright: ignore[reportArgumentType]
+        benches = [Bench(settings, pictures, machine, write, rows, deadline) for pictures in sets.values()]
+        try:
+            for bench in benches:
+                for stage in stages(settings):
+                    bench.stage(stage)
+                    passed = time.monotonic() - start
+                    print(f"# {bench.place['data']}, {stage}: done after {passed:.0f} s", flush=True)
+        except OutOfTime:
+            print("# the time is over; the same command goes on from here", flush=True)
+            return
+    print("# nothing is missing", flush=True)
+
+
+def earlier(settings: Settings) -> list[dict]:
+    """Return the lines that the results file has.
+
+    Raises:
+        SystemExit: it cannot be read.
+    """
+    if not settings.output.exists():
+        return []
+    try:
+        return [json.loads(line) for line in settings.output.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--output: {settings.output} cannot be read: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
