@@ -1,4 +1,4 @@
-"""Draw the pictures of speed in docs/ from the results files; `render.py` draws what has changed.
+"""Draw pictures of speed and learning in docs/ from the results files; `render.py` draws what has changed.
 
 A picture carries the SHA-256 of its results file as "Source", so that a check tells an old picture from a new
 one without drawing it. Needs matplotlib.
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from learning.figure import accuracies
 from PIL import Image
 from speed_tables import OURS, SIZES, cell_ratios, distinct
 
@@ -126,6 +127,7 @@ PICTURES: dict[str, tuple[str, Callable]] = {
     "docs/throughput.png": ("benchmarks/results/model.jsonl", throughput),
     "docs/cells.png": ("benchmarks/results/cells.jsonl", cells),
     "docs/scaling.png": ("benchmarks/results/scaling.jsonl", scaling),
+    "docs/learning.png": ("benchmarks/results/learning.jsonl", accuracies),
 }
 
 

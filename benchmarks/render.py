@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import plot
+from learning import tables as learning
 from paper import render as paper_page
 from speed_tables import (
     cells_table,
@@ -119,7 +120,8 @@ def picture(link: str, text: str) -> Callable[[list[dict]], str]:
 THROUGHPUT = "Training throughput of each model size beside timm's ViT"
 CELLS = "How many times as fast a training step is as the faster ViT's, by size, image size and batch"
 SCALING = "Training throughput against the batch size and against the image size"
-PERFORMANCE = "docs/performance.md"
+ACCURACIES = "Test accuracy of every run from scratch, a row for each contender"
+PERFORMANCE, LEARNING = "docs/performance.md", "docs/learning.md"
 
 
 def training_table(results: list[dict]) -> str:
@@ -209,6 +211,15 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     (PERFORMANCE, "precision_gpu", "precision_gpu", precision_table),
     (PERFORMANCE, "cpu_train", "cpu_train", model_table),
     (PERFORMANCE, "cpu_inference", "cpu_inference", model_table),
+    (LEARNING, "learning_picture", "learning", picture("learning.png", ACCURACIES)),
+    (LEARNING, "questions", "learning", learning.questions),
+    (LEARNING, "equal_parameters", "learning", learning.equal_parameters),
+    (LEARNING, "equal_time", "learning", learning.equal_time),
+    (LEARNING, "upcycled", "learning", learning.upcycled),
+    (LEARNING, "became", "learning", learning.became),
+    (LEARNING, "distilled", "learning", learning.distilled),
+    (LEARNING, "low_precision", "learning", learning.precision),
+    (LEARNING, "rates", "learning", learning.rates),
 )
 CARDS = ("model", "inference", "latency")  # results files whose lines of our own the model cards show
 

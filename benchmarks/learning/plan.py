@@ -157,7 +157,7 @@ class Bench:
         self.write_line(row)
 
     def pilot(self) -> None:
-        seeds = range(FIRST_PILOT_SEED, FIRST_PILOT_SEED + PILOT_SEEDS)
+        seeds = range(FIRST_PILOT_SEED, FIRST_PILOT_SEED + min(PILOT_SEEDS, self.settings.seeds))
         tasks = [self.task(name, seed, PILOT_RATE) for seed in seeds for name in ("gelu", "flashkat")]
         self.train_missing(PILOT, tasks)
 
