@@ -112,6 +112,7 @@ class _Graphed:
                     call()
             reset()
             torch.clear_autocast_cache()  # the graph casts weights itself, at each replay
+            torch._C._cuda_clearCublasWorkspaces()  # of the warm-ups: the graph has one of its own
             try:
                 # Threads that make batches may go on meanwhile.
                 stream = torch.cuda.Stream(self.device)

@@ -104,12 +104,15 @@ def fused_block(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
 
 
 def one_node_block(layer: Any, x: Tensor, tail: list[Tensor], **kwargs: Any) -> Tensor:
-    """Compute a `FlashKATLayer` by one node of autograd, or by one for what is behind its attention."""
+    """Compute a `FlashKATLayer` by one node of autograd, or by one for what is behind its attention.
+
+    `tail_parameters` has asked about x.
+    """
     norm1, attention, norm2 = map(layer._modules.get, ("norm1", "attention", "norm2"))
     qkv = attention._modules["qkv"]
     head = [*map(norm1._parameters.get, LINEAR), *map(qkv._parameters.get, LINEAR)]
-    if fuses(x, norm1) and fuses_attention(attention, x) and block_serves(x, head):
-        heads = attention.config.num_attention_heads, attention.scaling
+    if untouched(norm1, qkv) and attends_plainly(attention, x) and block_serves(x, head):
+        heads = attention.num_heads, attention.scaling, is_short(attention, x)
         return block(x, heads, (norm1.eps, norm2.eps), working_dtype(x), head + tail)
     x, normed = stream_and_norm(norm1, x)
     mixed, _ = attention.mix(normed, **kwargs)
@@ -119,14 +122,15 @@ def one_node_block(layer: Any, x: Tensor, tail: list[Tensor], **kwargs: Any) -> 
 def tail_parameters(layer: Any, x: Tensor) -> list[Tensor] | None:
     """Return the parameters of a `FlashKATLayer` from proj on; None where `block_tail` does not serve them.
 
-    Modules and parameters are read where `nn.Module` keeps them: by name each would cost the host a call.
+    Modules and parameters are read where `nn.Module` keeps them: by name each would cost the host a call. The
+    layer has asked whether x `fuses`.
     """
     attention, norm2, mlp, drop_path = map(layer._modules.get, TAIL)
-    if not fuses(x, attention, norm2, mlp, drop_path) or (drop_path.training and drop_path.rate):
+    if not untouched(attention, norm2, mlp, drop_path) or (drop_path.training and drop_path.rate):
         return None
     proj, dropout = map(attention._modules.get, ("proj", "dropout"))
     act1, fc1, act2, fc2, mlp_dropout = map(mlp._modules.get, MLP)
-    if not fuses(x, proj, dropout, act1, fc1, act2, fc2, mlp_dropout) or (
+    if not untouched(proj, dropout, act1, fc1, act2, fc2, mlp_dropout) or (
         (dropout.training and dropout.p) or (mlp_dropout.training and mlp_dropout.p)
     ):
         return None
@@ -174,19 +178,29 @@ def fused_mlp(mlp: Any, x: Tensor, out_bias: Tensor) -> Tensor:
 def fuses_attention(attention: Any, x: Tensor) -> bool:
     """Tell whether the kernel for short sequences serves: it wins in half precision, on a GPU."""
     return (
-        attention.config._attn_implementation in OWN_ATTENTION
-        and fuses(x, attention._modules["qkv"])
+        fuses(x, attention._modules["qkv"])
         and not decomposes(x)
+        and attends_plainly(attention, x)
+        and is_short(attention, x)
+    )
+
+
+def attends_plainly(attention: Any, x: Tensor) -> bool:
+    """Tell whether an attention is PyTorch's, in half precision and without dropout."""
+    return (
+        attention.config._attn_implementation in OWN_ATTENTION
         and working_dtype(x) in HALF
-        and x.shape[0] <= MAX_BATCH
-        and x.shape[1] <= MAX_TOKENS
-        and attention.head_dim in HEAD_DIMS
         and not (attention.training and attention.config.attention_probs_dropout_prob)
     )
+
+
+def is_short(attention: Any, x: Tensor) -> bool:
+    """Tell whether the attention kernel takes sequences of x's length, so many, and these heads."""
+    return x.shape[0] <= MAX_BATCH and x.shape[1] <= MAX_TOKENS and attention.head_dim in HEAD_DIMS
 
 
 def fused_attention(attention: Any, x: Tensor) -> Tensor:
     """Compute `FlashKATAttention.mix`; the attention's backward gives qkv's bias its gradient."""
     bias = attention.qkv.bias
     qkv = linear(x, attention.qkv.weight, None if bias is None else bias.detach())
-    return packed_attention(qkv, attention.config.num_attention_heads, attention.scaling, bias)
+    return packed_attention(qkv, attention.num_heads, attention.scaling, bias)

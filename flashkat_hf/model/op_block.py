@@ -17,7 +17,7 @@ try:
 except ImportError:  # no triton: blocks are put together from modules
     Block = Head = Parameters = Tail = block_backward = block_forward = None
 
-NUM_HEAD, NUM_HEAD_PARAMETERS = 8, 4  # fields of `Head`, and those of `Parameters` that belong to it
+NUM_HEAD, NUM_HEAD_PARAMETERS = 10, 4  # fields of `Head`, and those of `Parameters` that belong to it
 
 
 def tail_serves(x: Tensor, parameters: Sequence[Tensor | None]) -> bool:
@@ -30,7 +30,7 @@ def tail_serves(x: Tensor, parameters: Sequence[Tensor | None]) -> bool:
 def block_serves(x: Tensor, parameters: Sequence[Tensor | None]) -> bool:
     """Tell whether `block` takes what `tail_serves` allows with norm1's and qkv's parameters before it.
 
-    The attention kernel takes x; qkv's bias, the last one, may be missing.
+    Qkv's bias, the last one, may be missing.
     """
     *others, bias = parameters
     return _takes(others if bias is None else parameters, x.get_device())
@@ -50,7 +50,7 @@ def _takes(parameters: Sequence[Tensor | None], device: int) -> bool:
 
 def block(
     x: Tensor,
-    heads: tuple[int, float],
+    heads: tuple[int, float, bool],
     eps: tuple[float, float],
     dtype: torch.dtype,
     parameters: Sequence[Tensor | None],
@@ -59,7 +59,7 @@ def block(
 
     Args:
         x: `(batch, num_tokens, hidden_size)`; what `block_serves` takes.
-        heads: number of heads, and factor of the scores.
+        heads: number of heads, factor of the scores, and whether our attention kernel takes x.
         eps: added to the variances of norm1 and norm2.
         dtype: of the matrix products, half precision; float32 arithmetic elsewhere.
         parameters: in the order of `Parameters`.
@@ -83,7 +83,7 @@ def block_tail(x: Tensor, mixed: Tensor, eps: float, parameters: Sequence[Tensor
     Returns:
         As `block`.
     """
-    settings = Block(0, 0.0, 0.0, eps, mixed.dtype), torch.is_grad_enabled()  # pyright: ignore[reportOptionalCall]
+    settings = Block(0, 0.0, True, 0.0, eps, mixed.dtype), torch.is_grad_enabled()  # pyright: ignore[reportOptionalCall]
     none = (None,) * NUM_HEAD_PARAMETERS
     return _Block.apply(x, mixed.contiguous(), *settings, *none, *parameters)  # pyright: ignore
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .pytorch_attention import Attended, attention_backward, attention_forward
 from .triton_attention import attention_scratch, launch_attention_backward, launch_attention_forward
 from .triton_launch import launch, planned
 from .triton_math import tl, triton
@@ -33,6 +34,7 @@ class Block(NamedTuple):
 
     num_heads: int
     scale: float  # of the scores
+    packed: bool  # whether our kernel does the attention; else PyTorch does
     eps1: float
     eps2: float
     dtype: torch.dtype  # of the products
@@ -68,9 +70,11 @@ class Head(NamedTuple):
     x: Tensor
     normed: Tensor  # in the products' dtype, as qkv and its weight
     qkv: Tensor
-    mean: Tensor  # float32, as the next two
+    mean: Tensor  # float32, as the next one
     rstd: Tensor
-    lse: Tensor
+    lse: Tensor | None  # this and the next two: `Attended`; our kernel has the first alone
+    seed: Tensor | None
+    offset: Tensor | None
     qkv_weight: Tensor
     norm_weight: Tensor
 
@@ -174,17 +178,21 @@ def block_forward(
     weights = p.qkv_weight, p.proj_weight, p.fc1_weight, p.fc2_weight
     biases = p.qkv_bias, p.proj_bias, p.fc1_bias, p.fc2_bias
     qkv_weight, proj_weight, fc1_weight, fc2_weight, *biases = cast((*weights, *biases), block.dtype)
-    statistics = pieces(x, torch.float32, (rows, rows, rows, rows, rows * block.num_heads))
+    scores = rows * block.num_heads if block.packed else 0
+    statistics = pieces(x, torch.float32, (rows, rows, rows, rows, scores))
     mean1, rstd1, mean2, rstd2, lse = statistics
     head = None
     if mixed is None:
-        lse = lse.view(x.shape[0], block.num_heads, x.shape[1])
-        normed, mixed = torch.empty_like(x, dtype=block.dtype), torch.empty_like(x, dtype=block.dtype)
+        normed = torch.empty_like(x, dtype=block.dtype)
         launch_norm_forward(x, p.norm1_weight, p.norm1_bias, normed, mean1, rstd1, eps=block.eps1)
         qkv = linear(normed, qkv_weight, biases[0])
-        launch_attention_forward(qkv, mixed, lse, block.scale)
+        if block.packed:
+            mixed, attended = torch.empty_like(normed), Attended(lse.view(x.shape[0], -1, x.shape[1]))
+            launch_attention_forward(qkv, mixed, attended.lse, block.scale)
+        else:
+            mixed, attended = attention_forward(qkv, block.num_heads, block.scale)
         if keep:
-            head = Head(x, normed, qkv, mean1, rstd1, lse, qkv_weight, p.norm1_weight)
+            head = Head(x, normed, qkv, mean1, rstd1, *attended, qkv_weight, p.norm1_weight)
         del normed, qkv
     branch = linear(mixed, proj_weight, biases[1])
     total, act = torch.empty_like(x), torch.empty_like(x, dtype=block.dtype)
@@ -234,7 +242,11 @@ def block_backward(
     if head is not None:
         norm1_plan = row_plan(head.x, hidden_size, NORM_BACKWARD)
         norm1_rows = norm1_plan[0].num_programs * norm1_plan[0].rows
-        head_sizes = norm1_rows, *attention_scratch(*head.lse.shape, hidden_size)
+        batch, num_tokens, _ = head.x.shape
+        attention_sizes = 1, 0, 0, 3 * hidden_size
+        if block.packed:
+            attention_sizes = attention_scratch(batch, block.num_heads, num_tokens, hidden_size)
+        head_sizes = norm1_rows, *attention_sizes
     plan = gather_plan(
         *(hidden_size, inner_size, mlp_plan[2], mlp_plan[1][1]),
         *(norm2_plan[0].num_programs * norm2_plan[0].rows, norm2_plan[1][1], *head_sizes),
@@ -310,10 +322,16 @@ def head_backward(
     """Write x's gradient over that of `total`, and return it and the gradient of qkv's weight."""
     rows, hidden_size = grad_mixed.shape
     columns_qkv, columns_norm, *scratch = sums
-    grad_qkv = torch.empty_like(head.qkv)
-    tensors = grad_mixed, head.qkv, mixed, head.lse, grad_qkv, *scratch, columns_qkv
-    launch_attention_backward(*tensors, scale=block.scale)
-    grad_qkv = grad_qkv.view(rows, 3 * hidden_size)
+    if block.packed:
+        grad_qkv = torch.empty_like(head.qkv)
+        tensors = grad_mixed, head.qkv, mixed, head.lse, grad_qkv, *scratch, columns_qkv
+        launch_attention_backward(*tensors, scale=block.scale)
+        grad_qkv = grad_qkv.view(rows, 3 * hidden_size)
+    else:
+        attended = Attended(head.lse, head.seed, head.offset)
+        inputs = grad_mixed, head.qkv, mixed, attended, block.num_heads, block.scale
+        grad_qkv = attention_backward(*inputs).view(rows, 3 * hidden_size)
+        torch.sum(grad_qkv, 0, dtype=torch.float32, out=columns_qkv)
     weight = grad_qkv.t().mm(head.normed.view(rows, hidden_size)) if wanted[2] else None
     inputs = grad, grad_qkv.mm(head.qkv_weight), head.x, head.mean, head.rstd, head.norm_weight
     launch_norm_backward(*inputs, grad, columns_norm, plan=norm_plan)  # a row is read before it is written

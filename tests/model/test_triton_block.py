@@ -35,6 +35,12 @@ def blocks(monkeypatch) -> list[str]:
     return calls
 
 
+@pytest.fixture
+def long(monkeypatch) -> None:
+    """Let sequences count as too long for our attention kernel, so that a block calls PyTorch's."""
+    monkeypatch.setattr(fusing, "MAX_TOKENS", 4)
+
+
 def random_model(device, **overrides) -> FlashKATForImageClassification:
     config = micro_config(**{"num_hidden_layers": 1, **overrides})
     model = FlashKATForImageClassification(config).to(device).train()
@@ -85,6 +91,47 @@ def check_bits(model, dtype, monkeypatch, **sizes) -> None:
 def test_bits_under_autocast(overrides, dtype, device, blocks, monkeypatch):
     check_bits(random_model(device, **overrides), dtype, monkeypatch, batch=2)
     assert blocks == ["whole"]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"qkv_bias": False}, {"hidden_size": 48, "num_attention_heads": 4}],
+    ids=str,
+)
+def test_a_block_calls_the_attention_of_pytorch(overrides, dtype, device, blocks, long, monkeypatch):
+    """It is the attention of the smaller operators, up to roundings."""
+    model = random_model(device, **overrides)
+    whole = step(model, dtype, batch=2)
+    with save_on_cpu():
+        kept = step(model, dtype, batch=2)
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 32, 32, device=device)
+    with torch.no_grad(), torch.autocast(device, dtype):
+        assert torch.equal(model(images).logits, whole["logits"])
+    assert blocks == ["whole", "whole", "whole, nothing kept"]
+    monkeypatch.setattr(fusing, "tail_parameters", lambda *_: None)
+    for name, expected in step(model, dtype, batch=2).items():
+        assert (whole[name] is None) == (expected is None), name
+        if expected is not None:
+            assert torch.equal(whole[name], kept[name]), name
+            # roundings of the scores' and the bias's gradients to half precision
+            allowed = 8 * torch.finfo(dtype).eps * expected.abs().max()
+            assert (whole[name] - expected).abs().max() <= allowed, name
+
+
+def test_gradients_of_a_long_sequence_twice_and_by_checkpoints(device, blocks, long):
+    model = random_model(device)
+    plain = step(model, torch.float16)
+    with torch.autocast(device, torch.float16):
+        loss = model(torch.randn(2, 3, 32, 32, device=device)).logits.float().square().sum()
+    once, again = (torch.autograd.grad(loss, [*model.parameters()], retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, once, again))
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.23
+    (enable or model.gradient_checkpointing_enable)()
+    for name, expected in step(model, torch.float16).items():
+        assert torch.equal(plain[name], expected), name
+    assert blocks == ["whole"] * 4
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
