@@ -39,7 +39,8 @@ def attention_forward(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor
         `(batch, num_tokens, hidden_size)`, contiguous, and what backward needs.
     """
     q, k, v = heads(qkv, num_heads)
-    backend = torch._fused_sdp_choice(q, k, v, scale=scale) if qkv.is_cuda and q.shape[-1] % 8 == 0 else MATH
+    chosen = qkv.is_cuda and q.shape[-1] % 8 == 0
+    backend = ATEN._fused_sdp_choice(q, k, v, scale=scale) if chosen else MATH
     if backend in FORWARD:
         options = {"attn_bias": None, "compute_log_sumexp": True} if backend == CUDNN else {}
         y, lse, _, _, _, _, seed, offset, _ = FORWARD[backend](q, k, v, **options, scale=scale)
@@ -63,9 +64,9 @@ def attention_backward(
     rest = 0.0, False  # no dropout, not causal
     if lse is None:
         with torch.enable_grad():
-            leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-            result = scaled_dot_product_attention(*leaves, scale=scale)
-        grads = torch.autograd.grad(result, leaves, grad_y)
+            q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))
+            result = scaled_dot_product_attention(q, k, v, scale=scale)
+        grads = torch.autograd.grad(result, (q, k, v), grad_y)
     elif lse.ndim == 3:
         tensors = grad_y, q, k, v, y, lse
         grads = ATEN._scaled_dot_product_flash_attention_backward(

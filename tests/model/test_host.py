@@ -105,7 +105,7 @@ def test_the_host_does_little_in_a_training_step(seen):
     """Bound what a step of twelve blocks costs the host, in numbers that no noise moves.
 
     Counted are calls of Python functions, kernels launched, and our calls that allocate tensors, in forward
-    and backward; no size changes them. The bound of calls is the goal; there are 2,200 with PyTorch 2.14 and
+    and backward; no size changes them. The bound of calls is the goal; there are 2,108 with PyTorch 2.14, and
     2,480 with 2.11, which looks at a node's arguments one by one. It was 12,231 calls, 156 launches and 408
     allocations once. timm's ViT takes 1,400 calls, and 461 nodes of autograd where this takes 33. Loss and
     optimiser are the user's.
