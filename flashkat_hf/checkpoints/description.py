@@ -1,7 +1,7 @@
 """A FlashKAT checkpoint in a few lines of text: `flashkat info`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..files import read_json
 from ..model.coefficients import start_table
-from ..model.configuration_flashkat import FlashKATConfig
+from ..model.configuration_flashkat import FlashKATConfig, pair
 from ..model.reference import rational_value
 from .reading import one_line_errors, read_checkpoint
 from .weights import PREFIX
@@ -53,13 +53,15 @@ def describe(name_or_path: str) -> str:
         f"{name_or_path}: FlashKATForImageClassification, {num_parameters:,} parameters, {dtype}",
         f"layers      {config.num_hidden_layers} of {config.hidden_size} channels, "
         f"{config.num_attention_heads} heads, MLP {config.intermediate_size}",
-        f"image       {config.image_size} pixels, {config.num_channels} channels, "
-        f"patches of {config.patch_size}; mean {mean}, std {std}",
+        f"image       {pixels(config.image_size)} pixels, {config.num_channels} channels, "
+        f"patches of {pixels(config.patch_size)}; mean {mean}, std {std}",
         f"pooling     {config.pooling}",
         f"labels      {config.num_labels}" + (f": {shown}" if labels else ", no head"),
         f"rationals   {config.num_groups} groups, {numerators}; "
         f"starts {config.act1_init}, {config.act2_init}",
     ]
+    if config.num_register_tokens:
+        lines.insert(3, f"registers   {config.num_register_tokens} tokens without a place")
     simpler = [
         name for row in (config.simplified_functions or {}).values() for name in row if name != "rational"
     ]
@@ -76,6 +78,12 @@ def describe(name_or_path: str) -> str:
     lines.append("  layer      act1      act2")
     lines += [f"  {index:5d}  {act1:8.4f}  {act2:8.4f}" for index, (act1, act2) in enumerate(moves)]
     return "\n".join(lines)
+
+
+def pixels(size: int | Sequence[int]) -> str:
+    """Return the size of an image or a patch in words: 224, or 48x32 for height and width."""
+    height, width = pair(size)
+    return f"{height}" if height == width else f"{height}x{width}"
 
 
 def _statistics(folder: Path, config: FlashKATConfig) -> tuple[str, str]:

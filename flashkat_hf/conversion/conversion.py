@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..checkpoints.description import pixels
 from ..checkpoints.remote_code import read_config
 from ..files import replacing
 from ..messages import one_line
@@ -42,8 +43,8 @@ class ConversionReport:
         lines = [
             f"{self.source}: {self.title}, {self.parameters:,} parameters, "
             f"{config.num_hidden_layers} layers of {config.hidden_size} channels, "
-            f"{config.num_attention_heads} heads, patches of {config.patch_size} in {config.image_size} "
-            f"pixels, {config.pooling} pooling, {config.num_labels} labels",
+            f"{config.num_attention_heads} heads, patches of {pixels(config.patch_size)} in "
+            f"{pixels(config.image_size)} pixels, {config.pooling} pooling, {config.num_labels} labels",
             *(f"note: {note}" for note in self.notes),
         ]
         if fits:
@@ -154,16 +155,20 @@ class Conversion:
         """Interpolate the positions of result and source for another image size, as the model itself does."""
         if image_size in (None, self.config.image_size):
             return
-        patch_size, _ = pair(self.config.patch_size)
-        if image_size % patch_size:
+        sides = pair(self.config.patch_size)
+        if any(image_size % side for side in sides):
+            patch_size = pixels(self.config.patch_size)
             raise ValueError(f"image_size ({image_size}) must be a multiple of patch_size ({patch_size})")
         name = "flashkat.embeddings.position_embeddings"
         old = self.state[name]
         with torch.device("meta"):
             embeddings = FlashKATEmbeddings(self.config)
         embeddings.position_embeddings = nn.Parameter(old.float(), requires_grad=False)
-        grid = image_size // patch_size
-        new = embeddings.interpolate_pos_encoding(grid, grid).to(old.dtype).contiguous()
+        new = (
+            embeddings.interpolate_pos_encoding(*(image_size // side for side in sides))
+            .to(old.dtype)
+            .contiguous()
+        )
         original = strip_prefix(self.source.state)
         original_name = source_names(name, NAMINGS[self.source.title])[0]
         prefix = original[original_name].shape[1] - (old.shape[1] - 1)  # positions of cls and registers
@@ -209,7 +214,7 @@ class Conversion:
     def set_processor(self, transform: str | None) -> None:
         """Choose the image processor, with a note where it had to be assumed."""
         channels = self.config.num_channels
-        size, _ = pair(self.config.image_size)
+        size = self.config.image_size
         self.processor, note = image_processor(self.source, size, transform, channels)
         self.notes += [note] if note else []
         if channels == 1:

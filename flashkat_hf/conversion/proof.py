@@ -22,7 +22,7 @@ from ..checkpoints.loading import load_processor
 from ..model.configuration_flashkat import FlashKATConfig, pair
 from ..model.modeling_flashkat import FlashKATForImageClassification
 from .source import Source, timm_arguments, timm_model
-from .tensor_names import NAMINGS, has_layer_scale, is_folded, source_names, strip_prefix
+from .tensor_names import NAMINGS, has_layer_scale, is_folded, num_patches, source_names, strip_prefix
 
 NUM_IMAGES = 4
 ROUNDING = 1e-9  # of float64 through a deep network with fifth powers, relative to the largest output
@@ -111,7 +111,7 @@ def prove(source: Source, config: FlashKATConfig, folder: Path, fresh_head: bool
     output = result.flashkat(images).pooler_output if pooled else result(images).logits
     largest = expected_with_tables.abs().max()
     rounding = ((output - expected_with_tables).abs().max() / largest).item()
-    if not rounding <= (FOLDED_ROUNDING if is_folded(source.state) else ROUNDING):  # NaN too
+    if not rounding <= (FOLDED_ROUNDING if is_folded(source.state, config) else ROUNDING):  # NaN too
         raise ValueError(
             f"{source.name} converted does not compute the same function: largest relative difference "
             f"{rounding:.2g} on a fixed batch; nothing is written"
@@ -170,8 +170,7 @@ def _source_model(source: Source, config: FlashKATConfig, pooled: bool) -> nn.Mo
             model = VisionTransformer(
                 **arguments,
                 init_values=1.0 if has_layer_scale(state) else None,
-                no_embed_class=state["pos_embed"].shape[1]
-                == (pair(config.image_size)[0] // pair(config.patch_size)[0]) ** 2,
+                no_embed_class=state["pos_embed"].shape[1] == num_patches(config),
                 reg_tokens=config.num_register_tokens,
                 norm_layer=partial(nn.LayerNorm, eps=config.layer_norm_eps),  # pyright: ignore[reportArgumentType]
                 weight_init="skip",

@@ -1,7 +1,7 @@
 """Reading a checkpoint to convert: a file, folder, Hub id or published name, never by running code in it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..checkpoints.published import PUBLISHED, RELEASE_REPOSITORY, Published
 from ..checkpoints.weights import WEIGHT_FILES, read_tensors
 from ..files import read_json
 from ..messages import one_line
-from ..model.configuration_flashkat import FlashKATConfig
+from ..model.configuration_flashkat import FlashKATConfig, pair
 from .tensor_names import CONFIG_FIELDS, READABLE, detect_naming, strip_prefix
 
 EMA_KEYS, STATE_KEYS = (
@@ -202,7 +202,12 @@ def _transformers_hints(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _timm_hints(architecture: str | None, config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
     """Return the architecture's name, if timm knows it, and the fields of our config that timm tells."""
-    hints = {"num_labels": config["num_classes"]} if "num_classes" in config else {}
+    hints: dict[str, Any] = {"num_labels": config["num_classes"]} if "num_classes" in config else {}
+    size = (config.get("model_args") or {}).get("img_size") or config.get("pretrained_cfg", {}).get(
+        "input_size", [0, 0, 0]
+    )
+    if isinstance(size, list) and size[-2] != size[-1]:  # the weights tell the sides of squares alone
+        hints["image_size"] = size[-2:]
     try:
         import timm
     except ImportError:
@@ -257,12 +262,14 @@ def gelu_form(source: Source) -> str:
     return "tanh" if source.config.get("hidden_act") in TANH_GELUS else "none"
 
 
-def image_processor(source: Source, image_size: int, transform: str | None = None, num_channels: int = 3):
+def image_processor(
+    source: Source, image_size: int | Sequence[int], transform: str | None = None, num_channels: int = 3
+):
     """Make the image processor of a source: from its own config, else as its kind usually has it.
 
     Args:
         source: of `read_source`.
-        image_size: height and width that the model takes.
+        image_size: height and width that the model takes, one number or two.
         transform: a key of `TRANSFORMS`, which overrides.
         num_channels: of the images that the model takes.
 
@@ -270,7 +277,8 @@ def image_processor(source: Source, image_size: int, transform: str | None = Non
         `(processor, note)`; the note says what had to be assumed, or is None.
 
     Raises:
-        ValueError: unknown transform, or a config that makes no square images.
+        ValueError: unknown transform, or a config that makes square images for a model of others, or others
+            for one of square images.
     """
     if transform is not None and transform not in TRANSFORMS:
         raise ValueError(f"unknown transform {transform!r}; known are {', '.join(TRANSFORMS)}")
@@ -288,12 +296,12 @@ def image_processor(source: Source, image_size: int, transform: str | None = Non
                 others = " or ".join(name for name in TRANSFORMS if name != transform)
                 note = f"image transform {transform} assumed; --transform {others} says otherwise"
         crop, mean, std = TRANSFORMS[transform]
-    resized = math.floor(image_size / crop)  # as timm rounds
-    sizes = image_size, image_size / resized
-    return make_image_processor(*sizes, tuple(mean), tuple(std), num_channels), note
+    height, _ = pair(image_size)
+    resized = math.floor(height / crop)  # as timm rounds
+    return make_image_processor(image_size, height / resized, tuple(mean), tuple(std), num_channels), note
 
 
-def _rescaled_processor(settings: Mapping[str, Any], image_size: int, num_channels: int):
+def _rescaled_processor(settings: Mapping[str, Any], image_size: int | Sequence[int], num_channels: int):
     """Make a ViT's processor with the settings of transformers, for another image size in proportion."""
     processor = make_image_processor(image_size, num_channels=num_channels)
     kept = (
@@ -315,9 +323,13 @@ def _rescaled_processor(settings: Mapping[str, Any], image_size: int, num_channe
     size = {"height": size, "width": size} if isinstance(size, int) else dict(size)
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
     final = crop if settings.get("do_center_crop") and crop else size
-    if final.get("height") != final.get("width") or not final.get("height"):
-        raise ValueError(f"its preprocessor_config.json makes no square images: size {size}, crop {crop}")
-    scale = image_size / final["height"]
-    processor.size = type(processor.size)(**{side: round(pixels * scale) for side, pixels in size.items()})
+    height, width = pair(image_size)
+    sides = final.get("height"), final.get("width")
+    if None in sides or (sides[0] == sides[1]) != (height == width):
+        wanted = "no square images" if height == width else f"no images of {height}x{width} pixels"
+        raise ValueError(f"its preprocessor_config.json makes {wanted}: size {size}, crop {crop}")
+    scales = {"height": height / final["height"], "width": width / final["width"]}
+    sizes = {side: round(pixels * scales.get(side, scales["height"])) for side, pixels in size.items()}
+    processor.size = type(processor.size)(**sizes)
     processor.do_center_crop = final is crop
     return processor

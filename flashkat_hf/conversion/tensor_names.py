@@ -6,7 +6,7 @@ with those sizes then says which tensors there must be, and of which shape: no m
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import reduce
 from typing import Any
@@ -200,7 +200,8 @@ def to_flashkat(
         raise ValueError(
             "it has layer scale (ls1.gamma, ls2.gamma), which is taken over from a plain ViT only"
         )
-    config = _make_config(_read_sizes(state, title), title, settings or {}, hints or {})
+    stated = (settings or {}).get("image_size", (hints or {}).get("image_size"))
+    config = _make_config(_read_sizes(state, title, stated), title, settings or {}, hints or {})
     _place_positions(state, config, table)
     return config, _rename(state, config, table)
 
@@ -265,11 +266,20 @@ def has_layer_scale(state: Mapping[str, Tensor]) -> bool:
     return any(re.search(LAYER_SCALE, name) for name in state)
 
 
-def is_folded(state: Mapping[str, Tensor]) -> bool:
+def num_patches(config: FlashKATConfig) -> int:
+    """Return the number of patches of an image of the config's size."""
+    return math.prod(edge // side for edge, side in zip(*_edges(config), strict=True))
+
+
+def _edges(config: FlashKATConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+    return pair(config.image_size), pair(config.patch_size)
+
+
+def is_folded(state: Mapping[str, Tensor], config: FlashKATConfig) -> bool:
     """Tell whether `to_flashkat` changes numbers of a ViT's state: layer scale, or positions of registers."""
     positions = next((tensor for name, tensor in state.items() if name.endswith("pos_embed")), None)
-    tokens = 0 if positions is None else positions.shape[1]
-    return has_layer_scale(state) or math.isqrt(tokens) ** 2 not in (tokens, tokens - 1)
+    prefix = 0 if positions is None else positions.shape[1] - num_patches(config)
+    return has_layer_scale(state) or prefix > 1
 
 
 def has_double_head(state: Mapping[str, Tensor]) -> bool:
@@ -292,8 +302,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 def _place_positions(state: State, config: FlashKATConfig, table: Mapping[str, str]) -> None:
     """Give the class token a position, zero where it has none, and add those of register tokens to them."""
     name = source_names("flashkat.embeddings.position_embeddings", table)[0]
-    positions, grid = state[name], pair(config.image_size)[0] // pair(config.patch_size)[0]
-    prefix, patches = positions.tensor_split([positions.shape[1] - grid**2], dim=1)
+    positions = state[name]
+    prefix, patches = positions.tensor_split([positions.shape[1] - num_patches(config)], dim=1)
     if prefix.shape[1] > 1:
         registers = source_names("flashkat.embeddings.register_tokens", table)[0]
         state[registers] = state[registers] + prefix[:, 1:]
@@ -317,8 +327,12 @@ def _fold_layer_scale(state: State, table: Mapping[str, str]) -> None:
             state[target] = state[target] * (gamma[:, None] if part == "weight" else gamma)
 
 
-def _read_sizes(state: Mapping[str, Tensor], title: str) -> dict[str, Any]:
-    """Read the fields of the config that the weights tell."""
+def _read_sizes(state: Mapping[str, Tensor], title: str, stated: Any = None) -> dict[str, Any]:
+    """Read the fields of the config that the weights tell.
+
+    They tell how many positions there are, and of what shape only if that is a square: the sides of other
+    images are those that are `stated`, if as many patches are in them.
+    """
     table = NAMINGS[title]
 
     def shape(ours: str, ndim: int) -> tuple[int, ...]:
@@ -331,19 +345,18 @@ def _read_sizes(state: Mapping[str, Tensor], title: str) -> dict[str, Any]:
 
     shape("flashkat.embeddings.cls_token", 3)
     patches = shape("flashkat.embeddings.patch_embeddings.weight", 4)
-    hidden_size, num_channels, patch_size, patch_width = patches
+    hidden_size, num_channels, *patch = patches
     _, tokens, _ = shape("flashkat.embeddings.position_embeddings", 3)
-    if patch_size != patch_width:
-        raise ValueError(f"patches are {patch_size}x{patch_width} pixels; only square ones are converted")
     registers = source_names("flashkat.embeddings.register_tokens", table)
     num_registers = shape("flashkat.embeddings.register_tokens", 3)[1] if set(registers) & state.keys() else 0
-    prefixes = [0, 1, 1 + num_registers] if num_registers else [0, 1]
-    grids = [math.isqrt(max(tokens - prefix, 0)) for prefix in prefixes]
-    squares = [grid for grid, prefix in zip(grids, prefixes, strict=True) if grid**2 + prefix == tokens]
-    if not squares:
+    prefixes = [1]  # positions that are no patches'
+    if title == "timm ViT":
+        prefixes = [0, 1, 1 + num_registers] if num_registers else [0, 1]
+    grid = _grid([tokens - prefix for prefix in prefixes], patch, stated)
+    if grid is None:
         expected = "square of patches, with or without one for the class token"
-        raise ValueError(f"{tokens} positions are no {expected}")
-    grid = squares[0]
+        other = "" if stated is None else f", and do not fit images of {stated}"
+        raise ValueError(f"{tokens} positions are no {expected}{other}; image_size=[HEIGHT, WIDTH] says more")
     stem = re.escape(source_names("flashkat.layers.0.mlp.fc1.weight", table)[0]).replace("0", r"(\d+)", 1)
     layers = [int(match[1]) for name in state if (match := re.fullmatch(stem, name))]
     head = source_names("classifier.weight", table)[0]
@@ -351,8 +364,8 @@ def _read_sizes(state: Mapping[str, Tensor], title: str) -> dict[str, Any]:
         "hidden_size": hidden_size,
         "num_hidden_layers": max(layers) + 1,
         "intermediate_size": shape("flashkat.layers.0.mlp.fc1.weight", 2)[0],
-        "image_size": grid * patch_size,
-        "patch_size": patch_size,
+        "image_size": _one_or_two(number * side for number, side in zip(grid, patch, strict=True)),
+        "patch_size": _one_or_two(patch),
         "num_channels": num_channels,
         "num_register_tokens": num_registers,
         "qkv_bias": source_names("flashkat.layers.0.attention.qkv.bias", table)[0] in state,
@@ -368,6 +381,33 @@ def _read_sizes(state: Mapping[str, Tensor], title: str) -> dict[str, Any]:
     return sizes
 
 
+def _grid(counts: Sequence[int], patch: Sequence[int], stated: Any) -> tuple[int, int] | None:
+    """Return rows and columns of one of so many patches: of the stated image size, else a square's."""
+    if isinstance(stated, list | tuple) and len(stated) == 2:
+        rows, columns = (edge // side for edge, side in zip(stated, patch, strict=True))
+        if rows * columns in counts and [rows * patch[0], columns * patch[1]] == list(stated):
+            return rows, columns
+    squares = (math.isqrt(max(count, 0)) for count in counts)
+    return next(((side, side) for side, count in zip(squares, counts, strict=True) if side**2 == count), None)
+
+
+def _one_or_two(edges: Iterable[int]) -> int | list[int]:
+    """Return height and width as a config has them: one number if they are equal."""
+    height, width = edges
+    return height if height == width else [height, width]
+
+
+def _same(stated: Any, size: Any) -> bool:
+    """Tell whether a field says what the weights do; of an edge, one number stands for two."""
+    if (
+        isinstance(stated, list | tuple)
+        and len(stated) == 2
+        and all(isinstance(edge, int) for edge in stated)
+    ):
+        stated = _one_or_two(stated)
+    return stated == size
+
+
 def _make_config(sizes: dict[str, Any], title: str, settings: Mapping, hints: Mapping) -> FlashKATConfig:
     """Make the config from the weights' sizes, what was stated, and a default for each kind of source."""
     check_settings(settings)
@@ -375,7 +415,7 @@ def _make_config(sizes: dict[str, Any], title: str, settings: Mapping, hints: Ma
         hints = {name: value for name, value in hints.items() if name not in ("num_labels", "id2label")}
     for origin, stated in (("the settings say", settings), ("the source's config says", hints)):
         for name in sorted(sizes.keys() & stated.keys()):
-            if stated[name] != sizes[name]:
+            if not _same(stated[name], sizes[name]):
                 raise ValueError(f"{origin} {name}={stated[name]}, but the weights {name}={sizes[name]}")
     values: dict[str, Any] = {
         "act2_init": "swish" if title in ("KAT", "FlashKAT") else "gelu",

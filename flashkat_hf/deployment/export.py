@@ -19,6 +19,7 @@ from ..conversion.calibration import find_images, image_batches
 from ..conversion.conversion import written_whole
 from ..files import write_text
 from ..messages import extra
+from ..model.configuration_flashkat import pair
 from .custom_operators import find_compiler
 from .folding import folded
 from .writers import CUSTOM_PROGRAM, FORMATS, IMPORTS, Job, Runner, load_onnx
@@ -266,7 +267,7 @@ def preprocessing_of(processor: Any, num_channels: int) -> Mapping[str, Any]:
 def pixels_of(images: str | None, model: Any, processor: Any) -> tuple[list[Tensor], str]:
     """Return batches of pixel values, and what they are in words."""
     if images is None:
-        shape = model.config.num_channels, model.config.image_size
+        shape = model.config.num_channels, *pair(model.config.image_size)
         return [noise_images(NUM_CHECKED, *shape)], f"{NUM_CHECKED} images of noise"
     batches = list(image_batches(find_images(images), processor))
     return batches, f"images of {Path(images).name or images}"

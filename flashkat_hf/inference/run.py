@@ -1,5 +1,6 @@
 """A model run over pictures by any number of processes: one row for each picture, whatever happens."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,7 +132,8 @@ def features(model: Any, patches: bool, context: Any) -> tuple[Columns, dict]:
     layer, `(rows * columns, hidden_size)`.
     """
     pyarrow, width = extra("pyarrow"), model.config.hidden_size
-    number = (model.config.image_size // model.config.patch_size) ** 2
+    embeddings = model.flashkat.embeddings
+    number = math.prod(embeddings.grid(*embeddings.image_size))
     vector = pyarrow.list_(pyarrow.float32(), width)
     types = {"pooled": vector} | ({"patches": pyarrow.list_(vector, number)} if patches else {})
 

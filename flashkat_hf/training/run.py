@@ -112,7 +112,8 @@ def _train(
             if not folder.pictures:
                 warn("matplotlib is missing, so the run leaves no curves.png and functions.png")
         accelerator.wait_for_everyone()
-        if accelerator.device.type == "cpu" and settings.size == "micro":
+        small = settings.size == "micro" and isinstance(task, ImageClassification)
+        if accelerator.device.type == "cpu" and small:
             torch.set_num_threads(1)  # more gain little on such small products, and lose much on busy cores
         with trainer.signals, closing(feed):
             return trainer.run(checkpoints.newest() if resuming else None)
