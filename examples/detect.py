@@ -62,7 +62,8 @@ from flashkat_hf.model.backbone_flashkat import pyramid_level
 from flashkat_hf.training.recipe import Settings
 from flashkat_hf.training.task import as_they_are
 
-LEVELS = {"pyramid2": 0.5, "pyramid3": 1, "pyramid4": 2}  # of the pyramid, and patches a side of a pixel
+LEVELS = {"pyramid2": 0.5, "pyramid3": 1, "pyramid4": 2}  # patches of a side that a pixel stands for
+LEAST_STRIDE = 4  # pixels of the image that a pixel of a level stands for; finer levels are left out
 SCENE_SIZE = 64  # pixels of the sides of made-up scenes
 SHOWN_SCORE = 0.3  # least score of the boxes that are drawn
 
@@ -85,6 +86,12 @@ class Flags:
             raise ValueError(f"--num_scenes: {self.num_scenes} must be positive")
 
 
+def strides(patch_size: int) -> dict[str, int]:
+    """Return the levels of the pyramid that serve patches of a size, and their strides in pixels."""
+    sizes = {name: int(patch_size * part) for name, part in LEVELS.items()}
+    return {name: size for name, size in sizes.items() if size >= LEAST_STRIDE}
+
+
 class Pyramid(nn.Module):
     """The maps of a backbone as torchvision wants them; a ViT's last one goes through the pyramid first."""
 
@@ -92,14 +99,15 @@ class Pyramid(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.out_channels = channels
+        self.names = list(strides(backbone.config.patch_size))
         width, self.levels = backbone.config.hidden_size, nn.ModuleList()
         if backbone.config.model_type != "flashkat":  # which has the same in itself
-            self.levels.extend(pyramid_level(name, width, channels, 1e-6) for name in LEVELS)
+            self.levels.extend(pyramid_level(name, width, channels, 1e-6) for name in self.names)
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         maps = self.backbone(images).feature_maps
         maps = [level(maps[0]) for level in self.levels] or maps
-        return OrderedDict(zip(LEVELS, maps, strict=True))
+        return OrderedDict(zip(self.names, maps, strict=True))
 
 
 class Detector(nn.Module, PyTorchModelHubMixin):
@@ -115,8 +123,8 @@ class Detector(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         config = CONFIG_MAPPING[backbone["model_type"]].from_dict(backbone)
         self.config = SimpleNamespace(num_labels=len(id2label), image_size=config.image_size)
-        patch, size = config.patch_size, config.image_size
-        strides = tuple((max(1, int(patch * scale)),) for scale in LEVELS.values())
+        size = config.image_size
+        edges = tuple((stride,) for stride in strides(config.patch_size).values())
         self.detector = FCOS(
             Pyramid(make_backbone(Settings(), config), head_size),
             len(id2label),
@@ -124,7 +132,7 @@ class Detector(nn.Module, PyTorchModelHubMixin):
             image_std=[1.0] * 3,
             fixed_size=(size, size),
             size_divisible=1,
-            anchor_generator=AnchorGenerator(strides, ((1.0,),) * len(strides)),
+            anchor_generator=AnchorGenerator(edges, ((1.0,),) * len(edges)),
             score_thresh=0.05,
         )
 
@@ -263,8 +271,10 @@ def build(flags: Flags, settings: Settings, names: list[str], kind: str) -> tupl
     Raises:
         ValueError: the model cannot be loaded, or its patches do not divide the images.
     """
-    features: dict[str, Any] = {"out_features": list(LEVELS), "pyramid_channels": flags.head_size}
-    config = backbone_config(settings, kind, SCENE_SIZE, **features if kind == "flashkat" else {})
+    config = backbone_config(settings, kind, SCENE_SIZE)
+    if kind == "flashkat":
+        levels = {"out_features": list(strides(config.patch_size)), "pyramid_channels": flags.head_size}
+        config = type(config).from_dict(config.to_dict() | levels)
     config.image_size = settings.image_size or config.image_size
     labels = {str(index): name for index, name in enumerate(names)}
     model = Detector(config.to_dict(), labels, flags.head_size)
