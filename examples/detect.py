@@ -117,20 +117,20 @@ class Detector(nn.Module, PyTorchModelHubMixin):
         backbone: a backbone's config as a dictionary.
         id2label: the classes' names.
         head_size: channels of pyramid and head.
+        image_size: height and width of the images.
     """
 
-    def __init__(self, backbone: dict[str, Any], id2label: dict[str, str], head_size: int):
+    def __init__(self, backbone: dict[str, Any], id2label: dict[str, str], head_size: int, image_size: int):
         super().__init__()
         config = CONFIG_MAPPING[backbone["model_type"]].from_dict(backbone)
-        self.config = SimpleNamespace(num_labels=len(id2label), image_size=config.image_size)
-        size = config.image_size
+        self.config = SimpleNamespace(num_labels=len(id2label))  # which the trainer compares with the data
         edges = tuple((stride,) for stride in strides(config.patch_size).values())
         self.detector = FCOS(
             Pyramid(make_backbone(Settings(), config), head_size),
             len(id2label),
             image_mean=[0.0] * 3,  # the image processor has normalised already
             image_std=[1.0] * 3,
-            fixed_size=(size, size),
+            fixed_size=(image_size, image_size),
             size_divisible=1,
             anchor_generator=AnchorGenerator(edges, ((1.0,),) * len(edges)),
             score_thresh=0.05,
@@ -275,14 +275,14 @@ def build(flags: Flags, settings: Settings, names: list[str], kind: str) -> tupl
     if kind == "flashkat":
         levels = {"out_features": list(strides(config.patch_size)), "pyramid_channels": flags.head_size}
         config = type(config).from_dict(config.to_dict() | levels)
-    config.image_size = settings.image_size or config.image_size
+    size = settings.image_size or config.image_size
     labels = {str(index): name for index, name in enumerate(names)}
-    model = Detector(config.to_dict(), labels, flags.head_size)
+    model = Detector(config.to_dict(), labels, flags.head_size, size)
     if settings.model and kind == "flashkat":
         model.detector.backbone.backbone = make_backbone(settings, config)
     if settings.gradient_checkpointing:
         model.detector.backbone.backbone.gradient_checkpointing_enable()
-    return model, whole_image_processor(config.image_size)
+    return model, whole_image_processor(size)
 
 
 def draw(path: Path, data: ImageData, folders: dict[str, Path]) -> None:

@@ -49,6 +49,7 @@ PROGRAMS = (
     "mkdocs",
     "jupyter",
 )
+DENSE = ("examples/segment.py", "examples/detect.py")
 OTHERS = {"--dependency", "--check"}  # of SLURM, and of a script without a parser
 
 
@@ -96,7 +97,11 @@ def flashkat() -> dict[str, argparse.ArgumentParser]:
 def script(path: str) -> argparse.ArgumentParser:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str((ROOT / path).parent))
-        return parser_of(lambda: runpy.run_path(str(ROOT / path), run_name="__main__"))
+        own = parser_of(lambda: runpy.run_path(str(ROOT / path), run_name="__main__"))
+    if path not in DENSE:
+        return own
+    parents = [own, parser_of(lambda: recipe.parse([]))]  # further flags are those of `flashkat finetune`
+    return argparse.ArgumentParser(parents=parents, add_help=False, conflict_handler="resolve")
 
 
 @cache
@@ -110,9 +115,7 @@ def module(name: str) -> argparse.ArgumentParser:
 def known_flags() -> set[str]:
     """Return the flags of our commands, the launchers and every script that a page names."""
     parsers = [*flashkat().values(), launch_command_parser(), torchrun_parser()]
-    parsers += [
-        script(path) for path in ("examples/segment.py", "examples/demo/app.py", "benchmarks/bench_model.py")
-    ]
+    parsers += [script(path) for path in (*DENSE, "examples/demo/app.py", "benchmarks/bench_model.py")]
     parsers += [module("benchmarks.paper")]
     return {flag for parser in parsers for flag in parser._option_string_actions} | OTHERS
 

@@ -87,7 +87,7 @@ class RunFolder:
             item.name: item.default for item in FIELDS
         } | earlier  # of a version that had fewer settings
         if earlier.get("data_fingerprint") != present["data_fingerprint"]:
-            data = present["data"] or "the default ones"
+            data = present["data"] or "these"
             raise ValueError(f"--resume: {self.path} was trained on other data than {data}")
         if changes := [
             f"{name} was {earlier.get(name)} and is {present.get(name)}"
