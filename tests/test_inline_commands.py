@@ -120,8 +120,8 @@ def known_flags() -> set[str]:
     return {flag for parser in parsers for flag in parser._option_string_actions} | OTHERS
 
 
-def check_words(words: list[str], parser: argparse.ArgumentParser) -> None:
-    """Parse words that may lack arguments, or have NAMES in place of values."""
+def parse_words(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Parse words that may lack arguments, or have NAMES as values; return those that are not known."""
     names = [word for word in words if re.fullmatch("[A-Z_]+", word)]
     kept = [
         (action, action.required, action.nargs, action.type, action.choices) for action in parser._actions
@@ -135,12 +135,16 @@ def check_words(words: list[str], parser: argparse.ArgumentParser) -> None:
         if choices is not None:
             action.choices = [*choices, *names]
     try:
-        unknown = parser.parse_known_args(words)[1]
+        return parser.parse_known_args(words)[1]
     except (SystemExit, ValueError) as error:
         raise AssertionError(f"{shlex.join(words)}: {error}") from None
     finally:
         for action, *before in kept:
             action.required, action.nargs, action.type, action.choices = before
+
+
+def check_words(words: list[str], parser: argparse.ArgumentParser) -> None:
+    unknown = parse_words(words, parser)
     assert not unknown, f"{shlex.join(words)}: {unknown} unknown"
 
 
@@ -210,6 +214,8 @@ def check_script(path: str, words: list[str]) -> None:
     text = (ROOT / path).read_text()
     if called := re.search(r"main\(\[\"(\w+)\", \*sys.argv", text):
         check_words(words, flashkat()[called[1]])
+    elif "read_flags" in text:  # flags of the example's own, and the settings of a run
+        check_words(parse_words(words, script(path)), flashkat()["finetune"])
     elif "ArgumentParser" in text:
         check_words(words, script(path))
     else:
@@ -245,9 +251,12 @@ def not_run(page: Path) -> Iterator[str]:
     mark = r"^<!--- skip: next \".*\" -->\n" if runs else ""
     for block in re.findall(f"{mark}^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
-            if line.split(" ")[0] not in ("export", "cp", ".venv/bin/pre-commit") and not line.startswith(
-                "#"
-            ):
+            if line.split(" ")[0] not in (
+                "export",
+                "cp",
+                "apt-get",
+                ".venv/bin/pre-commit",
+            ) and not line.startswith("#"):
                 yield line
 
 
@@ -289,6 +298,7 @@ def test_commands_that_are_not_run(page):
         ("torchrun --nproc_per_node 2 -m flashkat_hf evaluate MODEL --batches 3", "--batches"),
         ("python examples/demo/app.py --ports 1", "--ports"),
         ("python examples/finetune.py --dat photos", "--dat"),
+        ("python examples/segment.py --twin false --learn 1", "--learn"),
         ("python benchmarks/render.py --checks", "benchmarks/render.py"),
         ("python examples/train.py", "there is no examples/train.py"),
         ("python -m pytest tests/test_nothing.py", "test_nothing"),

@@ -24,7 +24,7 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
         "PYTHONPATH": pythonpath,
         "ACCELERATE_USE_CPU": "true",
         "HF_HUB_OFFLINE": "1",
-        "OMP_WAIT_POLICY": "passive",  # on busy cores, threads that spin for each other take six times as long
+        "OMP_WAIT_POLICY": "passive",  # threads that spin take six times as long on busy cores
     }.items():
         monkeypatch.setenv(name, value)
     notebook = read(path)

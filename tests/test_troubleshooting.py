@@ -24,6 +24,7 @@ INTERNAL = {
     "a file or folder in {}": FILLS,
     "an image in {}": FILLS,
     "it has none": FILLS,
+    "the default ones": FILLS,
     "--resume with --skip_nonfinite": FILLS,
     "{}, and {} more": FILLS,
 }
