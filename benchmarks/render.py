@@ -211,6 +211,7 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     (PERFORMANCE, "precision_gpu", "precision_gpu", precision_table),
     (PERFORMANCE, "cpu_train", "cpu_train", model_table),
     (PERFORMANCE, "cpu_inference", "cpu_inference", model_table),
+    ("benchmarks/learning/design.md", "pilot", "learning_pilot", learning.pilot),
     (LEARNING, "learning_picture", "learning", picture("learning.png", ACCURACIES)),
     (LEARNING, "questions", "learning", learning.questions),
     (LEARNING, "equal_parameters", "learning", learning.equal_parameters),

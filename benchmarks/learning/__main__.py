@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = parse(arguments)
     sets = open_pictures(settings)
     rows = earlier(settings)
-    torch.set_float32_matmul_precision("high")
+    if settings.device == "cuda":
+        torch.set_float32_matmul_precision("high")
     deadline = start + 60 * settings.minutes if settings.minutes else None
     machine = str(about(settings)["machine"])  # pyright: ignore[reportArgumentType]
     with results_file(settings) as write:  # pyright: ignore[reportArgumentType]

@@ -77,7 +77,7 @@ CONTENDERS: dict[str, Contender] = {
         distilled="one",
     ),
     "bfloat16": Contender("bfloat16 autocast, float32 coefficients", precision="bfloat16"),
-    "float32": Contender("float32 throughout", precision="float32"),
+    "float32": Contender("float32 (on a GPU with TF32 products)", precision="float32"),
     "bfloat16-tables": Contender("bfloat16 coefficients, our sums", precision="bfloat16", tables="bfloat16"),
     "bfloat16-atomic": Contender(
         "bfloat16 coefficients, gradients added in bfloat16 in random order",

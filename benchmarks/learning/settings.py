@@ -24,7 +24,7 @@ STAGES = {  # in the order of their value
 }
 PILOT = "pilot"  # for the design alone, and never in a table of results
 DATA = ("fashion", "digits")
-EPOCHS = {"fashion": 15, "digits": 60}
+EPOCHS = {"fashion": 15, "digits": 100}
 BATCH_SIZES = {"fashion": 256, "digits": 64}
 TOY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 TOY_PICTURES, TOY_EPOCHS = 130, 2

@@ -1,14 +1,15 @@
 """The tables of docs/learning.md, rendered from the results; a table for each data set and machine."""
 
 from collections.abc import Callable, Sequence
-from statistics import mean
+from statistics import mean, stdev
 from typing import NamedTuple
 
 from .contenders import CONTENDERS, DISTILLED, PRECISIONS, PRIMARY, TIMED, UPCYCLED, VARIANTS
-from .statistics import LEVEL, Difference, Summary, by_seed, difference, holm, summary
+from .statistics import LEVEL, Difference, Summary, by_seed, detectable, difference, holm, summary
 
 NAMES = {"fashion": "Fashion-MNIST", "digits": "scikit-learn's digits"}
 NOT_RUN = "Not run yet."
+DESIGNED = 5, 10, 20  # seeds
 MATTERS = 0.01  # of a function's spread: a distance that counts as one
 
 
@@ -45,8 +46,12 @@ class Place(NamedTuple):
 
 def places(results: Sequence[dict]) -> list[Place]:
     """Return the places of the results in the order of their weight: GPUs and large sets first."""
-    found = {Place(*(row[name] for name in Place._fields)) for row in results if counts(row)}
+    found = {place_of(row) for row in results if counts(row)}
     return sorted(found, key=lambda place: (place.machine.startswith("CPU"), -place.pictures))
+
+
+def place_of(row: dict) -> Place:
+    return Place(*(row[name] for name in Place._fields))
 
 
 def counts(row: dict) -> bool:
@@ -57,9 +62,7 @@ class Results:
     """The results of one place."""
 
     def __init__(self, results: Sequence[dict], place: Place):
-        self.rows = [
-            row for row in results if counts(row) and Place(*(row[name] for name in Place._fields)) == place
-        ]
+        self.rows = [row for row in results if counts(row) and place_of(row) == place]
 
     def of(self, part: str, contender: str | None = None) -> list[dict]:
         return [
@@ -243,6 +246,22 @@ def rates(results: Sequence[dict]) -> str:
         return rows
 
     return in_each_place(results, "rates", table)
+
+
+def pilot(results: Sequence[dict]) -> str:
+    """Return the spread of a contender over a few seeds, and the difference that so many seeds can see."""
+    rows = header("pilot", "seeds", "test accuracy", "spread", *(f"{count} seeds see" for count in DESIGNED))
+    for place, name in dict.fromkeys((place_of(row), row["contender"]) for row in results):
+        values = by_seed([row for row in results if (place_of(row), row["contender"]) == (place, name)])
+        if len(values) < 2:
+            continue
+        spread = stdev(values.values())
+        size = f"{NAMES[place.data]}, {place.pictures:,} pictures, {place.epochs} epochs"
+        cells = [f"{CONTENDERS[name].text}; {size}", str(len(values)), with_error(summary(values))]
+        cells.append(percent(spread))
+        cells += [percent(detectable(count, 2**0.5 * spread, len(QUESTIONS))) for count in DESIGNED]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*rows, "", measured(results)])
 
 
 def became(results: Sequence[dict]) -> str:

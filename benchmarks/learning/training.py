@@ -120,10 +120,11 @@ class Run:
         except RuntimeError as error:
             warn(f"{self.task.contender}: no CUDA graph ({str(error).splitlines()[0]}); launching kernels")
         torch.cuda.synchronize()
-        self._undo(start)
+        self.undo(start)
+        torch.cuda.synchronize()
 
     @torch.no_grad()
-    def _undo(self, start: Sequence[Tensor]) -> None:
+    def undo(self, start: Sequence[Tensor]) -> None:
         """Put everything back to where it stood before the first update."""
         for parameter, value in zip(self.model.parameters(), start, strict=True):
             parameter.copy_(value)
@@ -136,7 +137,6 @@ class Run:
         self.step.zero_()
         self.losses.zero_()
         self.epoch = 0
-        torch.cuda.synchronize()
 
     def next_epoch(self) -> None:
         images, labels = self.pictures.epoch(self.task.seed, self.epoch)
