@@ -450,3 +450,23 @@ def test_the_rate_is_the_best_on_held_out_pictures():
     assert bench.rate("gelu") == plan.RATES[1]
     with pytest.raises(SystemExit, match="no learning rate chosen for swiglu"):
         bench.rate("swiglu")
+
+
+def test_a_run_that_fails_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
+    """It is tried alone, named at the end, and what trained is written."""
+    make = plan.make
+
+    def broken(name, seed, sizes):
+        if name == "swiglu" and seed < 100:
+            raise RuntimeError("no such kernel")
+        return make(name, seed, sizes)
+
+    monkeypatch.setattr(plan, "make", broken)
+    output = tmp_path / "r.jsonl"
+    arguments = ["--toy", "--data", "digits", "--device", "cpu", "--seeds", "2", "--output", str(output)]
+    arguments += ["--commit", "c", "--stages", "rates", "primary", "--contenders", "gelu", "swiglu"]
+    with pytest.raises(SystemExit, match="2 failed: parameters, swiglu, seed 0: no such kernel; parameters"):
+        main(arguments)
+    written = [row["contender"] for row in read(output) if row["part"] == "parameters"]
+    assert written == ["gelu", "gelu"]
+    assert "failed: parameters, swiglu, seed 1: no such kernel" in capsys.readouterr().err

@@ -8,8 +8,11 @@ dataset-fashion-mnist`, or its four files by `--source`), timm and scikit-learn.
 """
 
 import json
+import os
 import time
 from collections.abc import Sequence
+
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # runs have a stream each; read when CUDA starts
 
 import torch
 from bench_model import about, results_file
@@ -39,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except OutOfTime:
             print("# the time is over; the same command goes on from here", flush=True)
             return
+    if failures := [failure for bench in benches for failure in bench.failures]:
+        raise SystemExit(f"{len(failures)} failed: {'; '.join(failures)}")
     print("# nothing is missing", flush=True)
 
 

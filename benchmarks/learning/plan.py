@@ -9,7 +9,7 @@ from statistics import mean, median
 import transformers
 from torch import nn
 
-from flashkat_hf.messages import warn
+from flashkat_hf.messages import one_line, warn
 
 from . import functions
 from .contenders import (
@@ -51,6 +51,7 @@ class Bench:
     rows: list[dict] = field(default_factory=list)  # of this place
     deadline: float | None = None
     seconds: float | None = None  # of an update of one run, lately
+    failures: list[str] = field(default_factory=list)  # runs that ended by an error
 
     def __post_init__(self):
         data = self.pictures.name
@@ -119,15 +120,36 @@ class Bench:
         missing = [task for task in tasks if not self.has(part, task)]
         runs: list[Run] = []
         for block in blocks(missing, self.settings.together):
-            work = sum(task.updates for task in block)
-            self.check_time(work)
-            start = time.monotonic()
-            runs = [Run(task, build(task), pictures or self.pictures, self.settings.device) for task in block]
-            train(runs, self.deadline)
-            wall = time.monotonic() - start
-            self.seconds = wall / work
-            for run in runs:
-                self.write(part, run, wall / len(block), len(block))
+            self.check_time(sum(task.updates for task in block))
+            try:
+                runs = self.train_block(part, block, build, pictures)
+            except (RuntimeError, ValueError) as error:
+                warn(f"{part}: {', '.join(task.contender for task in block)}: {one_line(error)}; one by one")
+                runs = []
+                for task in block:
+                    try:
+                        runs += self.train_block(part, [task], build, pictures)
+                    except (RuntimeError, ValueError) as error:
+                        name = f"{part}, {task.contender}, seed {task.seed}"
+                        self.failures.append(f"{name}: {one_line(error)}")
+                        warn(f"failed: {self.failures[-1]}")
+        return runs
+
+    def train_block(
+        self,
+        part: str,
+        block: Sequence[Task],
+        build: Callable[[Task], nn.Module],
+        pictures: Pictures | None,
+    ) -> list[Run]:
+        """Train some runs beside each other and write their results."""
+        start = time.monotonic()
+        runs = [Run(task, build(task), pictures or self.pictures, self.settings.device) for task in block]
+        train(runs, self.deadline)
+        wall = time.monotonic() - start
+        self.seconds = wall / sum(task.updates for task in block)
+        for run in runs:
+            self.write(part, run, wall / len(block), len(block))
         return runs
 
     def check_time(self, updates: int) -> None:
@@ -206,7 +228,7 @@ class Bench:
             sources = {run.task.seed: run.model.state_dict() for run in runs}
             self.train_missing(
                 "upcycled",
-                [task for seed in block for task in later[seed]],
+                [task for seed in block if seed in sources for task in later[seed]],
                 lambda task: upcycled(
                     task.contender,
                     {name: value.cpu().clone() for name, value in sources[task.seed].items()},  # noqa: B023

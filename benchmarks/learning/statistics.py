@@ -6,8 +6,9 @@ The tests are scipy's and statsmodels'; nothing is computed here that these have
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
+from typing import Any
 
-from flashkat_hf.messages import extra
+from flashkat_hf.messages import needs
 
 LEVEL, POWER = 0.05, 0.8  # of the tests: chance to see what is not there, and to see what is
 
@@ -44,6 +45,18 @@ class Difference:
         return detectable(self.count, self.spread, tests)
 
 
+def library(name: str) -> Any:
+    """Import a library that only the tables need.
+
+    Raises:
+        SystemExit: it is not installed; the message says how.
+    """
+    try:
+        return needs(name, "dev")
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+
+
 def detectable(count: int, spread: float, tests: int) -> float:
     """Return the smallest difference that a paired t test sees with probability POWER.
 
@@ -52,7 +65,7 @@ def detectable(count: int, spread: float, tests: int) -> float:
         spread: standard deviation of the differences.
         tests: comparisons that share LEVEL; Holm's first step, the hardest.
     """
-    power = extra("statsmodels.stats.power", "dev")
+    power = library("statsmodels.stats.power")
     effect = power.TTestPower().solve_power(nobs=count, alpha=LEVEL / tests, power=POWER)
     return float(effect) * spread
 
@@ -62,14 +75,14 @@ def by_seed(rows: Sequence[Mapping]) -> dict[int, float]:
 
 
 def summary(values: Mapping[int, float]) -> Summary:
-    stats = extra("scipy.stats", "dev")
+    stats = library("scipy.stats")
     numbers = list(values.values())
     return Summary(len(numbers), mean(numbers), float(stats.sem(numbers)) if len(numbers) > 1 else None)
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
     """Return the difference over the seeds that both have, or None for less than two."""
-    stats = extra("scipy.stats", "dev")
+    stats = library("scipy.stats")
     seeds = sorted(first.keys() & second.keys())
     if len(seeds) < 2:
         return None
@@ -85,5 +98,5 @@ def holm(values: Sequence[float]) -> list[float]:
     """Return p values corrected for their number by Holm's method."""
     if not values:
         return []
-    multitest = extra("statsmodels.stats.multitest", "dev")
+    multitest = library("statsmodels.stats.multitest")
     return [float(value) for value in multitest.multipletests(values, method="holm")[1]]

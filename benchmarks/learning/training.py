@@ -110,6 +110,7 @@ class Run:
         self.stream.wait_stream(torch.cuda.current_stream())
         with self.beside():
             for _ in range(WARM_STEPS):
+                self.step.zero_()
                 self.update()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
