@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..messages import extra
 from .gpu.augmentation import BatchAugmentation
+from .gpu.evaluation import BatchEvaluation, Evaluation, EvaluationPart, levels_of
 from .gpu.planning import WorkerPart
 from .options import SIGNS, Augmentation
 from .samples import DataError, Transform
@@ -154,6 +155,24 @@ def evaluation_transform(processor) -> Transform:
     normalised = [transforms.ToTensor(), transforms.Normalize(processor.image_mean, processor.image_std)]
     window = (crop["height"], crop["width"]) if processor.do_center_crop else None
     return transforms.Compose([LimitedResize(resized, interpolation, window), *cropped, *normalised])
+
+
+def evaluation_in_batches(transform: Transform) -> tuple[EvaluationPart, BatchEvaluation] | None:
+    """Return a worker's part of an evaluation transform and a device's, or None if it is none for a device.
+
+    Args:
+        transform: what `evaluation_transform` returned.
+    """
+    steps = getattr(transform, "transforms", [None])
+    resize, normalise = steps[0], steps[-1]
+    if not isinstance(resize, LimitedResize) or len(normalise.mean) != 3:
+        return None
+    filter_, to = resize.resize.interpolation.value, resize.resize.size
+    size = resize.crop or (to if not isinstance(to, int) else None)
+    if filter_ not in ("bilinear", "bicubic") or size is None:
+        return None
+    evaluation = Evaluation(to, tuple(size), filter_ == "bicubic", MOST_ASPECT, levels_of(steps[:-2]))
+    return EvaluationPart(evaluation), BatchEvaluation(normalise.mean, normalise.std, tuple(size))
 
 
 class LimitedResize:

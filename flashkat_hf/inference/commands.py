@@ -1,6 +1,7 @@
 """`flashkat predict` and `flashkat embed`; each imports PyTorch at its start."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -41,8 +42,11 @@ def _command(kind: str, arguments: Sequence[str]) -> str:
     from accelerate import Accelerator
     from transformers.utils import logging
 
+    from ..training.speed import cores
+    from .inputs import Inputs
     from .pictures import open_pictures
-    from .run import features, predictions, run
+    from .questions import Forward, features, predictions
+    from .run import run
 
     accelerator = Accelerator(mixed_precision=None if options.mixed_precision else "no")
     logging.set_verbosity_error()
@@ -51,30 +55,35 @@ def _command(kind: str, arguments: Sequence[str]) -> str:
     pictures = open_pictures(options.data, options.split, **values)
     model, transform, labels = load_classifier(options.model)
     model = model.to(accelerator.device).eval()
+    inputs = Inputs(transform, accelerator.device, options.decoder)
     context = accelerator.autocast if options.mixed_precision else nullcontext
+    ours = getattr(getattr(model, "config", None), "model_type", None) == "flashkat"
+    workers = options.workers
+    if workers is None:
+        share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = min(16, max(1, share)) if accelerator.device.type == "cuda" else 0
     plan: dict[str, Any] = {"command": kind, "model": options.model, "data": options.data}
     plan["mixed_precision"] = accelerator.mixed_precision
     if kind == "predict":
         top_k = options.top_k or min(5, len(labels))
         if top_k > len(labels):
             raise ValueError(f"--top-k: {top_k} is more than the model's {len(labels)} labels")
-        columns, types = predictions(model, labels, top_k, context)
+        question = predictions(Forward(model, options.batch_size, context, ours), labels, top_k)
         plan["top_k"] = top_k
     else:
-        if getattr(getattr(model, "config", None), "model_type", None) != "flashkat":
+        if not ours:
             raise ValueError(f"{options.model} is no FlashKAT, whose features embed writes")
-        columns, types = features(model, options.patches, context)
+        question = features(Forward(model.flashkat, options.batch_size, context), options.patches)
         plan["patches"] = options.patches
     rows = run(
         options.output,
         pictures,
-        transform,
-        columns,
-        types,
+        inputs,
+        question,
         accelerator,
         plan=plan,
         batch_size=options.batch_size,
-        workers=options.workers,
+        workers=workers,
         overwrite=options.overwrite,
         progress=None if options.no_progress else f"{kind}ing",
     )
@@ -105,7 +114,10 @@ def _options(kind: str, arguments: Sequence[str]) -> argparse.Namespace:
         "--split", choices=("test", "train"), default="test", help="of data that training reads"
     )
     parser.add_argument("--batch-size", type=int, default=64, help="pictures of one process (default: 64)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read, for each process")
+    text = "processes that read, for each process (default: on a GPU as many as there are cores, else none)"
+    parser.add_argument("--workers", type=int, help=text)
+    text = "who decodes JPEG files (default: auto, a GPU that can)"
+    parser.add_argument("--decoder", choices=("auto", "workers", "gpu"), default="auto", help=text)
     parser.add_argument("--mixed-precision", action="store_true", help="as accelerate is set")
     parser.add_argument("--overwrite", action="store_true", help="replace the file, and begin anew")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")

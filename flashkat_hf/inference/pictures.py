@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..data import open_data
@@ -23,6 +22,7 @@ from ..data.samples import (
     Transform,
     open_image,
 )
+from ..data.workers import collate
 
 PART = 1024  # pictures in a part
 
@@ -109,8 +109,8 @@ def of_files(files: Sequence[str], part: int, source: str, options: dict[str, An
 class Reader(IterableDataset):
     """Batches of some parts, one part after the other in each worker process.
 
-    A batch is `{"part", "last", "names", "labels", "errors", "pixel_values"}`: `errors` has None for pictures
-    that could be read, and `pixel_values` has those, stacked, or is None.
+    A batch is `{"part", "last", "names", "labels", "errors", "inputs"}`: `errors` has None for pictures that
+    could be read, and `inputs` has what the transform made of those, collated, or is None.
     """
 
     def __init__(self, pictures: Pictures, parts: Sequence[int], transform: Transform, batch_size: int):
@@ -133,10 +133,10 @@ class Reader(IterableDataset):
 
     def read(self, samples: Sequence[Sample]) -> dict[str, Any]:
         errors: list[str | None] = []
-        pixels = []
+        items = []
         for sample in samples:
             try:
-                pixels.append(self.transform(open_image(sample.image, sample.name)))
+                items.append({**self.item(sample), "corrupt": {}})
                 errors.append(None)
             except DataError as error:
                 errors.append(str(error))
@@ -144,5 +144,11 @@ class Reader(IterableDataset):
             "names": [sample.name for sample in samples],
             "labels": [sample.label for sample in samples],
             "errors": errors,
-            "pixel_values": torch.stack(pixels) if pixels else None,
+            "inputs": collate(items) if items else None,
         }
+
+    def item(self, sample: Sample) -> dict[str, Any]:
+        """Return what the transform makes of a sample, by name."""
+        if getattr(self.transform, "takes_sample", False):
+            return cast(Any, self.transform)(sample)
+        return {"pixel_values": self.transform(open_image(sample.image, sample.name))}

@@ -81,6 +81,11 @@ def test_predictions(ask, folder, model_folder, tmp_path, workers):
     assert set(os.listdir(tmp_path)) <= {"out.parquet", "model"}, "parts are left"
 
 
+def test_a_decoder_that_is_not_there(ask, folder):
+    with pytest.raises(ValueError, match="--decoder gpu needs a GPU"):
+        ask("predict", folder, "--decoder", "gpu")
+
+
 def test_features(ask, folder, model_folder):
     rows = [row for row in ask("embed", folder, "--patches") if not row["error"]]
     _, _, pooled, patches = expected(model_folder, [row["name"] for row in rows])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashkat_hf import make_image_processor
 from flashkat_hf.data.augmentation import evaluation_transform, posterize
-from flashkat_hf.data.gpu.planning import Draws, _plain, drawing
+from flashkat_hf.data.gpu.planning import Draws, drawing, is_plain
 from flashkat_hf.data.gpu.records import NO_OPERATION, OPERATIONS, DecodedImages, EncodedFiles, Plan
 from flashkat_hf.data.seeding import seeded
 
@@ -115,7 +115,7 @@ def encoded_files(files: list[bytes]) -> EncodedFiles:
     headers = [Image.open(io.BytesIO(file)) for file in files]
     lengths = torch.tensor([len(file) for file in files])
     heights, widths = (torch.tensor([getattr(h, name) for h in headers]) for name in ("height", "width"))
-    plain = torch.tensor([int(_plain(header)) for header in headers])
+    plain = torch.tensor([int(is_plain(header)) for header in headers])
     data = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8)
     return EncodedFiles(lengths.cumsum(0) - lengths, lengths, heights, widths, plain, data)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoding import crop_images, decode_files
-from .records import DecodedImages, EncodedCrops, Plan
+from .records import DecodedImages, EncodedCrops, Plan, Windows
 
 try:
     from .triton_augmentation import augmented, interpreted
@@ -32,46 +32,23 @@ def missing_for_kernels(device: torch.device) -> str | None:
     return None if device.type == "cuda" or interpreted() else "a GPU"
 
 
-class BatchAugmentation(nn.Module):
-    """Carries out the plans of a batch on the device that it is on.
+class BatchOfCrops(nn.Module):
+    """Makes the pixels of a batch on the device that it is on: JPEG files decoded, cropped and resized.
 
-    Takes what `TrainBatches` gives with a `WorkerPart`, on the CPU, and returns `{"pixel_values": (batch, 3,
-    height, width) float32, normalised, "labels": (batch,) int64}`. Draws nothing from global generators.
+    Attributes:
+        size: height and width of the result.
+        mean: `(3, 1, 1)`, to normalise levels from 0 to 255.
+        std: likewise.
     """
 
     mean: Tensor
     std: Tensor
-    outside: Tensor
-    noise: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], size: tuple[int, int]):
         super().__init__()
         self.size = size
-        self.fill = [min(255, round(255 * value)) for value in mean]  # timm's
-        noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("outside", torch.tensor(self.fill, dtype=torch.float32)[:, None, None])
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None])
         self.register_buffer("std", 255 * torch.tensor(std)[:, None, None])
-        self.register_buffer("noise", noise, persistent=False)
-
-    @torch.no_grad()
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Make a batch.
-
-        Raises:
-            ValueError: the module is on a CPU, or triton is missing.
-        """
-        device, plan = self.mean.device, Plan.unpacked(batch["plan"])
-        if missing := missing_for_kernels(device):
-            raise ValueError(f"augmentation in batches needs {missing}; use on_device='nothing'")
-        if "crop" in batch:
-            images = self._crops(batch)
-        else:
-            images = batch["pixel_values"].to(device, non_blocking=True, copy=True)
-        rows = plan.for_kernels(self.size).to(device, non_blocking=True)
-        buffers = self.outside, self.mean, self.std, self.noise
-        pixels = augmented(images, rows, plan.num_layers, *buffers, STRIDE)
-        return {"pixel_values": pixels, "labels": batch["labels"].to(device, non_blocking=True)}
 
     def decode(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the batch with its JPEG files decoded, for a thread that runs ahead of the module's calls.
@@ -91,13 +68,14 @@ class BatchAugmentation(nn.Module):
             numbers = encoded[group == number]
             yield numbers, decode_files(files[numbers], self.mean.device)
 
-    def _crops(self, batch: dict[str, Any]) -> Tensor:
+    def crops(self, batch: dict[str, Any]) -> Tensor:
         """Return the crops of files, and those that workers have made, `(batch, 3, height, width)` uint8."""
         crops, device, data = EncodedCrops.unpacked(batch["crop"]), self.mean.device, batch["pixel_values"]
         count = len(crops.height)
+        windows = Windows.unpacked(batch["window"]) if "window" in batch else None
         result = torch.empty(count, 3, *self.size, dtype=torch.uint8, device=device)
         for numbers, images in batch.get("decoded") or self._decoded(batch):
-            cropped = crop_images(images, crops[numbers], self.size)
+            cropped = crop_images(images, crops[numbers], self.size, windows and windows[numbers])
             if len(numbers) == count:
                 return cropped
             result[numbers.to(device)] = cropped
@@ -106,3 +84,40 @@ class BatchAugmentation(nn.Module):
             pixels = data[starts[number] : starts[number] + crops.length[number]]
             result[number] = pixels.unflatten(0, (3, *self.size)).to(device, non_blocking=True)
         return result
+
+
+class BatchAugmentation(BatchOfCrops):
+    """Carries out the plans of a batch on the device that it is on.
+
+    Takes what `TrainBatches` gives with a `WorkerPart`, on the CPU, and returns `{"pixel_values": (batch, 3,
+    height, width) float32, normalised, "labels": (batch,) int64}`. Draws nothing from global generators.
+    """
+
+    outside: Tensor
+    noise: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], size: tuple[int, int]):
+        super().__init__(mean, std, size)
+        self.fill = [min(255, round(255 * value)) for value in mean]  # timm's
+        noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("outside", torch.tensor(self.fill, dtype=torch.float32)[:, None, None])
+        self.register_buffer("noise", noise, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Make a batch.
+
+        Raises:
+            ValueError: the module is on a CPU, or triton is missing.
+        """
+        device, plan = self.mean.device, Plan.unpacked(batch["plan"])
+        if missing := missing_for_kernels(device):
+            raise ValueError(f"augmentation in batches needs {missing}; use on_device='nothing'")
+        if "crop" in batch:
+            images = self.crops(batch)
+        else:
+            images = batch["pixel_values"].to(device, non_blocking=True, copy=True)
+        rows = plan.for_kernels(self.size).to(device, non_blocking=True)
+        buffers = self.outside, self.mean, self.std, self.noise
+        pixels = augmented(images, rows, plan.num_layers, *buffers, STRIDE)
+        return {"pixel_values": pixels, "labels": batch["labels"].to(device, non_blocking=True)}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...messages import extra
 from .nvjpeg import HardwareDecoder
-from .records import Crops, DecodedImages, Decoder, EncodedFiles
+from .records import Crops, DecodedImages, Decoder, EncodedFiles, Windows
 
 try:
     from .triton_crops import resized_crops
@@ -82,8 +82,16 @@ def decode_files(files: EncodedFiles, device: torch.device) -> DecodedImages:
     return DecodedImages(address, height, width, memory, stream.record_event())
 
 
-def crop_images(images: DecodedImages, crops: Crops, size: tuple[int, int]) -> Tensor:
+def crop_images(
+    images: DecodedImages, crops: Crops, size: tuple[int, int], windows: Windows | None = None
+) -> Tensor:
     """Resize parts of images to one size, with antialiasing as torchvision and PIL do it, up to rounding.
+
+    Args:
+        images: on a device.
+        crops: the part of each.
+        size: height and width of the result.
+        windows: to what each part is resized, and where in that the result lies; by default to `size`.
 
     Returns:
         `(images, 3, height, width)` uint8.
@@ -91,7 +99,8 @@ def crop_images(images: DecodedImages, crops: Crops, size: tuple[int, int]) -> T
     images.wait()
     parts, start = [], 0
     for stop in _stops(crops):
-        parts.append(resized_crops(images[start:stop], crops[start:stop], size))
+        part = slice(start, stop)
+        parts.append(resized_crops(images[part], crops[part], size, windows and windows[part]))
         start = stop
     return torch.cat(parts)
 

@@ -104,13 +104,13 @@ class WorkerPart:
             file, `(length,)` uint8, or the crop's flat pixels if a device cannot decode the image. "plan": a
             row of a `Plan`. "crop": a row of `EncodedCrops`.
         """
-        encoded = _read(sample) if self.decode else sample.image
+        encoded = read(sample) if self.decode else sample.image
         try:
             with header(encoded) as image:
                 turned = _is_turned(image)
                 width, height = image.size[::-1] if turned else image.size
                 box, filter_ = self._box(width, height), self._filter()
-                if self.decode and isinstance(encoded, bytes) and _decodable(image, encoded):
+                if self.decode and isinstance(encoded, bytes) and decodable(image, encoded):
                     return self._undecoded(encoded, image, box, filter_)
                 # libjpeg leaves out what is not needed for a result at least as large as the crop's
                 least = width * self.size[1] // box.width, height * self.size[0] // box.height
@@ -145,7 +145,7 @@ class WorkerPart:
             length=len(encoded),
             image_height=image.height,
             image_width=image.width,
-            plain=_plain(image),
+            plain=is_plain(image),
         )
         data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
         return {"pixel_values": data, "plan": self._plan(), "crop": crop}
@@ -162,7 +162,7 @@ class WorkerPart:
         return random.choice(filters) if isinstance(filters, tuple) else filters
 
 
-def _read(sample: Sample) -> Encoded:
+def read(sample: Sample) -> Encoded:
     """Return the file's bytes, if there is a file."""
     if not isinstance(sample.image, str | Path):
         return sample.image
@@ -179,14 +179,14 @@ def _is_turned(image: Image.Image) -> bool:
     return image.getexif().get(ORIENTATION) in TURNED and not exchanged
 
 
-def _decodable(image, encoded: bytes) -> bool:
+def decodable(image, encoded: bytes) -> bool:
     """Return whether nvJPEG gives what PIL gives: a whole upright JPEG of one frame and 1 or 3 components."""
     if image.format != "JPEG" or image.mode not in ("RGB", "L") or len(image.layer) != image.layers:
         return False
     return image.getexif().get(ORIENTATION, 1) == 1 and b"\xff\xd9" in encoded[-64:]
 
 
-def _plain(image) -> bool:
+def is_plain(image) -> bool:
     """Return whether a GPU's own decoders know the file: not progressive, without rare chroma."""
     known = image.mode == "L" or JpegImagePlugin.get_sampling(image) >= 0
     return known and not image.info.get("progressive")

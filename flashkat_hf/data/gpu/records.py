@@ -121,6 +121,16 @@ class Crops(Columns):
 
 
 @dataclass(frozen=True)
+class Windows(Columns):
+    """Parts of resized images: the sizes to which images are resized, and where in these the parts begin."""
+
+    height: Tensor
+    width: Tensor
+    top: Tensor
+    left: Tensor
+
+
+@dataclass(frozen=True)
 class EncodedFiles(Columns):
     """JPEG files, one behind the other in memory.
 

@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .records import Crops, DecodedImages
+from .records import Crops, DecodedImages, Windows
 
 # What the table has for each image.
-ADDRESS, HEIGHT, WIDTH, TOP, LEFT, ROWS, COLUMNS, BICUBIC, MIRRORED, ENTRIES = map(tl.constexpr, range(10))
+ADDRESS, HEIGHT, WIDTH, TOP, LEFT, ROWS, COLUMNS, BICUBIC, MIRRORED = map(tl.constexpr, range(9))
+TO_ROWS, TO_COLUMNS, FIRST_ROW, FIRST_COLUMN, ENTRIES = map(tl.constexpr, range(9, 14))
 BLOCK = 8  # rows of a program
 UNSPECIALIZED = ("most_rows",)  # another one in each batch: compiled once, not again where 16 divides it
 EXACT = tl.constexpr(2.0**23)  # float32 has no fractions from here on
@@ -55,7 +56,7 @@ def resize_width_kernel(
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Resize the rows of each image's part to `size` columns. Grid (row blocks, 3, count)."""
+    """Resize the rows of each image's part, and keep `size` columns. Grid (row blocks, 3, count)."""
     channel, number = tl.program_id(1), tl.program_id(2)
     table_ptr += number * ENTRIES
     rows, columns = tl.load(table_ptr + ROWS).to(tl.int32), tl.load(table_ptr + COLUMNS).to(tl.int32)
@@ -71,7 +72,9 @@ def resize_width_kernel(
         )
         bicubic = tl.load(table_ptr + BICUBIC) != 0
         column = tl.arange(0, PADDED)[None, :]
-        first, count, center, density = taps(tl.minimum(column, size - 1), columns, size, bicubic)
+        resized = tl.load(table_ptr + TO_COLUMNS).to(tl.int32)
+        place = tl.minimum(column, size - 1) + tl.load(table_ptr + FIRST_COLUMN).to(tl.int32)
+        first, count, center, density = taps(place, columns, resized, bicubic)
         y = tl.zeros([BLOCK, PADDED], tl.float32)
         total = tl.zeros([1, PADDED], tl.float32)
         for tap in range(count):
@@ -94,7 +97,7 @@ def resize_height_kernel(
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Resize the columns to `size` rows, rounded. Grid (row blocks, 3, count)."""
+    """Resize the columns, and keep `size` rows, rounded. Grid (row blocks, 3, count)."""
     channel, number = tl.program_id(1), tl.program_id(2)
     table_ptr += number * ENTRIES
     rows, bicubic = tl.load(table_ptr + ROWS).to(tl.int32), tl.load(table_ptr + BICUBIC) != 0
@@ -102,7 +105,9 @@ def resize_height_kernel(
     column = tl.arange(0, PADDED)[None, :]
     x_ptr += plane * most_rows * width + tl.minimum(column, width - 1)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
-    first, count, center, density = taps(tl.minimum(row, size - 1), rows, size, bicubic)
+    resized = tl.load(table_ptr + TO_ROWS).to(tl.int32)
+    place = tl.minimum(row, size - 1) + tl.load(table_ptr + FIRST_ROW).to(tl.int32)
+    first, count, center, density = taps(place, rows, resized, bicubic)
     y = tl.zeros([BLOCK, PADDED], tl.float32)
     total = tl.zeros([BLOCK, 1], tl.float32)
     for tap in range(count):
@@ -116,20 +121,27 @@ def resize_height_kernel(
     )
 
 
-def resized_crops(images: DecodedImages, crops: Crops, size: tuple[int, int]) -> Tensor:
+def resized_crops(
+    images: DecodedImages, crops: Crops, size: tuple[int, int], windows: Windows | None = None
+) -> Tensor:
     """Launch both kernels.
 
     Args:
         images: contiguous images on a device.
         crops: a part of each.
         size: height and width of the result.
+        windows: to what each part is resized, and where in that the result lies; by default to `size`.
 
     Returns:
         `(count, 3, height, width)` uint8 on the device.
     """
     (height, width), count, device = size, len(images.address), images.memory[0].device
     places = images.address, images.height, images.width, crops.top, crops.left, crops.height, crops.width
-    table = torch.stack((*places, crops.bicubic, crops.mirrored), 1).to(device, non_blocking=True)
+    if windows is None:
+        zero = torch.zeros_like(crops.top)
+        windows = Windows(zero + height, zero + width, zero, zero)
+    wanted = windows.height, windows.width, windows.top, windows.left
+    table = torch.stack((*places, crops.bicubic, crops.mirrored, *wanted), 1).to(device, non_blocking=True)
     most_rows = int(crops.height.max())
     narrow = torch.empty(count, 3, most_rows, width, device=device)
     result = torch.empty(count, 3, height, width, dtype=torch.uint8, device=device)
