@@ -267,11 +267,11 @@ def deployment_table(results: list[dict]) -> str:
     header = ["runtime", "precision", "model", "ms", "of the ViT", "MB", "logits differ by"]
     about = results[-1]
     versions = ", ".join(f"{name} {about[name]}" for name in ("onnxruntime", "openvino", "torch", "timm"))
-    runs = len({result["commit"] + str(result["rounds"]) for result in results})
+    runs = len(results) // len(rows)
     place = f"{about['pixels']} pixels, batch {about['batch']}, one thread of {about['machine']}"
     note = (
         f"{about['size']} size, {place} that others used too: models in turn, the 10th percentile of the "
-        f"rounds; of {runs} runs the least time and the median (least to largest) ratio. {versions}, commit "
-        f"{about['commit'][:7]}; `benchmarks/bench_deployment.py`."
+        f"rounds, of the processor's time; of {runs} runs the least time and the median (least to largest) "
+        f"ratio. {versions}, commit {about['commit'][:7]}; `benchmarks/bench_deployment.py`."
     )
     return f"{table(header, rows)}\n\n{note}"

@@ -197,7 +197,7 @@ def _add_export(commands) -> None:
     text = "write a FlashKAT for another runtime, run it there, and prove that both compute the same"
     parser = commands.add_parser("export", help=text, description=text)
     parser.add_argument("model", help="folder or Hub id of a FlashKAT")
-    formats = "onnx, openvino, pt2 (torch.export) or aoti (compiled for this machine)"
+    formats = "onnx, openvino, executorch, pt2 (torch.export) or aoti (compiled for this machine)"
     parser.add_argument("--format", default="onnx", help=f"{formats}; default: onnx")
     parser.add_argument("--precision", default="fp32", help="fp32, fp16 or int8; default: fp32")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to make")

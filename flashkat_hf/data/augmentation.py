@@ -171,8 +171,9 @@ def evaluation_in_batches(transform: Transform) -> tuple[EvaluationPart, BatchEv
     size = resize.crop or (to if not isinstance(to, int) else None)
     if filter_ not in ("bilinear", "bicubic") or size is None:
         return None
-    evaluation = Evaluation(to, tuple(size), filter_ == "bicubic", MOST_ASPECT, levels_of(steps[:-2]))
-    return EvaluationPart(evaluation), BatchEvaluation(normalise.mean, normalise.std, tuple(size))
+    size = size[0], size[1]
+    evaluation = Evaluation(to, size, filter_ == "bicubic", MOST_ASPECT, levels_of(steps[:-2]))
+    return EvaluationPart(evaluation), BatchEvaluation(normalise.mean, normalise.std, size)
 
 
 class LimitedResize:

@@ -22,7 +22,7 @@ from ..messages import extra
 from ..model.configuration_flashkat import pair
 from .custom_operators import find_compiler
 from .folding import folded
-from .writers import CUSTOM_PROGRAM, FORMATS, IMPORTS, Job, Runner, load_onnx
+from .writers import CUSTOM_PROGRAM, ELSEWHERE, FORMATS, IMPORTS, Job, Runner, load_onnx
 
 NUM_CHECKED = 4  # images in check.safetensors
 BOUNDS = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.5}  # of the difference of the logits, over their size
@@ -128,6 +128,10 @@ def export_model(
             is no resizing and cropping, logits that are off by more than `BOUNDS`; nothing is written then.
         ImportError: a package is missing; the message names the extra.
     """
+    if format in ELSEWHERE:
+        raise ValueError(
+            f"format {format!r} is not written, since it could not be run and proved; {ELSEWHERE[format]}"
+        )
     if format not in FORMATS:
         raise ValueError(f"format ({format!r}) must be one of {', '.join(FORMATS)}")
     form = FORMATS[format]
@@ -145,6 +149,8 @@ def export_model(
         find_compiler()
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size} must be at least 1")
+    if format == "executorch" and dynamic_batch:
+        raise ValueError("--dynamic-batch: executorch has a fixed number of images in a call (--batch-size)")
     if precision == "int8" and images is None:
         raise ValueError("int8 is calibrated on images: --images FOLDER, or digits")
     for module, name in form.needs:
@@ -184,7 +190,7 @@ def export_model(
         labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
         for name, values in (("preprocessing", preprocessing), ("labels", labels), ("proof", proof)):
             write_text(folder / f"{name}.json", json.dumps(values, indent=2) + "\n")
-        needs = {"onnx": "onnxruntime"}.get(format, "torch" if format in ("pt2", "aoti") else format)
+        needs = {"onnx": "onnxruntime", "pt2": "torch", "aoti": "torch"}.get(format, format)
         program = CUSTOM_PROGRAM if custom_op else form.program
         text = PROGRAM.format(needs=needs, imports=IMPORTS[format], program=program)
         write_text(folder / "run.py", text)

@@ -151,6 +151,20 @@ def load_aoti(folder: Path) -> Runner:
     return torch._inductor.aoti_load_package(str(folder / "model.pt2"))
 
 
+def write_executorch(job: Job, folder: Path) -> None:
+    lowering = extra("executorch.exir", "executorch").to_edge_transform_and_lower
+    partitioner = extra("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
+    with quiet():
+        lowered = lowering(program_of(job), partitioner=[partitioner.XnnpackPartitioner()])
+        (folder / "model.pte").write_bytes(lowered.to_executorch().buffer)
+
+
+def load_executorch(folder: Path) -> Runner:
+    runtime = extra("executorch.runtime", "executorch").Runtime.get()
+    method = runtime.load_program(folder / "model.pte").load_method("forward")
+    return lambda pixels: method.execute([pixels])[0].clone()
+
+
 @contextmanager
 def quiet() -> Any:
     """Keep exporters' warnings about their own code to themselves."""
@@ -198,12 +212,25 @@ FORMATS = {
         'model = torch._inductor.aoti_load_package(str(folder / "model.pt2"))\n'
         "logits = model(torch.from_numpy(pixels)).numpy()",
     ),
+    "executorch": Format(
+        write_executorch,
+        load_executorch,
+        ("fp32",),
+        (("executorch.runtime", "executorch"),),
+        'method = Runtime.get().load_program(folder / "model.pte").load_method("forward")\n'
+        "logits = method.execute([torch.from_numpy(pixels)])[0].numpy()",
+    ),
+}
+ELSEWHERE = {  # formats that are asked for, and how to come to them
+    "tensorrt": "trtexec --onnx=FOLDER/model.onnx takes what --format onnx writes",
+    "coreml": "coremltools.convert takes what --format pt2 writes",
 }
 IMPORTS = {
     "onnx": "import onnxruntime",
     "openvino": "import openvino",
     "pt2": "import torch",
     "aoti": "import torch",
+    "executorch": "import torch\nfrom executorch.runtime import Runtime",
 }
 CUSTOM_PROGRAM = """\
 options = onnxruntime.SessionOptions()

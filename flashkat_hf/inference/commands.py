@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..checkpoints.names import check_model_name
 from ..messages import extra
@@ -73,7 +73,7 @@ def _command(kind: str, arguments: Sequence[str]) -> str:
     else:
         if not ours:
             raise ValueError(f"{options.model} is no FlashKAT, whose features embed writes")
-        question = features(Forward(model.flashkat, options.batch_size, context), options.patches)
+        question = features(Forward(cast(Any, model).flashkat, options.batch_size, context), options.patches)
         plan["patches"] = options.patches
     rows = run(
         options.output,

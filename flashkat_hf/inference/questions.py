@@ -1,7 +1,6 @@
 """What a model is asked about each picture: columns of a Parquet file, computed on a device."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -41,7 +40,7 @@ class Forward:
         self,
         model: nn.Module,
         batch_size: int,
-        context: Callable[[], AbstractContextManager],
+        context: Callable[[], Any],
         graphs: bool = True,
     ):
         self.model = model

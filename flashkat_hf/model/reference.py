@@ -266,9 +266,9 @@ def rational_decomposed(x: Tensor, numerator: Tensor, denominator: Tensor) -> Te
     For `torch.export`, ONNX and compilation for CPU, which look inside and fuse it.
     """
     a, b = _coefficients(x, numerator, denominator)
-    grouped = x.to(a.dtype).unflatten(-1, (_num_groups(numerator, denominator), -1))
+    grouped = _in(a.dtype, x).unflatten(-1, (_num_groups(numerator, denominator), -1))
     y = _horner(grouped, a, reuse=False) / _horner(grouped * _sign(grouped), b, reuse=False)
-    return y.flatten(-2).to(x.dtype)
+    return _in(x.dtype, y.flatten(-2))
 
 
 FORMS = {  # of the denominator, by the names that `GroupRational` knows
@@ -303,8 +303,8 @@ def _num_groups(numerator: Tensor, denominator: Tensor) -> int:
 
 def _coefficients(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
     """Return P's `(6, groups, 1)` and Q's `(5, groups, 1)` coefficients, lowest power first."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    a, b = (table.to(dtype).T.unsqueeze(-1) for table in (numerator, denominator))
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    a, b = (_in(dtype, table).T.unsqueeze(-1) for table in (numerator, denominator))
     return a, torch.cat((torch.ones_like(b[:1]), b * _sign(b)))
 
 
@@ -327,6 +327,11 @@ def _horner(x: Tensor, coefficients: Tensor, reuse: bool = True) -> Tensor:
     for coefficient in reversed(lower):
         value = torch.addcmul(coefficient, value, x, out=value if reuse else None)
     return value
+
+
+def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """Return the tensor in a dtype; with no operation in a traced graph where it has that."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _derivative(coefficients: Tensor) -> Tensor:

@@ -75,13 +75,14 @@ def named(folder, image, capsys, monkeypatch) -> str:
         ("pt2", "fp32", {"dynamic_batch": True}),
         pytest.param("openvino", "fp32", {}),
         pytest.param("openvino", "int8", {}),
+        ("executorch", "fp32", {}),
         ("onnx", "fp32", {"custom_op": True}),
         ("onnx", "int8", {"custom_op": True, "dynamic_batch": True}),
     ],
 )
 def test_formats(format, precision, options, trained, pictures, tmp_path, capsys, monkeypatch):
-    if format == "openvino":
-        pytest.importorskip("openvino")
+    if format in ("openvino", "executorch"):
+        pytest.importorskip(format)
     if "custom_op" in options and not COMPILER:
         pytest.skip("needs a C compiler")
     out = tmp_path / "out"
@@ -219,7 +220,10 @@ def test_javascript(trained, pictures, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format", "tensorrt"], "format ('tensorrt') must be one of onnx, openvino, pt2, aoti"),
+        (["--format", "gguf"], "format ('gguf') must be one of onnx, openvino, pt2, aoti, executorch"),
+        (["--format", "tensorrt"], "format 'tensorrt' is not written, since it could not be run"),
+        (["--format", "coreml"], "coremltools.convert takes what --format pt2 writes"),
+        (["--format", "executorch", "--dynamic-batch"], "executorch has a fixed number of images in a call"),
         (
             ["--format", "pt2", "--precision", "int8"],
             "pt2 has no precision 'int8': it has fp32, fp16; int8 is",

@@ -1,5 +1,6 @@
-"""What docs/deployment.md says of peft and accelerate."""
+"""What docs/deployment.md says of peft, accelerate, coremltools and torchao."""
 
+import copy
 import warnings
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from peft import AutoPeftModel, LoraConfig, get_peft_model
 from peft.peft_model import PeftModel
+from sklearn.datasets import load_digits
 
-from flashkat_hf import FlashKATForImageClassification
+from flashkat_hf import FlashKATConfig, FlashKATForImageClassification
+from flashkat_hf.deployment import export_model
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers
@@ -37,3 +40,63 @@ def test_offloaded_weights(bare_folder, tmp_path):
             offload(model, torch.device("cpu"))
             assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
             assert torch.equal(model(images).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # coremltools says that it does not know this PyTorch
+def test_coreml_converts_what_pt2_has(bare_folder, tmp_path):
+    """The conversion alone: nothing but macOS runs the result."""
+    coremltools = pytest.importorskip("coremltools")
+    export_model(str(bare_folder), tmp_path / "out", format="pt2")
+    program = torch.export.load(tmp_path / "out/model.pt2").run_decompositions({})
+    model = coremltools.convert(program, compute_precision=coremltools.precision.FLOAT32)
+    model.save(str(tmp_path / "model.mlpackage"))
+    assert [output.name for output in model.get_spec().description.output]
+    assert (tmp_path / "model.mlpackage/Manifest.json").is_file()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_layers_on_two_gpus(bare_folder):
+    """`device_map="auto"`, with room on the first GPU for the embeddings and one of two layers."""
+    model = FlashKATForImageClassification.from_pretrained(bare_folder).eval()
+    images = torch.randn(2, 3, 32, 32)
+    sizes = [sum(tensor.nbytes for tensor in layer.parameters()) for layer in model.flashkat.layers]
+    rest = sum(tensor.nbytes for tensor in model.parameters()) - sum(sizes)
+    room = {0: rest + 2 * sizes[0], 1: "1GiB"}  # accelerate keeps place for the largest layer
+    spread = FlashKATForImageClassification.from_pretrained(bare_folder, device_map="auto", max_memory=room)
+    assert {str(parameter.device) for parameter in spread.parameters()} == {"cuda:0", "cuda:1"}
+    with torch.no_grad():
+        expected, logits = model(images).logits, spread.eval()(images.cuda()).logits
+    torch.testing.assert_close(logits.cpu(), expected, rtol=1e-2, atol=1e-3)  # TF32
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's own
+def test_quantised_digits():
+    """Int8 by torchao costs at most 0.5 points on the digits' test images (two of 360 are 0.56)."""
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    config = FlashKATConfig(**size, image_size=8, patch_size=2, num_channels=1, num_labels=10)
+    model = FlashKATForImageClassification(config).train()
+    digits = load_digits()
+    pixels = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
+    labels = torch.from_numpy(digits.target)
+    order = torch.randperm(len(labels))
+    train, test = order[360:], order[:360]
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(300):
+        chosen = train[torch.randint(len(train), (128,))]
+        model(pixels[chosen], labels=labels[chosen]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def wrong(model: torch.nn.Module) -> int:
+        with torch.no_grad():
+            return int((model.eval()(pixels[test]).logits.argmax(-1) != labels[test]).sum())
+
+    plain = wrong(model)
+    assert plain < 36
+    for name in ("Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"):
+        quantised = copy.deepcopy(model)
+        quantization.quantize_(quantised.flashkat.layers, getattr(quantization, name)())
+        assert wrong(quantised) <= plain + 0.005 * len(test)
