@@ -56,7 +56,7 @@ def _command(kind: str, arguments: Sequence[str]) -> str:
     model, transform, labels = load_classifier(options.model)
     model = model.to(accelerator.device).eval()
     inputs = Inputs(transform, accelerator.device, options.decoder)
-    context = accelerator.autocast if options.mixed_precision else nullcontext
+    context: Any = accelerator.autocast if options.mixed_precision else nullcontext
     ours = getattr(getattr(model, "config", None), "model_type", None) == "flashkat"
     workers = options.workers
     if workers is None:
