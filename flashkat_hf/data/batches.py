@@ -75,7 +75,7 @@ class TrainBatches:
         self.following: tuple[int, int] | None = None  # epoch and number of the batch that comes next
         options: dict[str, Any] = {"pin_memory": pin_memory}
         if isinstance(split, Examples):
-            self.position = _Order(split.num_images, batch_size, seed, rank, world_size, epochs or 0)
+            self.position = EpochOrder(split.num_images, batch_size, seed, rank, world_size, epochs or 0)
             dataset = Indexed(split, transform, seed)
             options |= {"batch_sampler": self.position, "collate_fn": collate}
         else:
@@ -107,7 +107,7 @@ class TrainBatches:
             batch = next(self.ahead)
             if number + 1 < self.num_batches:
                 self.following = epoch, number + 1
-            elif isinstance(self.position, _Order) and epoch + 1 < self.position.stop:
+            elif isinstance(self.position, EpochOrder) and epoch + 1 < self.position.stop:
                 self.following = epoch + 1, 0
             yield batch
 
@@ -173,7 +173,7 @@ class EvalBatches:
         end_workers(self.loader)
 
 
-class _Order:
+class EpochOrder:
     """Batch sampler: lists of (epoch, position, index of the image), of one epoch or up to the last."""
 
     def __init__(self, num_images: int, batch_size: int, seed: int, rank: int, world_size: int, epochs: int):

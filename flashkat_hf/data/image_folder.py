@@ -1,4 +1,4 @@
-"""Image folders: `train/` and `val/`, with a sub-folder for each class."""
+"""Image folders: `train/`, `val/` and perhaps `test/`, with a sub-folder for each class."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ from .samples import (
 
 logger = logging.get_logger(__name__)
 FINGERPRINT_BYTES = 2**28  # up to so many the fingerprint reads the files, beyond it their names and sizes
-TEST_FOLDERS = ("val", "validation", "valid", "test")  # the first of them that exists holds the test split
+VAL_FOLDERS = ("val", "validation", "valid")  # the first of them that exists
 
 
 class Found(NamedTuple):
@@ -125,10 +125,12 @@ def _is_special(entry: os.DirEntry) -> bool:
 def load_image_folder(
     root: str | os.PathLike, rank: int = 0, world_size: int = 1, skip_corrupt: bool = False
 ) -> ImageData[Examples]:
-    """Read `root/train/<class>/*` and `root/val/<class>/*`, with the header of every image checked.
+    """Read `root/train/<class>/*` and the same of `val/` and `test/`; check the header of every image.
 
-    `validation/`, `valid/` or `test/` serve where there is no `val/`. Images may stand in sub-folders of a
-    class's folder. Names that start with a dot are passed over, and with a warning files whose suffix Pillow
+    `validation/` and `valid/` are other names of `val/`. One of `val/` and `test/` is enough: it is the test
+    split. With both, an epoch is chosen on `val/`. A `test/` beside `val/` that has none of the classes, as
+    that of images without labels, is passed over. Images may stand in sub-folders of a class's folder.
+    Names that start with a dot are passed over, and with a warning files whose suffix Pillow
     does not read, and links to a folder that holds them. Other links are followed.
 
     Args:
@@ -145,12 +147,19 @@ def load_image_folder(
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root} is not a folder")
-    test = next((name for name in TEST_FOLDERS if (root / name).is_dir()), TEST_FOLDERS[0])
-    folders = {split: _class_folders(root, split) for split in ("train", test)}
+    val = next((name for name in VAL_FOLDERS if (root / name).is_dir()), None)
+    names = ["train", *([val] if val else []), *(["test"] if (root / "test").is_dir() else [])]
+    folders = {
+        split: _class_folders(root, split) for split in (names if len(names) > 1 else ["train", "val"])
+    }
     class_names = check_classes(sorted(folders["train"]), str(root / "train"))
-    for split, reference in (("train", test), (test, "train")):
-        if only := sorted(folders[split].keys() - folders[reference].keys()):
-            raise DataError(f"{root / split} has classes that {root / reference} has not: {', '.join(only)}")
+    if len(folders) == 3 and not folders["test"].keys() & folders["train"].keys():
+        del folders["test"]
+    for other in list(folders)[1:]:
+        for split, reference in (("train", other), (other, "train")):
+            if only := sorted(folders[split].keys() - folders[reference].keys()):
+                both = f"{root / split} has classes that {root / reference} has not"
+                raise DataError(f"{both}: {', '.join(only)}")
     walk = Walk(linked=any((root / split).is_symlink() for split in folders))
     found = [
         Placed(split, label, name, _images(folders[split][name], walk))
@@ -170,7 +179,8 @@ def load_image_folder(
     paths = [str(path) for split in splits for path in split.images]
     if not skip_corrupt:
         _check_headers(paths[rank::world_size], show=rank == 0)
-    return ImageData(splits[0], splits[1], class_names, _fingerprint(paths, root))
+    val_split = splits[1] if len(splits) == 3 else None
+    return ImageData(splits[0], splits[-1], class_names, _fingerprint(paths, root), val_split)
 
 
 def is_image_folder(root: Path) -> bool:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
 CHOICES = {
-    "crop": ("random", "moves"),
+    "crop": ("auto", "random", "moves"),
     "interpolation": ("random", "bilinear", "bicubic"),
     "on_device": ("auto", "nothing", "augmentation", "decoding"),
 }
@@ -27,14 +27,15 @@ class Augmentation:
     crop: str = option(
         "random",
         "random: a random part of the image, resized; moves: shifts of up to a tenth, turns of up to 10 "
-        "degrees and scalings of up to a tenth, for digits and signs; the next three have no meaning then",
+        "degrees and scalings of up to a tenth, for digits and signs; the next three have no meaning then; "
+        "auto: by the size of the images",
     )
-    crop_area: tuple[float, float] = option(
-        (0.08, 1.0), "least and largest part of the area that a crop keeps"
+    crop_area: tuple[float, float] | None = option(
+        (0.08, 1.0), "least and largest part of the area that a crop keeps; none: with the crop"
     )
     crop_ratio: tuple[float, float] = option((3 / 4, 4 / 3), "least and largest width / height of a crop")
     interpolation: str = option("random", "bilinear, bicubic, or random: one of these two for each image")
-    flip: float = option(0.5, "probability of a mirror image")
+    flip: float | None = option(0.5, "probability of a mirror image; none: with the crop")
     rand_augment: str | None = option("rand-m9-mstd0.5", "timm's configuration of RandAugment, or none")
     color_jitter: float = option(
         0.0, "strength for brightness, contrast and saturation; timm leaves it out beside RandAugment"
@@ -52,6 +53,8 @@ class Augmentation:
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
         for name, largest in (("crop_area", 1.0), ("crop_ratio", float("inf"))):
+            if getattr(self, name) is None:
+                continue
             low, high = getattr(self, name)
             if not 0 < low <= high <= largest:
                 raise ValueError(
@@ -59,7 +62,7 @@ class Augmentation:
                 )
             object.__setattr__(self, name, (float(low), float(high)))  # YAML has lists
         for name in ("flip", "erasing"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
+            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} ({value}) must be a probability")
         if self.color_jitter < 0:
             raise ValueError(f"color_jitter ({self.color_jitter}) must not be negative")
@@ -90,6 +93,8 @@ class Augmentation:
 
 
 SIGNS = Augmentation(crop="moves", flip=0.0, rand_augment=None, erasing=0.0)  # for digits: never mirrored
+PHOTOGRAPHS = Augmentation(rand_augment=None, erasing=0.0)  # how they are fine-tuned: crops and mirrored ones
+BY_THE_DATA = Augmentation("auto", None, flip=None, rand_augment=None, erasing=0.0)  # what the rule completes
 
 
 def _check_rand_augment(config: str) -> None:

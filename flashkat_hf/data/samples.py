@@ -65,6 +65,20 @@ class Paths(Sequence[str]):
 
 
 @dataclass(frozen=True)
+class Part(Sequence[Encoded]):
+    """Some of the images of a sequence, by their numbers; nothing is copied."""
+
+    images: Sequence[Encoded]
+    numbers: numpy.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Encoded:  # type: ignore[override]
+        return self.images[int(self.numbers[index])]
+
+
+@dataclass(frozen=True)
 class Examples:
     """A split with random access.
 
@@ -89,7 +103,8 @@ class Examples:
 
     def __getitem__(self, index: int) -> Sample:
         image = self.images[index]
-        name = image if isinstance(image, str) else f"number {index} of {self.name}"
+        number = self.images.numbers[index] if isinstance(self.images, Part) else index
+        name = image if isinstance(image, str) else f"number {number} of {self.name}"
         return Sample(image, self.labels[index], name)
 
 
@@ -165,14 +180,16 @@ SplitKind = TypeVar("SplitKind", bound="Examples | Stream", covariant=True)
 
 @dataclass(frozen=True)
 class ImageData(Generic[SplitKind]):
-    """The training and the test split of a source.
+    """The splits of a source, all of the same classes.
 
     Attributes:
         train: `Examples`, or a `Stream`.
-        test: the held-out images, of the same classes.
+        test: the images that say how good a model is.
         class_names: in the order of the labels.
         fingerprint: changes when the data changes; `docs/data.md` says what it sees.
         name: what the data are called where no source is named.
+        val: the images on which the best epoch is chosen; None where the source has no third split, and
+            `hold_out` has held out none.
     """
 
     train: SplitKind
@@ -180,6 +197,7 @@ class ImageData(Generic[SplitKind]):
     class_names: list[str]
     fingerprint: str
     name: str = "digits"
+    val: SplitKind | None = None
 
 
 def open_image(image: Encoded, name: str | None = None) -> Image.Image:

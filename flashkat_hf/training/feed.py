@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..data.batches import EvalBatches, TrainBatches
+from ..data.batches import EpochOrder, EvalBatches, TrainBatches
 from ..data.prefetch import made_ahead, moved
 from ..data.samples import ImageData
 from .plan import Plan
@@ -20,7 +20,10 @@ KEPT_BYTES = 2**30  # of batches that are read before training, to measure how f
 
 
 class Feed:
-    """The batches of one process: `train` to learn from, `test` for `evaluate`."""
+    """The batches of one process: `train` to learn from, `val` and `test` for `evaluate`.
+
+    An epoch is chosen on `val`; where there are no images for that alone, it is `test`.
+    """
 
     def __init__(self, plan: Plan, accelerator: Accelerator, data: ImageData, processor: Any, task: Task):
         settings = plan.settings
@@ -36,13 +39,22 @@ class Feed:
         self.plan = plan
         self.device = accelerator.device
         self.train = TrainBatches(data.train, transform, workers=plan.workers, **order, **options)
-        self.test = EvalBatches(data.test, test_transform, workers=test_workers, **options)
+        options |= {"workers": test_workers}
+        self.test = EvalBatches(data.test, test_transform, **options)
+        self.val = self.test
+        if data.val is not None:
+            self.val = EvalBatches(data.val, test_transform, **options)
         self.to_device = remainder.to(self.device) if remainder else partial(moved, self.device)
         # Without workers, batches draw from the generators of this process, and so does the step.
         self.in_background = remainder is not None and self.device.type == "cuda" and plan.workers > 0
         self.size = (processor.crop_size["height"], processor.crop_size["width"])
         self.begun: tuple[tuple[int, int], Generator[dict[str, Tensor], None, None]] | None = None
         self.updates_per_epoch = len(self.train) // plan.accumulate
+
+    def set_epochs(self, epochs: int) -> None:
+        """Say how many epochs the run has, where the settings left it open: workers read ahead."""
+        if isinstance(self.train.position, EpochOrder):
+            self.train.position.epochs = epochs
 
     def epoch(self, epoch: int, update: int) -> Generator[dict[str, Tensor], None, None]:
         """Return the micro-batches of an epoch from an update on, on the device; close what is left early."""
@@ -83,10 +95,11 @@ class Feed:
 
     def close(self) -> None:
         """End the worker processes."""
-        self.train.close()
-        self.test.close()
+        for batches in (self.train, self.val, self.test):
+            batches.close()
 
     def unreadable(self) -> list[str]:
         """Return the names of the images that this process has left out, less the folder of the data."""
         root = f"{self.plan.settings.data}{os.sep}"  # which may be another one when the run goes on
-        return [name.removeprefix(root) for name in (*self.train.corrupt, *self.test.corrupt)]
+        names = {**self.train.corrupt, **self.val.corrupt, **self.test.corrupt}
+        return [name.removeprefix(root) for name in names]

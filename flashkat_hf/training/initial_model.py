@@ -6,6 +6,8 @@ from typing import Any
 from unicodedata import normalize
 
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from ..checkpoints.image_processor import make_image_processor, resize_processor
@@ -63,7 +65,11 @@ def _with_lora(model: nn.Module, settings: Settings) -> Any:
 
 def _fresh(settings: Settings, class_names: list[str]) -> tuple[FlashKATForImageClassification, Any]:
     overrides = _labels(class_names) | {"drop_path_rate": settings.drop_path}
-    sizes = {"image_size": settings.image_size, "patch_size": settings.patch_size}
+    sizes = {
+        "image_size": settings.image_size,
+        "patch_size": settings.patch_size,
+        "pooling": settings.pooling,
+    }
     overrides |= {name: value for name, value in sizes.items() if value}
     try:
         config = FlashKATConfig.from_size(str(settings.size), **overrides)
@@ -126,6 +132,19 @@ def resize(model: FlashKATForImageClassification, processor: Any, image_size: in
 def merged(model: Any) -> Any:
     """Return the model itself or, of a LoRA model, a copy with its updates merged in."""
     return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def load_saved(model: nn.Module, folder: Path) -> None:
+    """Fill a model with the weights that `save_model` wrote.
+
+    Raises:
+        ValueError: there are none, as a model of another's making may save them elsewhere; in one line.
+    """
+    path = folder / "model.safetensors"
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"cannot read the weights {path}: {one_line(error)}") from error
 
 
 def save_model(model: Any, processor: Any, folder: Path) -> None:

@@ -35,7 +35,7 @@ def parameter_groups(
     """
     optim = extra("timm.optim")
     undecayed = UNDECAYED if decay_coefficients else UNDECAYED + COEFFICIENTS
-    if layer_decay is None:
+    if layer_decay in (None, 1.0):
         return optim.param_groups_weight_decay(model, weight_decay, no_weight_decay_list=undecayed)
     matcher = {
         "stem": r".*flashkat\.embeddings\.",
@@ -77,25 +77,39 @@ class Schedule:
         self.by_epoch = settings.schedule == "epoch"
         self.updates_per_epoch = updates_per_epoch
         self.unit = 1 if self.by_epoch else updates_per_epoch  # steps of the cosine in an epoch
+        groups = optimizer.param_groups
+        self.tensors = [torch.zeros((), device=device) for _ in groups] if device else []
+        self.spread(settings)
+
+    def spread(self, settings: Settings) -> None:
+        """Spread the schedule over the epochs of the settings, or over one as long as they are open."""
         self.cosine = extra("timm.scheduler").CosineLRScheduler(
-            optimizer,
-            t_initial=settings.epochs * self.unit,
+            self.optimizer,
+            t_initial=(settings.epochs or 1) * self.unit,
             lr_min=settings.min_learning_rate,
-            warmup_t=settings.warmup_epochs * self.unit,
+            warmup_t=(settings.warmup_epochs or 0) * self.unit,
             warmup_lr_init=settings.warmup_learning_rate,
         )
 
-        groups = optimizer.param_groups
-        self.tensors = [torch.zeros((), device=device) for _ in groups] if device else []
+    def rest(self) -> None:
+        """Set every group's learning rate to 0: updates then change no weight."""
+        self._put([0.0] * len(self.optimizer.param_groups))
 
     def set(self, epoch: int, update: int) -> float:
         """Set every group's learning rate for update `update` of epoch `epoch`, and return the highest."""
         self.cosine.step(epoch * self.unit + (0 if self.by_epoch else update))
         rate = self.rate
-        for group, tensor in zip(self.optimizer.param_groups, self.tensors, strict=False):
+        self._put([group["lr"] for group in self.optimizer.param_groups])
+        return rate
+
+    def _put(self, rates: list[float]) -> None:
+        """Write the groups' learning rates where the update reads them."""
+        groups = self.optimizer.param_groups
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        for group, tensor in zip(groups, self.tensors, strict=False):
             group["lr"] = tensor.fill_(group["lr"])
             group["capturable"] = True
-        return rate
 
     @property
     def rate(self) -> float:

@@ -10,7 +10,10 @@ from accelerate import Accelerator, DistributedType
 from ..data.samples import Examples, ImageData
 from .launch import accumulation, dynamo
 from .recipe import Settings
+from .selection import Selection
 from .speed import cores
+
+ON_THE_TEST_IMAGES = Selection("test", "")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Plan:
     compile_mode: str | None  # of torch.compile; None is its default
     replicated: bool  # on GPUs, each of which has all the weights
     graphed: bool  # updates are replayed as CUDA graphs
+    selection: Selection = ON_THE_TEST_IMAGES  # how the best epoch is chosen
 
     def describe(self, data: ImageData) -> dict[str, Any]:
         """Return what settings.json says of a run: settings, decisions, and which data it has."""
@@ -36,6 +40,7 @@ class Plan:
             stream_workers = max(1, min(self.workers, data.train.most_workers(self.num_processes)))
         return self.settings.to_dict() | {
             "precision": self.precision,
+            "selection": self.selection.kind,
             "compile": self.compiled,
             "micro_batch": self.micro_batch,
             "num_processes": self.num_processes,
@@ -45,7 +50,7 @@ class Plan:
         }
 
 
-def resolve(settings: Settings, accelerator: Accelerator) -> Plan:
+def resolve(settings: Settings, accelerator: Accelerator, selection: Selection = ON_THE_TEST_IMAGES) -> Plan:
     """Return the plan of a run, if its batches can be shared out; the settings stay as they are."""
     micro_batch, accumulate = micro_batches(settings, accelerator.num_processes, accumulation())
     told, mode = dynamo()
@@ -73,6 +78,7 @@ def resolve(settings: Settings, accelerator: Accelerator) -> Plan:
         compile_mode=compile_mode(mode, serve and settings.cuda_graphs),
         replicated=replicated,
         graphed=serve and settings.cuda_graphs,
+        selection=selection,
     )
 
 

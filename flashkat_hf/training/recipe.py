@@ -10,7 +10,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from ..data.options import SIGNS, Augmentation
+from ..data.options import BY_THE_DATA, PHOTOGRAPHS, SIGNS, Augmentation
 from ..messages import extra, one_line
 
 RECIPES = Path(__file__).with_name("recipes")  # the named ones: YAML files
@@ -22,7 +22,16 @@ FROM_ZERO = (0, math.inf)
 BELOW_ONE = (0, 1)
 PROBABILITY = (0, 1 + 1e-12)
 SEED = (0, 2**31)
-PHOTOGRAPHS = Augmentation(rand_augment=None, erasing=0.0)  # how they are fine-tuned: crops and mirrored ones
+FIXED = {  # without `fit_defaults`, as the packaged recipes are
+    "epochs": 50,
+    "batch_size": 64,
+    "holdout": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "evaluate_epochs": 1,
+}
+DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)", re.IGNORECASE)
+SECONDS = {"s": 1, "m": 60, "h": 3600}
 FREE = "free"  # it cannot change the weights, so that a resumed run may have another value
 DATA = "data"  # `open_data` takes it
 
@@ -66,13 +75,27 @@ class Settings:
         None, "owner/name on the Hub for the best model; branch checkpoints while training", FREE
     )
     push_private: bool = setting(False, "make that repository private, if it is new", FREE)
+    holdout: float = setting(
+        None,
+        "part of the training images on which the best epoch is chosen, where there is no third folder;"
+        " 0: on the test images; default: 0.1, with a packaged recipe 0",
+        BELOW_ONE,
+    )
     # model
+    fit_defaults: bool = setting(
+        True, "choose what is not given by the data, as docs/training.md says; false: fixed values", FREE
+    )
     model: str | None = setting(None, "FlashKAT folder or Hub id to start from; default: a fresh model")
     size: Literal["micro", "tiny", "small", "base"] | None = setting(
-        None, "of a fresh model; default: micro for the digits, else tiny"
+        None, "of a fresh model; default: by the data"
     )
-    image_size: int | None = setting(None, "height and width in pixels; default: the model's", COUNT)
-    patch_size: int | None = setting(None, "height and width of a patch; default: the size's", COUNT)
+    image_size: int | None = setting(
+        None, "height and width in pixels; default: the model's, of a fresh one by the data", COUNT
+    )
+    patch_size: int | None = setting(None, "height and width of a patch; default: by the data", COUNT)
+    pooling: Literal["cls", "mean"] | None = setting(
+        None, "of a fresh model, before the classifier; default: by the data"
+    )
     head: Literal["auto", "fresh", "keep"] = setting("auto", "of --model; auto: fresh where labels differ")
     drop_path: float = setting(0.0, "stochastic depth of the last block", BELOW_ONE)
     freeze_backbone: bool = setting(False, "train the classifier only")
@@ -83,13 +106,14 @@ class Settings:
     lora_alpha: float = setting(16.0, "scale of the low-rank updates, divided by their rank", POSITIVE)
     gradient_checkpointing: bool = setting(False, "compute activations twice to save memory")
     # optimisation
-    epochs: int = setting(50, "passes over the training images", COUNT)
-    max_steps: int | None = setting(None, "end after so many updates, in the schedule of all epochs", COUNT)
-    batch_size: int = setting(64, "images of one update, over all devices", COUNT)
-    micro_batch: int | None = setting(None, "images of a device at a time; default: its share", COUNT)
-    learning_rate: float = setting(
-        None, "the highest; default: 1e-4 for --model, 3e-3 for a micro one, else 5e-4", POSITIVE
+    epochs: int = setting(None, "passes over the training images; default: by the data", COUNT)
+    time: str | None = setting(
+        None, "such as 10m, 90s or 1.5h: as many epochs as fit, by the speed of the first updates"
     )
+    max_steps: int | None = setting(None, "end after so many updates, in the schedule of all epochs", COUNT)
+    batch_size: int = setting(None, "images of one update, over all devices; default: by the data", COUNT)
+    micro_batch: int | None = setting(None, "images of a device at a time; default: its share", COUNT)
+    learning_rate: float = setting(None, "the highest; default: by the data and the model", POSITIVE)
     min_learning_rate: float = setting(0.0, "at the end of the cosine", FROM_ZERO)
     warmup_epochs: float = setting(None, "in which the rate rises; default: a tenth, 5 at most", FROM_ZERO)
     warmup_learning_rate: float = setting(1e-5, "where it rises from", FROM_ZERO)
@@ -97,14 +121,16 @@ class Settings:
     weight_decay: float = setting(0.05, "of matrices and rational coefficients", FROM_ZERO)
     decay_coefficients: bool = setting(True, "decay the rational coefficients too, as the released weights")
     layer_decay: float | None = setting(
-        None, "learning rate of a block as part of the next one's; default: all alike", PROBABILITY
+        None,
+        "learning rate of a block as part of the next one's, 1: all alike; default: by the model",
+        PROBABILITY,
     )
     beta1: float = setting(0.9, "of AdamW", BELOW_ONE)
     beta2: float = setting(0.999, "of AdamW", BELOW_ONE)
     eps: float = setting(1e-8, "of AdamW", POSITIVE)
     clip_norm: float | None = setting(None, "largest norm of the gradient; default: no clipping", POSITIVE)
-    mixup: float = setting(0.0, "alpha of mixup; 0: off", FROM_ZERO)
-    cutmix: float = setting(0.0, "alpha of cutmix; 0: off", FROM_ZERO)
+    mixup: float = setting(None, "alpha of mixup, 0: off; default: by the data", FROM_ZERO)
+    cutmix: float = setting(None, "alpha of cutmix, 0: off; default: by the data", FROM_ZERO)
     mix_switch: float = setting(0.5, "probability of cutmix where both are on", PROBABILITY)
     mix_probability: float = setting(1.0, "probability that a batch is mixed at all", PROBABILITY)
     label_smoothing: float = setting(0.1, "part of each label that is spread over all", BELOW_ONE)
@@ -114,7 +140,9 @@ class Settings:
     cuda_graphs: bool = setting(True, "replay each update on a GPU, the same bits in less time", FREE)
     seed: int = setting(0, "of weights, order, augmentation, mixing and stochastic depth", SEED)
     # what is shown and kept
-    evaluate_epochs: int = setting(1, "evaluate after so many epochs, and after the last", COUNT)
+    evaluate_epochs: int = setting(
+        None, "evaluate after so many epochs, and after the last; default: by their number", COUNT
+    )
     log_steps: int = setting(
         None,
         "updates between lines of metrics; each waits for the device; default: 10, 50 with --data",
@@ -132,7 +160,7 @@ class Settings:
     keep_after_success: bool = setting(False, "keep checkpoints when the run is complete", FREE)
     skip_nonfinite: bool = setting(False, "skip updates whose loss or gradient is not finite", FREE)
 
-    augmentation: Augmentation = field(default=PHOTOGRAPHS, init=False)  # of the digits `SIGNS`
+    augmentation: Augmentation = field(default=BY_THE_DATA, init=False)
 
     def __post_init__(self):
         for item in fields(self):
@@ -141,8 +169,10 @@ class Settings:
                 below = "" if limits[1] == math.inf else f" and below {limits[1]}"
                 limit = " and at most 1" if limits == PROBABILITY else below
                 raise ValueError(f"--{item.name}: {value} must be at least {limits[0]:g}{limit}")
-        if self.warmup_epochs is None:
-            self.warmup_epochs = min(5.0, self.epochs / 10)
+        if not self.fit_defaults:
+            self._take_fixed()
+        if self.warmup_epochs is None and self.epochs:
+            self.warmup_epochs = warmup(self.epochs)
         if problem := self._contradiction():
             raise ValueError(problem)
         for name in ("data", "model"):
@@ -152,13 +182,19 @@ class Settings:
             name = "digits" if self.in_memory else Path(str(self.data)).resolve().name
             self.output = Path("runs", name or "data")
         self.output = self.output.expanduser()
-        if self.model is None and self.size is None:
-            self.size = "micro" if self.in_memory else "tiny"
         if self.log_steps is None:
             self.log_steps = 10 if self.in_memory else 50
-        self.augmentation = SIGNS if self.in_memory else PHOTOGRAPHS
+
+    def _take_fixed(self) -> None:
+        """Give what is not set the values that the packaged recipes were released with."""
+        for name, value in FIXED.items():
+            if getattr(self, name) is None and not (name == "epochs" and self.time):
+                setattr(self, name, value)
+        if self.model is None and self.size is None:
+            self.size = "micro" if self.in_memory else "tiny"
         if self.learning_rate is None:
             self.learning_rate = 1e-4 if self.model else 3e-3 if self.size == "micro" else 5e-4
+        self.augmentation = SIGNS if self.in_memory else PHOTOGRAPHS
 
     def _contradiction(self) -> str | None:
         """Return what is wrong with two settings together, or None."""
@@ -168,19 +204,25 @@ class Settings:
             return (
                 f"--patch_size: {self.patch_size} is for a fresh model, but --model {self.model} has its own"
             )
+        if self.model is not None and self.pooling is not None:
+            return f"--pooling: {self.pooling} is for a fresh model, but --model {self.model} has its own"
         if self.model is None and self.head != "auto":
             return f"--head: {self.head} is for --model; a fresh model has a fresh head"
         if self.freeze_backbone and self.lora_rank:
             return f"--freeze_backbone contradicts --lora_rank {self.lora_rank}"
         if self.lora_modules and not self.lora_rank:
             return f"--lora_modules: {' '.join(self.lora_modules)} are for --lora_rank, which is not given"
-        if self.warmup_epochs and self.warmup_epochs >= self.epochs:
+        if self.time and not DURATION.fullmatch(self.time):
+            return f"--time: {self.time} is no time such as 10m, 90s or 1.5h"
+        if self.time and self.epochs:
+            return f"--time: {self.time} chooses the epochs, but --epochs {self.epochs} is given"
+        if self.warmup_epochs and self.epochs and self.warmup_epochs >= self.epochs:
             return f"--warmup_epochs: {self.warmup_epochs:g} must be below --epochs {self.epochs}"
         if self.resume and self.overwrite:
             return "--resume contradicts --overwrite"
         if unknown := sorted(set(self.trackers) - set(TRACKERS)):
             return f"--trackers: {unknown[0]} is unknown; known: {', '.join(TRACKERS)}"
-        if self.micro_batch and self.batch_size % self.micro_batch:
+        if self.micro_batch and self.batch_size and self.batch_size % self.micro_batch:
             return f"--batch_size: {self.batch_size} must be a multiple of --micro_batch {self.micro_batch}"
         return None
 
@@ -188,6 +230,12 @@ class Settings:
     def in_memory(self) -> bool:
         """True if the images are in memory and no file is read: the digits."""
         return self.data in (None, "digits")
+
+    @property
+    def seconds(self) -> float | None:
+        """The time that the run may take, in seconds, or None."""
+        match = DURATION.fullmatch(self.time or "")
+        return float(match[1]) * SECONDS[match[2].lower()] if match else None
 
     def data_options(self) -> dict[str, Any]:
         """Return the options of `open_data` that are set."""
@@ -199,6 +247,11 @@ class Settings:
         flat = asdict(self)
         flat.update(flat.pop("augmentation"))
         return {key: str(value) if isinstance(value, Path) else value for key, value in flat.items()}
+
+
+def warmup(epochs: int) -> float:
+    """Return the epochs in which the learning rate rises, where nothing else is said."""
+    return min(5.0, epochs / 10)
 
 
 FIELDS = [item for cls in (Settings, Augmentation) for item in fields(cls) if item.init]
@@ -311,16 +364,21 @@ def parse(arguments: Sequence[str], command: str = "finetune", description: str 
     known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     parser = _Parser(command, description)
     parser.add_argument(
-        "--recipe", help=f"YAML file, or one of {', '.join(known)}; default: by --data, --size"
+        "--recipe", help=f"YAML file, or one of {', '.join(known)}; default of pretrain: by --size"
     )
     named = parser.parse_known_args(list(arguments))[0]
-    recipe = named.recipe or _default_recipe(command, named.data, named.size)
-    path = RECIPES / f"{recipe}.yaml" if recipe in known else Path(recipe).expanduser()
-    if not path.is_file():
-        raise ValueError(f"--recipe: {recipe} is no file and none of {', '.join(known)}")
-    values = read_recipe(path)
+    recipe, values = named.recipe, {}
+    if recipe is None and command == "pretrain":
+        recipe = f"pretrain-{named.size or 'small'}"
+    if recipe is not None:
+        path = RECIPES / f"{recipe}.yaml" if recipe in known else Path(recipe).expanduser()
+        if not path.is_file():
+            raise ValueError(f"--recipe: {recipe} is no file and none of {', '.join(known)}")
+        values = read_recipe(path)
     if named.model:
         values.pop("size", None)  # of the fresh model that the recipe is for
+    if named.time:
+        values.pop("epochs", None)
     options, unknown = parser.parse_known_args([*_as_flags(values), *arguments])
     if unknown:
         raise ValueError(f"unknown arguments: {' '.join(unknown)}{_suggestion(unknown[0], '--')}")
@@ -328,12 +386,6 @@ def parse(arguments: Sequence[str], command: str = "finetune", description: str 
     given = {item.name for item in fields(Augmentation)} & vars(options).keys()
     settings.augmentation = replace(settings.augmentation, **{name: getattr(options, name) for name in given})
     return settings
-
-
-def _default_recipe(command: str, data: str | None, size: str | None) -> str:
-    if command == "pretrain":
-        return f"pretrain-{size or 'small'}"
-    return "finetune-digits" if data in (None, "digits") else "finetune"
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

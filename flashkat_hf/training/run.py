@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers.utils import logging
 from ..files import read_json
 from ..hub.background import BackgroundPusher
 from ..messages import warn
+from .defaults import complete, facts
 from .feed import Feed
 from .initial_model import build_model
 from .launch import check_launch
@@ -26,6 +28,7 @@ from .processes import StopSignals
 from .recipe import Settings
 from .run_folder import RunFolder
 from .run_log import describe_data
+from .selection import select
 from .state import Checkpoints
 from .task import ImageClassification, Task, check_unused
 from .trainer import Trainer
@@ -76,18 +79,23 @@ def _train(
     build: Callable[[Settings, list[str]], tuple[nn.Module, Any]],
     task: Task,
 ) -> dict[str, Any] | None:
-    main = accelerator.is_main_process
-    plan = resolve(settings, accelerator)
+    main, started = accelerator.is_main_process, time.monotonic()
+    if settings.batch_size:
+        resolve(settings, accelerator)  # refuses what cannot be shared out, before the data are read
     data = task.open_data(settings, accelerator.process_index, accelerator.num_processes)
+    data, selection = select(settings, data)
+    settings, reasons = complete(settings, facts(settings, data, accelerator))
     num_images = data.train.num_images
     if num_images is not None and num_images < settings.batch_size:
         raise ValueError(f"--batch_size: {settings.batch_size} is more than the {num_images} training images")
     if main:
-        print(describe_data(settings, data), flush=True)
-    checkpoints = Checkpoints(folder.checkpoints, settings.keep_checkpoints)
-    description = plan.describe(data)
+        print(describe_data(settings, data), *reasons, selection.reason, sep="\n", flush=True)
     resuming = settings.resume and folder.settings.exists()
-    earlier = folder.compare(description) if resuming else {}
+    if settings.time and resuming:
+        settings = folder.with_epochs(settings)
+    plan = resolve(settings, accelerator, selection)
+    checkpoints = Checkpoints(folder.checkpoints, settings.keep_checkpoints)
+    earlier = folder.compare(plan.describe(data)) if resuming else {}
     if resuming and folder.summary.exists():
         if main and not (settings.keep_after_success or earlier.get("keep_after_success")):
             checkpoints.remove()  # a kill came before the run could
@@ -105,10 +113,12 @@ def _train(
         feed = Feed(plan, accelerator, data, processor, task)
         parts = (data, model, feed, folder, checkpoints, StopSignals(), on_model, task)
         trainer = Trainer(plan, accelerator, *parts)
+        if plan.settings.epochs is None:
+            trainer.choose_epochs(started)
         if main:
             folder.repair()
             if not resuming:
-                folder.start(description, settings.overwrite)
+                folder.start(plan.describe(data), settings.overwrite)
             if not folder.pictures:
                 warn("matplotlib is missing, so the run leaves no curves.png and functions.png")
         accelerator.wait_for_everyone()

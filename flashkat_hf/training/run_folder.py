@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ class RunFolder:
                 shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
         write_text(self.settings, to_json(description))
         self.metrics.write_text("")
+
+    def with_epochs(self, settings: Settings) -> Settings:
+        """Return settings with the epochs that the run to be resumed chose for its `--time`."""
+        epochs = read_json(self.settings).get("epochs")
+        completed = replace(settings, time=None, epochs=epochs, log_steps=settings.log_steps)
+        completed.time, completed.augmentation = settings.time, settings.augmentation
+        return completed
 
     def compare(self, description: dict[str, Any]) -> dict[str, Any]:
         """Return the settings.json of the run that is to be resumed, and refuse to resume another run.

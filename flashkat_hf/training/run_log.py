@@ -21,11 +21,13 @@ from .run_folder import RunFolder
 
 def describe_data(settings: Settings, data: ImageData) -> str:
     """Return the line that says what data a run has."""
-    train, test = (
-        "?" if part.num_images is None else f"{part.num_images:,}" for part in (data.train, data.test)
+    parts = (data.train, data.val, data.test)
+    train, val, test = (
+        "?" if part is None or part.num_images is None else f"{part.num_images:,}" for part in parts
     )
+    val = f" {val} to choose the epoch on," if data.val is not None else ""
     names = ", ".join(data.class_names[:3]) + (", ..." if len(data.class_names) > 3 else "")
-    images = f"{train} images to train on, {test} to test"
+    images = f"{train} images to train on,{val} {test} to test"
     return f"data: {settings.data or data.name}, {images}, {len(data.class_names)} classes ({names})"
 
 

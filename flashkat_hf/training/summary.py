@@ -28,26 +28,38 @@ def summarize(
     names: list[str],
     results: dict[str, Any],
     weights: str,
+    test: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what summary.json says of a model whose `weights` ("raw" or "ema") had these `results`.
 
-    `names` are those of the scores in them, the one that the best epoch was chosen by first.
+    `names` are those of the scores in them, the one that the best epoch was chosen by first. The results are
+    those that epochs are compared by; `test` has the scores on the test images, if these are others and have
+    been looked at.
     """
     settings = plan.settings
     suffix = "_ema" if weights == "ema" else ""
+    measured = {name: results[f"{name}{suffix}"] for name in names} | {"count": results["count"]}
+    shown = test or measured
+    both = {"raw": results[names[0]], "ema": results.get(f"{names[0]}_ema")}
+    if test:
+        both = dict.fromkeys(both) | {weights: test[names[0]]}
     lines = [line for line in metrics if RATES[0] in line]
     return {
         "data": settings.data or data.name,
         "num_train_images": data.train.num_images,
-        "num_test_images": results["count"],
+        "num_test_images": shown["count"],
+        "evaluated_on": "test images" if test else plan.selection.images,
+        "epoch_chosen": plan.selection.text,
+        "num_selection_images": results["count"] if plan.selection.every_epoch else None,
+        f"selection_{names[0]}": measured[names[0]] if plan.selection.every_epoch else None,
         "num_labels": len(data.class_names),
         "image_size": image_size,
         "epochs": progress.epoch,
         "steps": progress.step,
         "batch_size": settings.batch_size,
-        **{name: results[f"{name}{suffix}"] for name in names},
-        f"{names[0]}_raw": results[names[0]],
-        f"{names[0]}_ema": results.get(f"{names[0]}_ema"),
+        **{name: shown[name] for name in names},
+        f"{names[0]}_raw": both["raw"],
+        f"{names[0]}_ema": both["ema"],
         "weights": weights,
         "best_epoch": progress.best["epoch"],
         **{rate: statistics.median(line[rate] for line in lines) if lines else None for rate in RATES},

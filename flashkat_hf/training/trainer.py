@@ -4,6 +4,7 @@ A run is a function of its settings and data. Each update seeds the random numbe
 follow from (seed, epoch, index), so that a checkpoint holds weights, optimiser, averages and a few numbers.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +19,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from ..data.batches import EvalBatches
 from ..data.samples import ImageData
 from ..files import to_json, write_text
 from ..messages import warn
+from .defaults import complete_epochs
 from .evaluation import Stopped, measure
 from .feed import Feed
-from .initial_model import save_model
+from .initial_model import load_saved, merged, save_model
 from .optimization import Schedule, seed_update
 from .pictures import Pictures
 from .plan import Plan
@@ -35,6 +38,7 @@ from .speed import Meter
 from .state import Checkpoints, Progress, all_finite
 from .summary import best_weights, score, summarize
 from .task import Task
+from .time_budget import epochs_within
 
 
 @dataclass
@@ -70,13 +74,22 @@ class Trainer:
             self.accelerator, self.folder, self.data, self.model.processor, self.settings.film
         )
         self.meter = Meter(self.accelerator.device)
+        self.selection = self.plan.selection
+
+    def choose_epochs(self, started: float) -> None:
+        """Choose as many epochs as fit into the settings' time, which began at `started`."""
+        self.log.say(f"measuring updates, to train for {self.settings.time}")
+        epochs = epochs_within(self, self.settings.seconds or 0.0, started)
+        complete_epochs(self.settings, epochs)
+        self.schedule.spread(self.settings)
+        self.feed.set_epochs(epochs)
+
+    def run(self, checkpoint: Path | None) -> dict[str, Any] | None:
+        """Train from a checkpoint, or from the start; return the summary in the main process."""
         num_steps = self.settings.epochs * self.feed.updates_per_epoch
         self.num_steps = min(num_steps, self.settings.max_steps or num_steps)
         for text in describe(self.plan, self.accelerator, self.model.module, self.feed, self.num_steps):
             self.log.say(text)
-
-    def run(self, checkpoint: Path | None) -> dict[str, Any] | None:
-        """Train from a checkpoint, or from the start; return the summary in the main process."""
         self._restore(checkpoint)
         if self.plan.workers:
             self.log.say("reading the first images")
@@ -213,7 +226,8 @@ class Trainer:
         """Evaluate, note the epoch, keep the best model."""
         progress, device, epoch = self.progress, self.accelerator.device, self.progress.epoch + 1
         evaluated: dict[str, float] = {}
-        if epoch % self.settings.evaluate_epochs == 0 or progress.step >= self.num_steps:
+        due = self.selection.every_epoch and epoch % self.settings.evaluate_epochs == 0
+        if due or progress.step >= self.num_steps:
             self._check_weights()
             evaluated = self._evaluate(
                 epoch
@@ -240,21 +254,18 @@ class Trainer:
 
     def _evaluate(self, epoch: int) -> dict[str, float]:
         """Return the scores of the model and of its averaged weights, as lines of metrics have them."""
-        options = {"keep_progress": False, "stop": lambda: self.signals.number}
         results: list[dict[str, Any]] = []
         for kind, part in (("", self.model), ("'s averaged weights", self.model.average)):
             if part:
-                module, text = self.model.whole(part.module), f"evaluating epoch {epoch}{kind}"
-                parts = module, self.feed.test, self.accelerator, self.task.scores(self.accelerator)
-                try:
-                    results.append(measure(*parts, progress=text, **options))
-                except Stopped:
-                    self._save()
-                    self._stop(self.agreement.any(self.signals.number))
+                text = f"evaluating epoch {epoch}{kind}"
+                results.append(self._measure(self.model.whole(part.module), self.feed.val, text))
         raw, *averaged = results
         names = self.task.names
         scores = {name: raw[name] for name in names}
-        text = f"epoch {epoch}: {names[self.score]} {raw[self.score]:.2%}"
+        what = names[self.score]
+        if self.feed.val is not self.feed.test:
+            what = f"{what.removeprefix('test ')} on {self.selection.images}"
+        text = f"epoch {epoch}: {what} {raw[self.score]:.2%}"
         if averaged:
             scores |= {f"{name}_ema": averaged[0][name] for name in names}
             text += f", averaged weights {averaged[0][self.score]:.2%}"
@@ -262,15 +273,37 @@ class Trainer:
         self.log.say(text)
         return scores
 
+    def _measure(self, module: nn.Module, batches: EvalBatches, text: str) -> dict[str, Any]:
+        """Evaluate a module; a signal saves and ends the run."""
+        options = {"keep_progress": False, "stop": lambda: self.signals.number}
+        try:
+            scores = self.task.scores(self.accelerator)
+            return measure(module, batches, self.accelerator, scores, progress=text, **options)
+        except Stopped:
+            self._save()
+            self._stop(self.agreement.any(self.signals.number))
+            raise
+
+    def _test_best(self) -> dict[str, Any] | None:
+        """Look at the test images with the weights of best/, if they had no part in choosing it."""
+        if self.feed.test is self.feed.val:
+            return None
+        self.accelerator.wait_for_everyone()  # until best/ is written
+        model = copy.deepcopy(merged(self.model.whole(self.model.module)))
+        load_saved(model, self.folder.best)
+        return self._measure(model, self.feed.test, "evaluating the best epoch on the test images")
+
     def _picture_functions(self) -> None:
         """Show the learned functions as they are, where trackers or a film want them; all processes ask."""
         if self.pictures.wanted(self.model.module):
             self.pictures.add(self.model.whole(self.model.module), self.progress.epoch, self.progress.step)
 
-    def _summary(self, results: dict[str, Any], weights: str) -> dict[str, Any]:
+    def _summary(
+        self, results: dict[str, Any], weights: str, test: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         device, size = self.accelerator.device, self.model.processor.crop_size["height"]
         parts = (self.plan, device, self.data, self.progress, size, self.folder.lines())
-        return summarize(*parts, list(self.task.names), results, weights)
+        return summarize(*parts, list(self.task.names), results, weights, test)
 
     def _write_model(self, name: str, module: nn.Module, results: dict[str, Any], weights: str) -> None:
         """Replace best/ or last/; the one place where a complete model has just appeared."""
@@ -284,9 +317,9 @@ class Trainer:
     def _finish(self) -> dict[str, Any] | None:
         """Write the last model, the summary and the pictures; then the checkpoints have served."""
         self._write_model("last", self.model.module, self.progress.last, "raw")
-        model, summary = self.model.whole(self.model.module), None
+        model, summary, test = self.model.whole(self.model.module), None, self._test_best()
         if self.main:
-            summary = self._summary(self.progress.best, best_weights(self.progress.best, self.score))
+            summary = self._summary(self.progress.best, best_weights(self.progress.best, self.score), test)
             write_summary(self.folder.best, summary)
             self.folder.draw(self.schedule.curve(self.num_steps), self.score, self.task.names[self.score])
             self.pictures.finish(model)

@@ -30,6 +30,7 @@ def make_images(root: Path, train: int = 12, val: int = 3) -> Path:
 def small_run(data: Path, output: Path, **others) -> Settings:
     """A micro model; three updates an epoch on `make_images`, each one noted."""
     values = {
+        "fit_defaults": False,
         "size": "micro",
         "epochs": 2,
         "batch_size": 8,

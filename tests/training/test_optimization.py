@@ -103,7 +103,7 @@ def test_the_schedule_by_update_passes_through_the_same_values():
 
 def test_the_optimiser_is_the_papers():
     model = FlashKATForImageClassification(micro_config())
-    optimizer = make_optimizer(model, Settings(), torch.device("cpu"))
+    optimizer = make_optimizer(model, Settings(fit_defaults=False), torch.device("cpu"))
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"], group["fused"]) == ((0.9, 0.999), 1e-8, True)
     assert type(optimizer) is torch.optim.AdamW

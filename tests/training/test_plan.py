@@ -50,7 +50,7 @@ def test_a_plan_is_frozen_and_leaves_the_settings_alone():
 )
 def test_where_updates_are_compiled_and_replayed(device, kind, settings, compiled, graphed):
     """On a GPU CUDA graphs save what the host takes; where they do not serve, torch.compile does."""
-    plan = resolve(Settings(**settings), accelerator(device, kind))
+    plan = resolve(Settings(fit_defaults=False, **settings), accelerator(device, kind))
     assert (plan.compiled, plan.graphed, plan.compile_mode) == (compiled, graphed, None)
     assert plan.sharded == (kind == DistributedType.FSDP)
 

@@ -140,10 +140,8 @@ def test_help_has_every_setting_in_a_group_and_each_default_once(command, capsys
     for line in lines.values():
         assert line.count("default:") <= 1
         assert "None" not in line
-    assert lines["--learning_rate"].endswith(
-        "the highest; default: 1e-4 for --model, 3e-3 for a micro one, else 5e-4"
-    )
-    assert lines["--epochs"].endswith("passes over the training images (default: 50)")
+    assert lines["--learning_rate"].endswith("the highest; default: by the data and the model")
+    assert lines["--weight_decay"].endswith("of matrices and rational coefficients (default: 0.05)")
     assert "  --epochs N  " in groups["optimisation"]
 
 
@@ -159,10 +157,11 @@ def test_help_has_every_setting_in_a_group_and_each_default_once(command, capsys
     ],
 )
 def test_from_python_a_run_is_that_of_the_script(words, tmp_path):
-    """Settings are the home of defaults: the script's recipes, and one that says nothing, change none."""
+    """Settings are the home of defaults: a recipe that says nothing changes none."""
     flags = [part for name, value in words.items() for part in (f"--{name}", value)]
-    script = parsed(*flags, recipe="finetune" if "data" in words else "finetune-digits")
-    assert Settings(**words) == script
+    assert Settings(**words) == parse([str(flag) for flag in flags])
+    packaged = parsed(*flags, recipe="finetune" if "data" in words else "finetune-digits")
+    assert Settings(**{"fit_defaults": False, **words}) == packaged
     (tmp_path / "mine.yaml").write_text("epochs: 20")
     assert parsed("--recipe", tmp_path / "mine.yaml", *flags) == Settings(**{"epochs": 20, **words})
 
@@ -228,7 +227,7 @@ def test_what_is_known_of_a_setting_stands_at_its_field():
             "--recipe: fine is no file and none of finetune, finetune-digits, pretrain-base,",
         ),
         (["--rand_augment", "much"], "rand_augment 'much' must be timm's"),
-        (["--crop", "none"], "crop 'none' is not one of random, moves"),
+        (["--crop", "none"], "crop 'none' is not one of auto, random, moves"),
         (["--crop_area", "0.5"], "argument --crop_area.*: expected 2 arguments"),
     ],
 )
