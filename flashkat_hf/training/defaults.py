@@ -163,9 +163,9 @@ def _choose_training(choices: Choices, facts: Facts) -> None:
 
 
 def _batch(facts: Facts, most: int) -> int:
-    """Return a power of two of at most a tenth of the images, or the next number that processes can share."""
-    batch = 8
-    while 2 * batch <= min(most, facts.num_images // 10):
+    """Return a power of two of about a tenth of the images, or the next number that processes can share."""
+    batch, tenth = 1, max(8, facts.num_images // 10)
+    while 2 * batch <= min(most, tenth, facts.num_images or most):
         batch *= 2
     return -(-batch // facts.share) * facts.share
 

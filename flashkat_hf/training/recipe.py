@@ -212,7 +212,7 @@ class Settings:
             return f"--freeze_backbone contradicts --lora_rank {self.lora_rank}"
         if self.lora_modules and not self.lora_rank:
             return f"--lora_modules: {' '.join(self.lora_modules)} are for --lora_rank, which is not given"
-        if self.time and not DURATION.fullmatch(self.time):
+        if self.time is not None and not self.seconds:
             return f"--time: {self.time} is no time such as 10m, 90s or 1.5h"
         if self.time and self.epochs:
             return f"--time: {self.time} chooses the epochs, but --epochs {self.epochs} is given"

@@ -1,11 +1,11 @@
 """The folder of a run: what is in it, whether a run may go on with another's, metrics and pictures."""
 
+import copy
 import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..checkpoints.weights import fingerprint
 from ..data.samples import Examples, ImageData, open_image
 from ..files import read_json, replacing, restore, to_json, write_text
 from .curves import plot_curves
+from .defaults import complete_epochs
 from .output import check_contents, check_place
 from .recipe import FIELDS, FREE_NAMES, Settings
 from .run_lock import NAME as LOCK
@@ -72,9 +73,8 @@ class RunFolder:
 
     def with_epochs(self, settings: Settings) -> Settings:
         """Return settings with the epochs that the run to be resumed chose for its `--time`."""
-        epochs = read_json(self.settings).get("epochs")
-        completed = replace(settings, time=None, epochs=epochs, log_steps=settings.log_steps)
-        completed.time, completed.augmentation = settings.time, settings.augmentation
+        completed = copy.copy(settings)
+        complete_epochs(completed, read_json(self.settings)["epochs"])
         return completed
 
     def compare(self, description: dict[str, Any]) -> dict[str, Any]:

@@ -80,6 +80,7 @@ class Trainer:
         """Choose as many epochs as fit into the settings' time, which began at `started`."""
         self.log.say(f"measuring updates, to train for {self.settings.time}")
         epochs = epochs_within(self, self.settings.seconds or 0.0, started)
+        self.log.say(f"--epochs {epochs}: as many as fit into --time {self.settings.time}")
         complete_epochs(self.settings, epochs)
         self.schedule.spread(self.settings)
         self.feed.set_epochs(epochs)

@@ -106,7 +106,9 @@ def planned(monkeypatch, device: str = "cpu", kind=DistributedType.NO, settings=
     for name, value in variables.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     values = {"device": torch.device(device), "distributed_type": kind, "mixed_precision": "no"}
-    return resolve(Settings(fit_defaults=False, **(settings or {})), SimpleNamespace(num_processes=2, **values))
+    return resolve(
+        Settings(fit_defaults=False, **(settings or {})), SimpleNamespace(num_processes=2, **values)
+    )
 
 
 @pytest.mark.parametrize(

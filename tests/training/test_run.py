@@ -35,10 +35,10 @@ from flashkat_hf.training.recipe import Settings
 from flashkat_hf.training.speed import loading_rate
 
 SUMMARY = (
-    "data num_train_images num_test_images num_labels image_size epochs steps batch_size top1 top5 top1_raw "
-    "top1_ema weights best_epoch images_per_second data_images_per_second step_images_per_second "
-    "peak_memory_gib device num_processes precision compiled started_from seed skipped_updates "
-    "skipped_images seconds versions commit"
+    "data num_train_images num_test_images evaluated_on epoch_chosen num_selection_images selection_top1 "
+    "num_labels image_size epochs steps batch_size top1 top5 top1_raw top1_ema weights best_epoch "
+    "images_per_second data_images_per_second step_images_per_second peak_memory_gib device num_processes "
+    "precision compiled started_from seed skipped_updates skipped_images seconds versions commit"
 )
 
 
@@ -76,6 +76,10 @@ def test_what_a_run_leaves(run, images):
         "data": str(images),
         "num_train_images": 24,
         "num_test_images": 6,
+        "evaluated_on": "test images",
+        "epoch_chosen": "on test images",
+        "num_selection_images": 6,
+        "selection_top1": summary["top1"],
         "num_labels": 2,
         "image_size": 16,
     }
@@ -457,14 +461,15 @@ def test_a_run_says_what_it_does(run, capsys, images):
     assert lines[0] == f"data: {images}, 24 images to train on, 6 to test, 2 classes (green, red)"
     parameters = sum(tensor.numel() for tensor in weights(output).values())
     model = f"a fresh micro FlashKAT, {parameters:,} parameters, of which 130 learn, images of 16x16 pixels"
-    assert lines[1:6] == [
+    assert lines[1:7] == [
+        "--holdout 0: the epoch is chosen on the test images",
         f"model: {model}",
         "device: 1 x CPU, float32, 1 workers each",
         "training: 6 updates (2 epochs of 3), 8 images each (1 x 2 x 4)",
         f"output: {output}",
         "reading the first images",
     ]
-    assert [line[:22] for line in lines[6:]] == ["epoch 1: test accuracy", "epoch 2: test accuracy"]
+    assert [line[:22] for line in lines[7:]] == ["epoch 1: test accuracy", "epoch 2: test accuracy"]
 
 
 def test_the_batches_that_are_measured_are_trained_on(run, monkeypatch):
