@@ -25,13 +25,15 @@ from typing import Literal
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from transformers import HfArgumentParser
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from flashkat_hf import FlashKATConfig, make_image_processor
+from flashkat_hf import FlashKATConfig
 from flashkat_hf.model.modeling_flashkat import image_classification_loss
 from flashkat_hf.training import train
+from flashkat_hf.training.initial_model import build_model
 from flashkat_hf.training.recipe import Settings, parse
 
 
@@ -71,6 +73,7 @@ class ViT(VisionTransformer):
             mlp_ratio=config.intermediate_size / config.hidden_size,
             num_classes=config.num_labels,
             drop_path_rate=config.drop_path_rate,
+            global_pool="avg" if config.pooling == "mean" else "token",  # avg: of the patches, as ours
         )
         self.config = config
 
@@ -82,18 +85,19 @@ class ViT(VisionTransformer):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     def save_pretrained(self, folder: Path) -> None:
-        torch.save(self.state_dict(), Path(folder) / "model.pth")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(self.state_dict(), Path(folder) / "model.safetensors")
 
 
 def build_vit(settings: Settings, class_names: list[str]):
-    fields = {"num_labels": len(class_names), "drop_path_rate": settings.drop_path}
-    config = FlashKATConfig.from_size(str(settings.size), **fields)
-    return ViT(config), make_image_processor(config.image_size, 1.0)
+    """Return the ViT of the shape that a FlashKAT of these settings has, and its image processor."""
+    model, processor = build_model(settings, class_names)
+    return ViT(model.config), processor
 
 
 def measure(model: str, seed: int, arguments: Arguments) -> dict:
     """Train one model and return the results in its run's summary."""
-    flags = ["--size", arguments.size, "--seed", str(seed)]
+    flags = ["--recipe", "finetune-digits", "--size", arguments.size, "--seed", str(seed)]
     flags += [part for setting in arguments.settings for part in f"--{setting}".split("=", 1)]
     with tempfile.TemporaryDirectory() as folder:
         settings = parse([*flags, "--output", f"{folder}/run"])
