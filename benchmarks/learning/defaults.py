@@ -3,15 +3,15 @@
     python benchmarks/learning/defaults.py --output benchmarks/results/defaults.jsonl
     python benchmarks/learning/defaults.py --output benchmarks/results/defaults_gpu.jsonl --data fashion60000
 
-The same command again goes on where it was stopped. Data: scikit-learn's digits, and Fashion-MNIST with 4,000
-or all 60,000 training pictures (`fashion_mnist.py` says where they come from; `--source` is a folder of its
-files). A run is one of a user's, `flashkat finetune --data FOLDER --seed SEED`, in a process of its own, timed
-from its start to its end; the ViT is timm's, by the same rule. Of the test pictures nothing is seen before the
-end.
+The same command again goes on where it was stopped. Data: scikit-learn's digits, and Fashion-MNIST with
+4,000 or all 60,000 training pictures (`fashion_mnist.py` says where they come from; `--source` is a folder of
+its files). A run is one of a user's, `flashkat finetune --data FOLDER --seed SEED`, in a process of its own,
+timed from its start to its end; the ViT is timm's, by the same rule. Of the test pictures nothing is seen
+before the end.
 
-`seconds` is wall time. `process_seconds` is the time that the training process, which has one thread for each of
-`threads`, had on the cores, over their number: on a machine that others use too, what `seconds` would be, if
-reading (in processes of their own) is not what training waits for.
+`seconds` is wall time. `process_seconds` is the time that the training process, which has one thread for each
+of `threads`, had on the cores, over their number: on a machine that others use too, what `seconds` would be,
+if reading (in processes of their own) is not what training waits for.
 """
 
 import json
@@ -93,7 +93,18 @@ def run(model: str, data: str, folder: Path | None, seed: int) -> dict:
         ]
         summary = train(parse(flags), build=build_vit if model == "vit" else None)
         settings = json.loads(Path(output, "run", "settings.json").read_text())
-    chosen = ["size", "patch_size", "pooling", "learning_rate", "drop_path", "mixup", "cutmix", "crop", "flip", "label_smoothing"]
+    chosen = [
+        "size",
+        "patch_size",
+        "pooling",
+        "learning_rate",
+        "drop_path",
+        "mixup",
+        "cutmix",
+        "crop",
+        "flip",
+        "label_smoothing",
+    ]
     usage, threads = resource.getrusage(resource.RUSAGE_SELF), torch.get_num_threads()
     return {
         "what": "defaults",

@@ -36,8 +36,8 @@ def training_transform(processor, augmentation: Augmentation) -> Transform:
         become grey before anything else, and all of it is done here.
     """
     size = (processor.crop_size["height"], processor.crop_size["width"])
-    if augmentation.crop == "moves" or _done_by_workers(processor, augmentation):
-        make = _moves if augmentation.crop == "moves" else _timm_transform
+    if augmentation.moved or _done_by_workers(processor, augmentation):
+        make = _moves if augmentation.moved else _timm_transform
         transform = make(processor, augmentation, size)
         if num_channels(processor) == 1:
             return extra("torchvision.transforms").Compose([_grey, transform, _first_channel])
@@ -113,6 +113,8 @@ def _moves(processor, augmentation: Augmentation, size: tuple[int, int]) -> Tran
     bilinear, bicubic = transforms.InterpolationMode.BILINEAR, transforms.InterpolationMode.BICUBIC
     scaled = LimitedResize(_resized(processor), bicubic)
     moved = transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=bilinear)
+    if augmentation.crop == "shifts":  # by whole pixels, so that nothing is interpolated
+        moved = transforms.RandomAffine(0, translate=(0.05, 0.05))
     flip = transforms.RandomHorizontalFlip(augmentation.flip)
     _, rand_augment, normalise = _timm_transform(processor, augmentation, size, separate=True)
     return transforms.Compose([scaled, moved, transforms.CenterCrop(size), flip, rand_augment, normalise])

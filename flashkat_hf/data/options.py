@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
 CHOICES = {
-    "crop": ("auto", "random", "moves"),
+    "crop": ("auto", "random", "moves", "shifts"),
     "interpolation": ("random", "bilinear", "bicubic"),
     "on_device": ("auto", "nothing", "augmentation", "decoding"),
 }
@@ -27,7 +27,8 @@ class Augmentation:
     crop: str = option(
         "random",
         "random: a random part of the image, resized; moves: shifts of up to a tenth, turns of up to 10 "
-        "degrees and scalings of up to a tenth, for digits and signs; the next three have no meaning then; "
+        "degrees and scalings of up to a tenth, for digits and signs; shifts: of up to a twentieth, no more; "
+        "the next three have no meaning with these two; "
         "auto: by the size of the images",
     )
     crop_area: tuple[float, float] | None = option(
@@ -68,8 +69,14 @@ class Augmentation:
             raise ValueError(f"color_jitter ({self.color_jitter}) must not be negative")
         if self.rand_augment and self.rand_augment != type(self).rand_augment:  # importing timm takes seconds
             _check_rand_augment(self.rand_augment)
-        if self.on_device in ("augmentation", "decoding") and (self.crop == "moves" or self.color_jitter):
-            raise ValueError(f"on_device {self.on_device!r} knows neither the crop 'moves' nor color_jitter")
+        if self.on_device in ("augmentation", "decoding") and (self.moved or self.color_jitter):
+            crop = self.crop if self.moved else "moves"
+            raise ValueError(f"on_device {self.on_device!r} knows neither the crop {crop!r} nor color_jitter")
+
+    @property
+    def moved(self) -> bool:
+        """Whether an image is used whole, and moved a little."""
+        return self.crop in ("moves", "shifts")
 
     def resolved(self, device: "torch.device", in_memory: bool) -> "Augmentation":
         """Return the same with "auto" decided: as much as possible; nothing for images in memory.
@@ -86,7 +93,7 @@ class Augmentation:
             if self.on_device != "nothing" and missing:
                 raise ValueError(f"on_device {self.on_device!r} needs {missing}; use 'nothing'")
             return self
-        unknown = self.crop == "moves" or self.color_jitter or not in_batches(self.rand_augment)
+        unknown = self.moved or self.color_jitter or not in_batches(self.rand_augment)
         if device.type != "cuda" or missing or in_memory or unknown:
             return replace(self, on_device="nothing")
         return replace(self, on_device="decoding" if decodes(device) else "augmentation")

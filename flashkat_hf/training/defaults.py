@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 SMALL = 64  # pixels: images whose shorter side is at most that are used whole
 LOOKED_AT = 64  # images whose size is read
-SEEN_ON_CPU, SEEN_ON_GPU = 200_000, 4_000_000  # images that a run trains on, over all epochs
+SEEN_ON_CPU, SEEN_ON_GPU = 300_000, 4_000_000  # images that a run trains on, over all epochs
 MANY = 20_000  # images from which a GPU trains a larger model, in larger batches
-EPOCHS = 10, 300  # the fewest and the most
+EPOCHS = 10, 150  # the fewest and the most
 EVALUATIONS = 25  # of a run, about
 
 
@@ -122,8 +122,10 @@ def _choose_model(choices: Choices, facts: Facts) -> None:
     if side > SMALL:  # photographs
         side = 224 if facts.gpu else SMALL
     wanted = choices.get("image_size") or max(side, 16)
-    patch = choices.get("patch_size") or (4 if wanted <= 32 else 8 if wanted <= SMALL else 16)
-    text = "images" if facts.side is None else f"images of {facts.side} pixels, {_device(facts)}"
+    across = 14 if wanted > SMALL else 7 if facts.gpu else 4  # patches
+    patch = choices.get("patch_size") or _patch(wanted, -(-wanted // across))
+    text = "images" if facts.side is None else f"images of {facts.side} pixels"
+    text = f"{text}, in some {across} x {across} patches {_device(facts)}"
     choices.choose(text, image_size=-(-wanted // patch) * patch, patch_size=patch)
     choices.choose("learns faster than cls from scratch", pooling="mean")
 
@@ -134,19 +136,26 @@ def _choose_augmentation(choices: Choices, facts: Facts) -> None:
         why = (
             "small images are used whole; whether they may be mirrored is not known, --flip 0.5 mirrors half"
         )
-        choices.choose(why, crop="moves", flip=0.0)
+        choices.choose(why, crop="shifts", flip=0.0)
     else:
         why = "photographs, of which it is taken that they may be mirrored; --flip 0 mirrors none"
         choices.choose(why, crop="random", flip=0.5)
     choices.choose(
-        "" if choices.get("crop") == "moves" else "the crop keeps a good part", crop_area=(0.35, 1.0)
+        "" if choices.get("crop") != "random" else "the crop keeps a good part", crop_area=(0.35, 1.0)
     )
 
 
 def _choose_training(choices: Choices, facts: Facts) -> None:
     """Choose batch, epochs, learning rate and mixing."""
     fresh, many = choices.settings.model is None, facts.num_images >= MANY
-    batch = _batch(facts, 512 if facts.gpu and many else 64)
+    pair = facts.share if choices.get("micro_batch") else 2 * facts.share  # what mixing has to divide into
+    given = choices.get("batch_size") or pair
+    if fresh and facts.num_images >= pair and not given % pair and not (choices.get("micro_batch") or 0) % 2:
+        choices.choose(
+            "images and their labels are mixed in pairs, from which few teach more", mixup=0.8, cutmix=1.0
+        )
+    mixed = choices.get("mixup") or choices.get("cutmix")
+    batch = _batch(facts.num_images, 512 if facts.gpu and many else 32, pair if mixed else facts.share)
     choices.choose("ten updates an epoch or more", batch_size=batch)
     if not choices.settings.time:
         seen = SEEN_ON_GPU if facts.gpu else SEEN_ON_CPU
@@ -156,18 +165,23 @@ def _choose_training(choices: Choices, facts: Facts) -> None:
         choices.choose("", evaluate_epochs=evaluations_apart(choices.get("epochs")))
     if fresh:
         size = choices.get("size")
-        choices.choose(f"the size {size}", learning_rate=3e-3 if size == "micro" else 1e-3)
+        choices.choose(f"the size {size}", learning_rate=2e-3 if size == "micro" else 1e-3)
     else:
         choices.choose("from a checkpoint", learning_rate=1e-4, layer_decay=1.0)
     choices.choose("", layer_decay=1.0, mixup=0.0, cutmix=0.0)
 
 
-def _batch(facts: Facts, most: int) -> int:
+def _patch(image_size: int, patch: int) -> int:
+    """Return a patch size near to one, such that patches fill an image if there is one."""
+    return next((near for near in (patch, patch - 1, patch + 1) if near and not image_size % near), patch)
+
+
+def _batch(num_images: int, most: int, share: int) -> int:
     """Return a power of two of about a tenth of the images, or the next number that processes can share."""
-    batch, tenth = 1, max(8, facts.num_images // 10)
-    while 2 * batch <= min(most, tenth, facts.num_images or most):
+    batch, tenth = 1, max(8, num_images // 10)
+    while 2 * batch <= min(most, tenth, num_images or most):
         batch *= 2
-    return -(-batch // facts.share) * facts.share
+    return -(-batch // share) * share
 
 
 def _device(facts: Facts) -> str:

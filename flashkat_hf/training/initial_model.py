@@ -76,7 +76,7 @@ def _fresh(settings: Settings, class_names: list[str]) -> tuple[FlashKATForImage
     except StrictDataclassClassValidationError as error:
         flag = "--patch_size" if settings.patch_size else "--image_size"
         raise ValueError(f"{flag}: {error.__cause__}") from error
-    crop = 1.0 if settings.augmentation.crop == "moves" else 0.875  # a sign fills its image
+    crop = 1.0 if settings.augmentation.moved else 0.875  # a sign fills its image
     return FlashKATForImageClassification(config), make_image_processor(config.image_size, crop)
 
 
