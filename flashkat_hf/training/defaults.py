@@ -152,7 +152,10 @@ def _choose_training(choices: Choices, facts: Facts) -> None:
     given = choices.get("batch_size") or pair
     if fresh and facts.num_images >= pair and not given % pair and not (choices.get("micro_batch") or 0) % 2:
         choices.choose(
-            "images and their labels are mixed in pairs, from which few teach more", mixup=0.8, cutmix=1.0
+            "images and their labels are mixed in pairs, from which few teach more",
+            mixup=0.8,
+            cutmix=1.0,
+            mix_probability=0.5,
         )
     mixed = choices.get("mixup") or choices.get("cutmix")
     batch = _batch(facts.num_images, 512 if facts.gpu and many else 32, pair if mixed else facts.share)
@@ -168,7 +171,7 @@ def _choose_training(choices: Choices, facts: Facts) -> None:
         choices.choose(f"the size {size}", learning_rate=2e-3 if size == "micro" else 1e-3)
     else:
         choices.choose("from a checkpoint", learning_rate=1e-4, layer_decay=1.0)
-    choices.choose("", layer_decay=1.0, mixup=0.0, cutmix=0.0)
+    choices.choose("", layer_decay=1.0, mixup=0.0, cutmix=0.0, mix_probability=1.0)
 
 
 def _patch(image_size: int, patch: int) -> int:

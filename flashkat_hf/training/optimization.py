@@ -135,7 +135,7 @@ class Mixing:
             self.mix = mixup.Mixup(
                 mixup_alpha=settings.mixup,
                 cutmix_alpha=settings.cutmix,
-                prob=settings.mix_probability,
+                prob=1.0 if settings.mix_probability is None else settings.mix_probability,
                 switch_prob=settings.mix_switch,
                 label_smoothing=settings.label_smoothing,
                 num_classes=num_labels,

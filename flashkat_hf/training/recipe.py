@@ -28,6 +28,7 @@ FIXED = {  # without `fit_defaults`, as the packaged recipes are
     "holdout": 0.0,
     "mixup": 0.0,
     "cutmix": 0.0,
+    "mix_probability": 1.0,
     "evaluate_epochs": 1,
 }
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)", re.IGNORECASE)
@@ -132,7 +133,11 @@ class Settings:
     mixup: float = setting(None, "alpha of mixup, 0: off; default: by the data", FROM_ZERO)
     cutmix: float = setting(None, "alpha of cutmix, 0: off; default: by the data", FROM_ZERO)
     mix_switch: float = setting(0.5, "probability of cutmix where both are on", PROBABILITY)
-    mix_probability: float = setting(1.0, "probability that a batch is mixed at all", PROBABILITY)
+    mix_probability: float = setting(
+        None,
+        "probability that a batch is mixed at all; default: 0.5 with the data's mixing, else 1",
+        PROBABILITY,
+    )
     label_smoothing: float = setting(0.1, "part of each label that is spread over all", BELOW_ONE)
     ema_decay: float | None = setting(None, "of averaged weights, evaluated too; default: none", BELOW_ONE)
     precision: Literal["no", "bf16"] | None = setting(None, "default: accelerate's, else bf16 on a GPU")
