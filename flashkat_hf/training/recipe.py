@@ -190,6 +190,14 @@ class Settings:
         if self.log_steps is None:
             self.log_steps = 10 if self.in_memory else 50
 
+    def fixed(self) -> "Settings":
+        """Return the settings with nothing left to the rule; what is given stays."""
+        others, given = replace(self, fit_defaults=False), self.augmentation
+        open_ = [name for name in ("crop", "crop_area", "flip") if getattr(given, name) in (None, "auto")]
+        values = {name: getattr(others.augmentation, name) for name in open_}
+        others.augmentation = replace(given, **values) if self.fit_defaults else given
+        return others
+
     def _take_fixed(self) -> None:
         """Give what is not set the values that the packaged recipes were released with."""
         for name, value in FIXED.items():

@@ -83,6 +83,8 @@ def _train(
     if settings.batch_size:
         resolve(settings, accelerator)  # refuses what cannot be shared out, before the data are read
     data = task.open_data(settings, accelerator.process_index, accelerator.num_processes)
+    if not isinstance(task, ImageClassification):
+        settings = settings.fixed()  # what the rule knows is about classes
     data, selection = select(settings, data)
     settings, reasons = complete(settings, facts(settings, data, accelerator))
     num_images = data.train.num_images

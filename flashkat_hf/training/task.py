@@ -90,7 +90,10 @@ def check_unused(task: Task, settings: Settings) -> None:
     Raises:
         ValueError: one of them has another value than its default.
     """
-    given, plain = settings.to_dict(), Settings(data=settings.data, model=settings.model).to_dict()
+    given, plain = (
+        settings.to_dict(),
+        Settings(data=settings.data, model=settings.model, fit_defaults=settings.fit_defaults).to_dict(),
+    )
     for name in task.unused:
         if given[name] != plain[name]:
             raise ValueError(f"--{name}: {given[name]} means nothing for {type(task).__name__}")

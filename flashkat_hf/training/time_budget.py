@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .defaults import evaluations_apart
-from .evaluation import evaluate
+from .evaluation import measure
 from .optimization import seed_update
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _evaluation_seconds(trainer: "Trainer") -> tuple[float, float]:
     for number in (1, 4):
         start = time.monotonic()
         batches = list(islice(trainer.feed.val, number))
-        evaluate(module, batches, trainer.accelerator)
+        measure(module, batches, trainer.accelerator, trainer.task.scores(trainer.accelerator))
         times.append(time.monotonic() - start)
         counts.append(sum(len(batch["labels"]) for batch in batches))
     more = counts[1] - counts[0]

@@ -154,14 +154,14 @@ def trained(tmp_path, monkeypatch):
 def test_the_test_images_are_looked_at_once(tmp_path, trained, monkeypatch, capsys):
     from flashkat_hf.training import trainer as loop
 
-    counts, evaluate = [], loop.evaluate
+    counts, evaluate = [], loop.measure
 
     def counted(model, batches, *others, **options):
         result = evaluate(model, batches, *others, **options)
         counts.append(result["count"])
         return result
 
-    monkeypatch.setattr(loop, "evaluate", counted)
+    monkeypatch.setattr(loop, "measure", counted)
     summary = trained(make_images(tmp_path / "images", train=40, val=7), holdout=0.25)
     assert counts == [20, 20, 20, 14]
     assert (summary["num_train_images"], summary["num_test_images"]) == (60, 14)
