@@ -66,7 +66,7 @@ class Arguments:
     )
     ways: list[str] = field(default_factory=lambda: list(WAYS), metadata={"help": f"of {', '.join(WAYS)}"})
     epochs: int = field(default=20, metadata={"help": "of the fine-tuning"})
-    pretraining_epochs: int = field(default=0, metadata={"help": "of the checkpoints; default: the rule's"})
+    pretraining_epochs: int = field(default=20, metadata={"help": "of the checkpoints"})
     source: Path | None = field(default=None, metadata={"help": "folder of Fashion-MNIST's four files"})
     checkpoints: Path = field(default=Path("runs/checkpoints"), metadata={"help": "where they are kept"})
     commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
@@ -121,7 +121,7 @@ def checkpoint(model: str, name: str, arguments: Arguments) -> Path:
     data = ImageData(examples(images, labels, used), examples(images, labels, test), class_names, name)
     settings = Settings(
         data=name, output=arguments.checkpoints / f"run_{model}_{name}", overwrite=True,
-        epochs=arguments.pretraining_epochs or None,
+        epochs=arguments.pretraining_epochs,
     )  # fmt: skip
     fit(data, settings, None if model == "flashkat" else build_vit)
     best = settings.output / "best"

@@ -243,6 +243,7 @@ def training_facts(folder: Path) -> dict[str, Any]:
     accuracies = {"top-1 accuracy": summary.get("top1"), "top-5 accuracy": summary.get("top5")}
     percents = {metric: 100 * value for metric, value in accuracies.items() if value is not None}
     num_images = summary.get("num_test_images")
+    images = summary.get("evaluated_on", "test images")
     commit = f", commit {summary['commit'][:7]}" if summary.get("commit") else ""
     dataset_type = data if data and ("/" in data or data == "digits") else "imagefolder"
     return {
@@ -253,7 +254,7 @@ def training_facts(folder: Path) -> dict[str, Any]:
         "imagenet": bool(data and "imagenet" in data.lower()) and summary.get("num_labels") == 1000,
         "results": [
             {
-                "data": f"{data_name}, {num_images:,} test images" if num_images else data_name,
+                "data": f"{data_name}, {num_images:,} {images}" if num_images else data_name,
                 "metric": metric,
                 "shown": f"{percent:.2f}%",
                 "source": f"measured at the end of training{commit}",
@@ -307,7 +308,7 @@ def _training_rows(
         ("data", ", ".join(filter(None, [data, joined(num_train_images="{:,} training images")]))),
         ("started from", started_from or ""),
         ("length", joined(epochs="{} epochs", steps="{:,} updates", batch_size="batches of {}")),
-        ("best epoch", joined(best_epoch="{}")),
+        ("best epoch", joined(best_epoch="{}", epoch_chosen="chosen: {}")),
         ("top-1 of the weights", joined(top1_raw="{:.2%}")),
         ("top-1 of the averaged weights", joined(top1_ema="{:.2%}")),
         ("device", joined(num_processes="{} x", device="{}").replace(" x, ", " x ")),

@@ -42,7 +42,7 @@ class Selection:
     @property
     def text(self) -> str:
         """How the epoch was chosen, as summary.json says it."""
-        return f"on {self.images}" if self.every_epoch else "the last"
+        return f"on {self.images}" if self.every_epoch else "the last one"
 
 
 def select(settings: Settings, data: ImageData) -> tuple[ImageData, Selection]:

@@ -44,6 +44,7 @@ SUMMARY = {
     "top1_raw": 0.98,
     "top1_ema": 0.98611,
     "best_epoch": 44,
+    "epoch_chosen": "on held-out training images",
     "images_per_second": 812.3,
     "peak_memory_gib": 3.25,
     "device": "NVIDIA H100 80GB HBM3",
@@ -129,6 +130,7 @@ def test_card_of_a_fine_tuned_model(folder):
         "| data | photos, 1,437 training images |",
         "| started from | kat-tiny |",
         "| length | 50 epochs, 1,150 updates, batches of 64 |",
+        "| best epoch | 44, chosen: on held-out training images |",
         "| top-1 of the weights | 98.00% |",
         "| device | 2 x NVIDIA H100 80GB HBM3 |",
         "| precision | bf16, compiled |",
@@ -144,6 +146,12 @@ def test_card_of_a_fine_tuned_model(folder):
     with Image.open(folder / "functions.png") as picture:
         assert picture.size[0] > 500
     assert "](functions.png)" in text
+
+
+def test_a_card_says_which_images_its_figures_are_of(folder):
+    """A model that is pushed while its run goes on has not seen the test images."""
+    text, _ = card_of(folder, SUMMARY | {"evaluated_on": "held-out training images"}, repo_id="someone/mine")
+    assert "| photos, 360 held-out training images | top-1 accuracy | 98.61% |" in text
 
 
 def test_what_is_not_known_is_left_out(folder):
