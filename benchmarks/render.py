@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import plot
+from learning import default_tables
 from learning import tables as learning
 from paper import render as paper_page
 from speed_tables import (
@@ -190,6 +191,9 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     ("docs/index.md", "digits_224", "digits_224", digits_table),
     ("docs/calibration.md", "conversion", "conversion", conversion_table),
     ("docs/training.md", "training", "training", training_table),
+    ("docs/training.md", "defaults", "defaults", default_tables.defaults_table),
+    ("docs/training.md", "defaults_gpu", "defaults_gpu", default_tables.defaults_table),
+    ("docs/training.md", "checkpoints", "checkpoints", default_tables.checkpoints_table),
     ("docs/data.md", "data", "data", data_table),
     ("docs/deployment.md", "deployment", "deployment", deployment_table),
     (PERFORMANCE, "throughput", "model", picture("throughput.png", THROUGHPUT)),

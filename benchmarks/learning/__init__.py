@@ -8,6 +8,8 @@ Files, in reading order:
 - `training.py`: several runs beside each other on one device, each update as a CUDA graph.
 - `plan.py`: which runs, in which order. `settings.py`, `__main__.py`: the command line.
 - `functions.py`: what the functions became, and functions that are fitted to them.
+- `defaults.py`, `checkpoints.py`, `default_tables.py`: apart from the bench, what the defaults of
+  `flashkat finetune` give, from scratch and from a checkpoint, and their tables in docs/training.md.
 - `statistics.py`, `tables.py`, `figure.py`: the tables and the picture of docs/learning.md.
 """
 

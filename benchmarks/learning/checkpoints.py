@@ -1,6 +1,6 @@
 """Fine-tune small checkpoints in several ways: what the defaults for `--model` were chosen by.
 
-    python benchmarks/learning/checkpoints.py --output benchmarks/results/checkpoints.jsonl
+    python -m benchmarks.learning.checkpoints --output benchmarks/results/checkpoints.jsonl
 
 The same command again goes on where it was stopped. A FlashKAT and a timm ViT, of which `flashkat convert`
 makes another, are trained by the defaults on Fashion-MNIST (4,000 pictures) and on the digits; each is
@@ -10,8 +10,6 @@ for nothing else (2,000 of Fashion-MNIST, 900 of the digits): test pictures are 
 """
 
 import json
-import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,23 +19,22 @@ from typing import Any
 import numpy
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from fashion_mnist import CLASSES, load
+from bench_digits import build_vit  # beside this folder, whose __init__ finds it
 from PIL import Image
 from torch import nn
 from transformers import HfArgumentParser
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-from bench_digits import build_vit
 
 from flashkat_hf import FlashKATConfig, convert
 from flashkat_hf.data.augmentation import evaluation_transform
 from flashkat_hf.data.digits import load_digits
 from flashkat_hf.data.samples import Examples, ImageData, open_image
-from flashkat_hf.training import run as assembly
 from flashkat_hf.training import train
 from flashkat_hf.training.initial_model import build_model
 from flashkat_hf.training.recipe import Settings
+from flashkat_hf.training.task import ImageClassification
+
+from .default_tables import checkpoints_table
+from .fashion_mnist import CLASSES, load
 
 PICTURES = 500  # to fine-tune on
 OTHERS = {"fashion": 2000, "digits": 900}  # to compare on
@@ -98,14 +95,21 @@ def examples(images: list[Image.Image], labels: list[int], indices: list[int]) -
     return Examples([images[index] for index in indices], [labels[index] for index in indices])
 
 
+class InMemory(ImageClassification):
+    """Classes of images that are in memory."""
+
+    def __init__(self, data: ImageData):
+        self.data = data
+
+    def open_data(self, settings: Settings, rank: int, world_size: int) -> ImageData:
+        return self.data
+
+
 def fit(data: ImageData, settings: Settings, build: Callable | None = None) -> dict[str, Any]:
     """Train on data in memory; return the summary of the last epoch."""
-    opened = assembly.open_data
-    assembly.open_data = lambda *_, **__: data
     try:
-        train(settings, build=build)
+        train(settings, build=build, task=InMemory(data))
     finally:
-        assembly.open_data = opened
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
     return json.loads((settings.output / "last" / "summary.json").read_text())
@@ -210,31 +214,6 @@ def measure(model: str, start: str, name: str, way: str, seed: int, arguments: A
     }
 
 
-def summary(results: list[dict]) -> str:
-    """Return a line for each way: its mean accuracy by model and data, and how it differs from the middle."""
-    cases = list(dict.fromkeys((each["model"], each["data"]) for each in results))
-    text = [
-        f"{'':26}" + "".join(f"{f'{model}, {data}':>20}" for model, data in cases) + f"{'difference':>18}"
-    ]
-    score = {
-        (each["model"], each["data"], each["way"], each["seed"]): 100 * each["accuracy"] for each in results
-    }
-    for way in dict.fromkeys(each["way"] for each in results):
-        means = [
-            statistics.mean(value for key, value in score.items() if key[:3] == (*case, way))
-            for case in cases
-        ]
-        pairs = [
-            value - score[(*key[:2], "middle", key[3])]
-            for key, value in score.items()
-            if key[2] == way and (*key[:2], "middle", key[3]) in score
-        ]
-        error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else float("nan")
-        difference = f"{statistics.mean(pairs):+.2f} ± {error:.2f}" if pairs else "-"
-        text.append(f"{way:26}" + "".join(f"{mean:19.2f}%" for mean in means) + f"{difference:>18}")
-    return "\n".join(text)
-
-
 def main(arguments: Arguments) -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     written = arguments.output.read_text() if arguments.output.exists() else ""
@@ -249,7 +228,7 @@ def main(arguments: Arguments) -> None:
                     results.append(measure(model, start, name, way, seed, arguments))
                     with arguments.output.open("a") as file:
                         file.write(json.dumps(results[-1]) + "\n")
-    print(summary(results))
+    print(checkpoints_table(results))
 
 
 if __name__ == "__main__":

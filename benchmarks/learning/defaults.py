@@ -1,7 +1,7 @@
 """Train by the defaults alone, a FlashKAT and the ViT of its shape; note how good they are, and the time.
 
-    python benchmarks/learning/defaults.py --output benchmarks/results/defaults.jsonl
-    python benchmarks/learning/defaults.py --output benchmarks/results/defaults_gpu.jsonl --data fashion60000
+    python -m benchmarks.learning.defaults --output benchmarks/results/defaults.jsonl
+    python -m benchmarks.learning.defaults --output benchmarks/results/defaults_gpu.jsonl --data fashion60000
 
 The same command again goes on where it was stopped. Data: scikit-learn's digits, and Fashion-MNIST with
 4,000 or all 60,000 training pictures (`fashion_mnist.py` says where they come from; `--source` is a folder of
@@ -17,7 +17,6 @@ if reading (in processes of their own) is not what training waits for.
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,10 +25,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from fashion_mnist import write_folder
 from transformers import HfArgumentParser
 
-sys.path.append(str(Path(__file__).parents[1]))
+from .default_tables import defaults_table
+from .fashion_mnist import write_folder
 
 PICTURES = {"digits": None, "fashion4000": 4000, "fashion60000": None}  # training pictures, where not all
 MODELS = ("flashkat", "vit")
@@ -120,7 +119,16 @@ def run(model: str, data: str, folder: Path | None, seed: int) -> dict:
 def measure(arguments: Arguments, model: str, data: str, folder: Path | None, seed: int) -> dict:
     """Train in a process of its own, on as many cores as are allowed; return the line of the results."""
     allowed = sorted(os.sched_getaffinity(0))[: arguments.cores or None]
-    command = [sys.executable, __file__, "--output", str(arguments.output), "--worker", "--data", data]
+    command = [
+        sys.executable,
+        "-m",
+        __spec__.name,
+        "--output",
+        str(arguments.output),
+        "--worker",
+        "--data",
+        data,
+    ]
     command += ["--models", model, "--seeds", str(seed), "--folders", str(arguments.folders)]
     start = time.perf_counter()
     confine = partial(os.sched_setaffinity, 0, allowed)
@@ -131,19 +139,6 @@ def measure(arguments: Arguments, model: str, data: str, folder: Path | None, se
     *text, last = child.stdout.splitlines()
     print(*text, sep="\n")
     return json.loads(last) | times | ({"commit": arguments.commit} if arguments.commit else {})
-
-
-def summary(results: list[dict]) -> str:
-    """Return a line for each data set and model: mean and standard error of the accuracy, and the times."""
-    lines = []
-    for data, model in dict.fromkeys((each["data"], each["model"]) for each in results):
-        runs = [each for each in results if (each["data"], each["model"]) == (data, model)]
-        accuracies = [100 * each["top1"] for each in runs]
-        error = statistics.stdev(accuracies) / len(runs) ** 0.5 if len(runs) > 1 else float("nan")
-        times = " ".join(f"{max(each[name] for each in runs):.0f}" for name in ("seconds", "process_seconds"))
-        accuracy = f"{statistics.mean(accuracies):.2f}% ± {error:.2f}"
-        lines.append(f"{data:13} {model:9} {accuracy} of {len(runs)} seeds; longest {times} s")
-    return "\n".join(lines)
 
 
 def main(arguments: Arguments) -> None:
@@ -164,7 +159,7 @@ def main(arguments: Arguments) -> None:
                     results.append(measure(arguments, model, data, folder, seed))
                     with arguments.output.open("a") as file:
                         file.write(json.dumps(results[-1]) + "\n")
-    print(summary(results))
+    print(defaults_table(results))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Make an image folder of Fashion-MNIST: 70,000 grey pictures of clothes, 28 x 28 pixels, ten classes.
 
     apt-get install dataset-fashion-mnist
-    python benchmarks/learning/fashion_mnist.py --output data/fashion                    # all 60,000 to train
-    python benchmarks/learning/fashion_mnist.py --output data/fashion4000 --train 4000   # 400 of each class
+    python -m benchmarks.learning.fashion_mnist --output data/fashion                    # all 60,000 to train
+    python -m benchmarks.learning.fashion_mnist --output data/fashion4000 --train 4000   # 400 of each class
 
 The data come from Debian's package, or from a folder with the four files that it has (`--source`). The 10,000
 test pictures are written whole. Source: Xiao, Rasul and Vollgraf, *Fashion-MNIST*, 2017, arXiv:1708.07747.

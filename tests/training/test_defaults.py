@@ -199,7 +199,11 @@ def test_the_accuracy_is_that_of_the_best_epochs_weights(tmp_path, trained):
 
 def test_one_image_a_class_takes_the_last_epoch(tmp_path, trained, capsys):
     summary = trained(make_images(tmp_path / "images", train=1, val=3), batch_size=None)
-    assert (summary["best_epoch"], summary["epoch_chosen"], summary["num_test_images"]) == (3, "the last one", 6)
+    assert (summary["best_epoch"], summary["epoch_chosen"], summary["num_test_images"]) == (
+        3,
+        "the last one",
+        6,
+    )
     printed = capsys.readouterr().out
     assert "too few training images to hold any out (2): the last epoch is taken" in printed
     assert printed.count("test accuracy") == 1
