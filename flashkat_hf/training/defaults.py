@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SMALL = 64  # pixels: images whose shorter side is at most that are used whole
 LOOKED_AT = 64  # images whose size is read
-SEEN_ON_CPU, SEEN_ON_GPU = 250_000, 4_000_000  # images that a run trains on, over all epochs
+SEEN_ON_CPU, SEEN_ON_GPU = 250_000, 3_500_000  # images that a run trains on, over all epochs
 MANY = 20_000  # images from which a GPU trains a larger model, in larger batches
 EPOCHS = 10, 150  # the fewest and the most
 EVALUATIONS = 25  # of a run, about
@@ -155,7 +155,7 @@ def _choose_training(choices: Choices, facts: Facts) -> None:
             "images and their labels are mixed in pairs, from which few teach more",
             mixup=0.8,
             cutmix=1.0,
-            mix_probability=0.5,
+            mix_probability=1.0 if facts.gpu else 0.5,  # longer runs need more of it
         )
     mixed = choices.get("mixup") or choices.get("cutmix")
     batch = _batch(facts.num_images, 512 if facts.gpu and many else 32, pair if mixed else facts.share)
