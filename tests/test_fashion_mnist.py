@@ -82,7 +82,7 @@ def test_a_package_that_is_not_installed_says_how(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"\0\0\x08\x03 too short")])
 def test_a_file_that_is_none(source, content):
     (source / "train-images-idx3-ubyte.gz").write_bytes(content)
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte.gz") as error:
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz") as error:
         load(source)
     assert "\n" not in str(error.value)
 
