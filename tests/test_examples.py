@@ -73,9 +73,8 @@ def assert_accuracy_is_the_pipelines(output: Path, printed: str) -> None:
 def trained(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """A model that saw the digits a few times, and what the script printed."""
     output = tmp_path_factory.mktemp("runs") / "digits"
-    return output, command(
-        sys.executable, "examples/finetune.py", "--output", output, "--epochs", EPOCHS, "--batch_size", 32
-    )
+    flags = ["--recipe", "finetune-digits", "--epochs", EPOCHS, "--batch_size", 32]
+    return output, command(sys.executable, "examples/finetune.py", "--output", output, *flags)
 
 
 @pytest.fixture
@@ -163,7 +162,8 @@ def test_accelerates_launcher_with_two_processes_and_mixed_precision(tmp_path):
         "--batch_size", 50,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("test accuracy") == 1 + 1  # the main process alone prints
+    assert result.stdout.count("test accuracy") == 1  # the main process alone prints, at the end
+    assert result.stdout.count("accuracy on held-out training images") == 1
     summary = json.loads((output / "summary.json").read_text())
     assert (summary["num_processes"], summary["precision"], summary["steps"]) == (2, "bf16", 8)
     assert_accuracy_is_the_pipelines(output, result.stdout)
@@ -175,6 +175,8 @@ def test_fine_tuning_photos_from_a_saved_model(train, trained, photos, tmp_path,
     train(
         "--model",
         trained[0] / "best",
+        "--recipe",
+        "finetune",
         "--data",
         photos,
         "--output",
