@@ -155,7 +155,7 @@ def _choose_training(choices: Choices, facts: Facts) -> None:
             "images and their labels are mixed in pairs, from which few teach more",
             mixup=0.8,
             cutmix=1.0,
-            mix_probability=1.0 if facts.gpu else 0.5,  # longer runs need more of it
+            mix_probability=0.8,
         )
     mixed = choices.get("mixup") or choices.get("cutmix")
     batch = _batch(facts.num_images, 512 if facts.gpu and many else 32, pair if mixed else facts.share)

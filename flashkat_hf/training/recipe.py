@@ -135,7 +135,7 @@ class Settings:
     mix_switch: float = setting(0.5, "probability of cutmix where both are on", PROBABILITY)
     mix_probability: float = setting(
         None,
-        "probability that a batch is mixed at all; default: 0.5 with the data's mixing, else 1",
+        "probability that a batch is mixed at all; default: by the data",
         PROBABILITY,
     )
     label_smoothing: float = setting(0.1, "part of each label that is spread over all", BELOW_ONE)
