@@ -115,7 +115,7 @@ def complete_epochs(settings: Settings, epochs: int) -> None:
 
 
 def _choose_model(choices: Choices, facts: Facts) -> None:
-    """Choose the shape of a fresh model: some 50 patches, and as many weights as can be trained."""
+    """Choose the shape of a fresh model: as many weights and patches as the device can train."""
     size = "tiny" if facts.gpu and facts.num_images >= MANY else "micro"
     choices.choose(f"{facts.num_images:,} images to train on, {_device(facts)}", size=size)
     side = facts.side or 224
@@ -123,7 +123,7 @@ def _choose_model(choices: Choices, facts: Facts) -> None:
         side = 224 if facts.gpu else SMALL
     wanted = choices.get("image_size") or max(side, 16)
     across = 14 if wanted > SMALL else 7 if facts.gpu else 4  # patches
-    patch = choices.get("patch_size") or _patch(wanted, -(-wanted // across))
+    patch = choices.get("patch_size") or _patch(wanted, -(-wanted // across), bool(choices.get("image_size")))
     text = "images" if facts.side is None else f"images of {facts.side} pixels"
     text = f"{text}, in some {across} x {across} patches {_device(facts)}"
     choices.choose(text, image_size=-(-wanted // patch) * patch, patch_size=patch)
@@ -174,9 +174,14 @@ def _choose_training(choices: Choices, facts: Facts) -> None:
     choices.choose("", layer_decay=1.0, mixup=0.0, cutmix=0.0, mix_probability=1.0)
 
 
-def _patch(image_size: int, patch: int) -> int:
-    """Return a patch size near to one, such that patches fill an image if there is one."""
-    return next((near for near in (patch, patch - 1, patch + 1) if near and not image_size % near), patch)
+def _patch(image_size: int, patch: int, given: bool) -> int:
+    """Return the patch size nearest to one that fills images of this size.
+
+    Where the size is not given, and so can be rounded up, it is at most one pixel away, or the one itself.
+    """
+    fitting = (size for size in range(1, image_size + 1) if image_size % size == 0)
+    nearest = min(fitting, key=lambda size: abs(size - patch))
+    return nearest if given or abs(nearest - patch) <= 1 else patch
 
 
 def _batch(num_images: int, most: int, share: int) -> int:

@@ -65,6 +65,15 @@ def test_what_is_given_stays(flag, value):
     assert all(getattr(settings, name) is not None for name in others)
 
 
+@pytest.mark.parametrize("image_size", [16, 30, 32, 37, 96, 224])
+def test_patches_fill_images_of_a_size_that_is_given(image_size):
+    for facts in (CLOTHES, PHOTOGRAPHS):
+        settings = chosen(facts, "--image_size", str(image_size))
+        assert settings.image_size == image_size
+        assert image_size % settings.patch_size == 0
+        assert chosen(facts, "--patch_size", "5").image_size % 5 == 0
+
+
 def test_augmentation_is_given_one_by_one():
     assert chosen(CLOTHES, "--flip", "0.5").augmentation.crop == "shifts"
     assert chosen(CLOTHES, "--flip", "0.5").augmentation.flip == 0.5
