@@ -115,6 +115,9 @@ def _train(
         feed = Feed(plan, accelerator, data, processor, task)
         parts = (data, model, feed, folder, checkpoints, StopSignals(), on_model, task)
         trainer = Trainer(plan, accelerator, *parts)
+        small = settings.size == "micro" and isinstance(task, ImageClassification)
+        if accelerator.device.type == "cpu" and small:
+            torch.set_num_threads(1)  # more gain little on such small products, and lose much on busy cores
         if plan.settings.epochs is None:
             trainer.choose_epochs(started)
         if main:
@@ -124,9 +127,6 @@ def _train(
             if not folder.pictures:
                 warn("matplotlib is missing, so the run leaves no curves.png and functions.png")
         accelerator.wait_for_everyone()
-        small = settings.size == "micro" and isinstance(task, ImageClassification)
-        if accelerator.device.type == "cpu" and small:
-            torch.set_num_threads(1)  # more gain little on such small products, and lose much on busy cores
         with trainer.signals, closing(feed):
             return trainer.run(checkpoints.newest() if resuming else None)
 
