@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.options import Augmentation
 from ..data.samples import Examples, ImageData, header
+from ..model.configuration_flashkat import FlashKATConfig
 from .launch import accumulation
 from .recipe import Settings, warmup
 from .selection import HOLDOUT
@@ -24,6 +25,7 @@ LOOKED_AT = 64  # images whose size is read
 SEEN_ON_CPU, SEEN_ON_GPU = 250_000, 3_500_000  # images that a run trains on, over all epochs
 MANY = 20_000  # images from which a GPU trains a larger model, in larger batches
 EPOCHS = 10, 150  # the fewest and the most
+RATE_TIMES_WIDTH, WIDEST = 0.064, 768  # of checkpoints: 1e-3 for 64 channels, falling with their number
 EVALUATIONS = 25  # of a run, about
 
 
@@ -35,6 +37,7 @@ class Facts:
         num_images: images to train on, less those that are held out; 0: unknown.
         side: median of some images' shorter sides in pixels; None where it cannot be read, as of a stream.
         gpu: whether the run is on a GPU.
+        width: channels of the checkpoint that is started from; None of a fresh model, or if not known.
         share: what a batch has to be a multiple of, so that all processes can share it.
     """
 
@@ -42,6 +45,7 @@ class Facts:
     side: int | None
     gpu: bool
     share: int = 1
+    width: int | None = None
 
 
 def facts(settings: Settings, data: ImageData, accelerator: "Accelerator") -> Facts:
@@ -52,6 +56,7 @@ def facts(settings: Settings, data: ImageData, accelerator: "Accelerator") -> Fa
         side=shorter_side(data) if settings.fit_defaults else None,
         gpu=accelerator.device.type == "cuda",
         share=share,
+        width=_width(settings.model) if settings.model and settings.fit_defaults else None,
     )
 
 
@@ -170,7 +175,9 @@ def _choose_training(choices: Choices, facts: Facts) -> None:
         size = choices.get("size")
         choices.choose(f"the size {size}", learning_rate=2e-3 if size == "micro" else 1e-3)
     else:
-        choices.choose("from a checkpoint", learning_rate=1e-4, layer_decay=1.0)
+        rate = min(1e-3, RATE_TIMES_WIDTH / (facts.width or WIDEST))
+        text = "" if facts.width is None else f" of {facts.width} channels"
+        choices.choose(f"from a checkpoint{text}", learning_rate=float(f"{rate:.1g}"))
     choices.choose("", layer_decay=1.0, mixup=0.0, cutmix=0.0, mix_probability=1.0)
 
 
@@ -190,6 +197,13 @@ def _batch(num_images: int, most: int, share: int) -> int:
     while 2 * batch <= min(most, tenth, num_images or most):
         batch *= 2
     return -(-batch // share) * share
+
+
+def _width(model: str) -> int | None:
+    """Return the channels of a checkpoint, or None; building the model says what is wrong with it."""
+    with suppress(Exception):  # the Hub's, transformers' and the config's own have no common class
+        return FlashKATConfig.from_pretrained(model).hidden_size
+    return None
 
 
 def _device(facts: Facts) -> str:

@@ -98,6 +98,12 @@ def test_each_choice_is_said_with_its_reason_and_what_is_given_is_not():
 def test_a_checkpoint_keeps_its_shape():
     settings = chosen(CLOTHES, "--model", "m")
     assert (settings.size, settings.image_size, settings.patch_size, settings.pooling) == (None,) * 4
+    assert (settings.mixup, settings.cutmix, settings.layer_decay) == (0, 0, 1)
+
+
+@pytest.mark.parametrize(("width", "rate"), [(32, 1e-3), (64, 1e-3), (192, 3e-4), (768, 8e-5), (None, 8e-5)])
+def test_wider_checkpoints_learn_at_a_lower_rate(width, rate):
+    assert chosen(replace(CLOTHES, width=width), "--model", "m").learning_rate == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
