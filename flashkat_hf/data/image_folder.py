@@ -180,7 +180,7 @@ def load_image_folder(
     if not skip_corrupt:
         _check_headers(paths[rank::world_size], show=rank == 0)
     val_split = splits[1] if len(splits) == 3 else None
-    return ImageData(splits[0], splits[-1], class_names, _fingerprint(paths, root), val_split)
+    return ImageData(splits[0], splits[-1], class_names, _fingerprint(paths, root), val=val_split)
 
 
 def is_image_folder(root: Path) -> bool:

@@ -51,9 +51,9 @@ def epochs_within(trainer: "Trainer", seconds: float, started: float) -> int:
         epochs += 1
     if not epochs:
         needed = (before + epoch + evaluation) / SPENT
-        text = f"--time: {trainer.settings.time} is shorter than one epoch"
         raise ValueError(
-            f"{text}, for which the run needs about {needed:.0f} s; give more, or a smaller model"
+            f"--time: {trainer.settings.time} is shorter than one epoch, for which the run needs about "
+            f"{needed:.0f} s; give more, or a smaller model"
         )
     return epochs
 
