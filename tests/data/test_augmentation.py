@@ -220,7 +220,7 @@ def test_signs_are_moved_but_never_mirrored():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("crop", "center", "crop 'center' is not one of random, moves"),
+        ("crop", "center", "crop 'center' is not one of auto, random, moves, shifts"),
         ("interpolation", "box", "interpolation 'box' is not one of random, bilinear, bicubic"),
         (
             "crop_area",
