@@ -45,6 +45,7 @@ WAYS = {
     "middle": {},
     "rate 1e-4": {"learning_rate": 1e-4},
     "rate 3e-4": {"learning_rate": 3e-4},
+    "rate 2e-3": {"learning_rate": 2e-3},
     "rate 3e-3": {"learning_rate": 3e-3},
     "layer decay 0.75": {"layer_decay": 0.75},
     "layer decay 0.9": {"layer_decay": 0.9},

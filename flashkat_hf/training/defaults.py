@@ -25,7 +25,7 @@ LOOKED_AT = 64  # images whose size is read
 SEEN_ON_CPU, SEEN_ON_GPU = 280_000, 3_500_000  # images that a run trains on, over all epochs
 MANY = 20_000  # images from which a GPU trains a larger model, in larger batches
 EPOCHS = 10, 150  # the fewest and the most
-RATE_TIMES_WIDTH, WIDEST = 0.064, 768  # of checkpoints: 1e-3 for 64 channels, falling with their number
+RATE_TIMES_WIDTH, WIDEST = 0.128, 768  # of checkpoints: 2e-3 for 64 channels, falling with their number
 EVALUATIONS = 25  # of a run, about
 
 
@@ -175,7 +175,7 @@ def _choose_training(choices: Choices, facts: Facts) -> None:
         size = choices.get("size")
         choices.choose(f"the size {size}", learning_rate=2e-3 if size == "micro" else 1e-3)
     else:
-        rate = min(1e-3, RATE_TIMES_WIDTH / (facts.width or WIDEST))
+        rate = min(2e-3, RATE_TIMES_WIDTH / (facts.width or WIDEST))
         text = "" if facts.width is None else f" of {facts.width} channels"
         choices.choose(f"from a checkpoint{text}", learning_rate=float(f"{rate:.1g}"))
     choices.choose("", layer_decay=1.0, mixup=0.0, cutmix=0.0, mix_probability=1.0)

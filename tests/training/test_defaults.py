@@ -101,7 +101,7 @@ def test_a_checkpoint_keeps_its_shape():
     assert (settings.mixup, settings.cutmix, settings.layer_decay) == (0, 0, 1)
 
 
-@pytest.mark.parametrize(("width", "rate"), [(32, 1e-3), (64, 1e-3), (192, 3e-4), (768, 8e-5), (None, 8e-5)])
+@pytest.mark.parametrize(("width", "rate"), [(32, 2e-3), (64, 2e-3), (192, 7e-4), (768, 2e-4), (None, 2e-4)])
 def test_wider_checkpoints_learn_at_a_lower_rate(width, rate):
     assert chosen(replace(CLOTHES, width=width), "--model", "m").learning_rate == pytest.approx(rate)
 
