@@ -129,7 +129,8 @@ def questions(results: Sequence[dict]) -> str:
             for question in QUESTIONS
         ]
         answered = [(question, each) for question, each in found if each is not None]
-        corrected = holm([each.p for _, each in answered])
+        unanswered = [1.0] * (len(found) - len(answered))  # they count, too
+        corrected = holm([each.p for _, each in answered] + unanswered)[: len(answered)]
         rows = header("question", "seeds", "difference, points", "p, corrected", "answer")
         for (question, each), p in zip(answered, corrected, strict=True):
             cells = question.text, each.count, signed(each), chance(p), verdict(each, p, len(QUESTIONS))
