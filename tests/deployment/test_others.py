@@ -1,6 +1,5 @@
-"""What docs/deployment.md says of peft, accelerate, coremltools and torchao."""
+"""What docs/deployment.md says of peft, accelerate and coremltools."""
 
-import copy
 import warnings
 
 import pytest
@@ -8,9 +7,8 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from peft import AutoPeftModel, LoraConfig, get_peft_model
 from peft.peft_model import PeftModel
-from sklearn.datasets import load_digits
 
-from flashkat_hf import FlashKATConfig, FlashKATForImageClassification
+from flashkat_hf import FlashKATForImageClassification
 from flashkat_hf.deployment import export_model
 
 
@@ -68,35 +66,3 @@ def test_layers_on_two_gpus(bare_folder):
     with torch.no_grad():
         expected, logits = model(images).logits, spread.eval()(images.cuda()).logits
     torch.testing.assert_close(logits.cpu(), expected, rtol=1e-2, atol=1e-3)  # TF32
-
-
-@pytest.mark.filterwarnings("ignore")  # torchao's own
-def test_quantised_digits():
-    """Int8 by torchao costs at most 0.5 points on the digits' test images (two of 360 are 0.56)."""
-    quantization = pytest.importorskip("torchao.quantization")
-    torch.manual_seed(0)
-    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-    config = FlashKATConfig(**size, image_size=8, patch_size=2, num_channels=1, num_labels=10)
-    model = FlashKATForImageClassification(config).train()
-    digits = load_digits()
-    pixels = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
-    labels = torch.from_numpy(digits.target)
-    order = torch.randperm(len(labels))
-    train, test = order[360:], order[:360]
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for _ in range(300):
-        chosen = train[torch.randint(len(train), (128,))]
-        model(pixels[chosen], labels=labels[chosen]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def wrong(model: torch.nn.Module) -> int:
-        with torch.no_grad():
-            return int((model.eval()(pixels[test]).logits.argmax(-1) != labels[test]).sum())
-
-    plain = wrong(model)
-    assert plain < 36
-    for name in ("Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"):
-        quantised = copy.deepcopy(model)
-        quantization.quantize_(quantised.flashkat.layers, getattr(quantization, name)())
-        assert wrong(quantised) <= plain + 0.005 * len(test)
