@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy
 from huggingface_hub.errors import StrictDataclassError
 from transformers import BackboneMixin, Dinov2Backbone, Dinov2Config, HfArgumentParser
+from transformers.utils import logging
 
 from flashkat_hf import FlashKATBackbone, FlashKATConfig, make_image_processor
 from flashkat_hf.messages import one_line
@@ -42,6 +43,8 @@ def read_flags(
     Raises:
         ValueError: in one line, for a flag that is unknown or a value that does not serve.
     """
+    logging.set_verbosity_error()  # which weights are new to a backbone is no news
+    logging.disable_progress_bar()
     parser = HfArgumentParser(flags, description=text, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
     parser.epilog = "Further flags are those of `flashkat finetune`, such as --epochs, --resume, --ema_decay."
     own, others = parser.parse_args_into_dataclasses(

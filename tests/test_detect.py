@@ -193,7 +193,7 @@ def no_file(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (change(bbox=[40, 5, 30, 10]), r"val\.json: annotation 1 has the box .*\] outside its image of 60x"),
+        (change(bbox=[40, 5, 30, 10]), r"annotation 1 has the box .*\] outside its image of 60x40"),
         (change(bbox=[-1, 5, 30, 10]), r"annotation 1 has the box \[-1, 5, 30, 10\] outside"),
         (change(bbox=[4, 5, 0, 10]), r"annotation 1 has the box \[4, 5, 0, 10\] without an area"),
         (change(bbox=[4, 5, 1]), r"annotation 1 has the box \[4, 5, 1\], not \[left, top, width, height\]"),

@@ -233,6 +233,9 @@ class FlashKATPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):  # subclasses too, which transformers does not know by name
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, FlashKATEmbeddings):
             init.trunc_normal_(module.position_embeddings, std=std)
             for token in (module.cls_token, module.register_tokens):

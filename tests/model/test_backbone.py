@@ -125,3 +125,16 @@ def test_compiles_in_one_graph():
     compiled = torch.compile(backbone, backend="aot_eager", fullgraph=True)(images)
     for features, expected in zip(compiled.feature_maps, backbone(images).feature_maps, strict=True):
         torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pyramid_that_a_checkpoint_lacks_starts_as_a_fresh_one(folder):
+    """Its norms are ones and zeros, not what the memory held."""
+    options = {"pyramid_channels": 32, "out_features": ["pyramid1", "pyramid3"]}
+    backbone = FlashKATBackbone.from_pretrained(folder, **options)
+    norms = [module for module in backbone.pyramid.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(norms) == 5
+    for norm in norms:
+        assert torch.equal(norm.weight, torch.ones_like(norm.weight))
+        assert torch.equal(norm.bias, torch.zeros_like(norm.bias))
+    for name, parameter in backbone.pyramid.named_parameters():
+        assert parameter.abs().max() < 2, name
