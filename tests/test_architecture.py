@@ -41,6 +41,7 @@ ORDER = (  # of model/: a file imports what stands before it; a new file needs a
     "reference",
     "native_rational",
     "fitting",
+    "pytorch_attention",
     "triton_",
     "operators",
     "op_rational",

@@ -230,28 +230,24 @@ def test_precision_table():
 
 
 def test_training_table():
-    """Each row beside the synthetic data of its own commit, where that was measured."""
-    about = {"size": "small", "batch_size": 8, "precision": "bf16", "device": "GPU"}
+    """A row's share is of as many times the synthetic rate of one GPU, of its own size and commit."""
+    about = {"batch_size": 8, "precision": "bf16", "device": "GPU", "compiled": False, "peak_memory_gib": 1.0}
     about["versions"] = {"torch": "2", "accelerate": "1"}
     cases = [
-        ("synthetic", 1, 200, "a"),
-        ("jpeg", 1, 100, "a"),
-        ("synthetic", 1, 100, "b"),
-        ("synthetic ddp", 2, 190, "b"),
+        ("synthetic", "small", 1, 200, "a"),
+        ("jpeg", "small", 2, 300, "a"),
+        ("synthetic", "small", 1, 100, "b"),
+        ("synthetic", "small", 4, 380, "b"),
+        ("synthetic", "base", 2, 180, "b"),
     ]
-    cases.append(("synthetic fsdp2", 2, 180, "c"))
-    results = [
-        {
-            "case": case,
-            "processes": count,
-            "images_per_second": rate,
-            "step_images_per_second": rate,
-            "commit": commit,
-        }
-        for case, count, rate, commit in cases
-    ]
-    rows = render.training_table([result | about for result in results]).splitlines()
-    assert [row.split(" | ")[-2].strip() for row in rows[2:7]] == ["1.00", "0.50", "1.00", "1.90", ""]
+    names = "case", "size", "processes", "images_per_second", "commit"
+    results = [about | dict(zip(names, case, strict=True)) for case in cases]
+    results[0] |= {"start_up_s": 12.34, "checkpoint_s": 0.56}
+    checked = {"case": "resume", "processes": 4, "same_bits": True, "commit": "b"}
+    *rows, note = render.training_table([*results, checked]).splitlines()
+    assert [row.split(" | ")[3] for row in rows[2:7]] == ["1.00", "0.75", "1.00", "0.95", ""]
+    assert rows[2].endswith("| 12.3 s | 0.6 s |")
+    assert "After SIGTERM to the launcher on 4 GPUs a resumed run" in note
 
 
 def test_documents_are_rendered(monkeypatch):
