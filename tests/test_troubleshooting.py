@@ -24,7 +24,6 @@ INTERNAL = {
     "a file or folder in {}": FILLS,
     "an image in {}": FILLS,
     "it has none": FILLS,
-    "the default ones": FILLS,
     "--resume with --skip_nonfinite": FILLS,
     "{}, and {} more": FILLS,
 }
