@@ -162,9 +162,9 @@ def runs_table(results: list[dict]) -> str:
         rates = f"{result['images_per_s']:,.0f}" if "images_per_s" in result else ""
         seconds = result.get("update_10_s") if result["case"] == "start" else result.get("wall_s")
         rows.append([", ".join(parts), rates, f"{seconds:.1f}" if seconds else ""])
-    about = results[0]
+    about, commits = results[0], distinct(result["commit"][:7] for result in results)
     note = f"{about['size']}, 224 pixels, {about['machine']}, {about['precision']}, torch {about['torch']}, "
-    note += f"transformers {about['transformers']}, commit {about['commit'][:7]}; `benchmarks/bench_runs.py`."
+    note += f"transformers {about['transformers']}, commit {', '.join(commits)}; `benchmarks/bench_runs.py`."
     return table(["run", "images/s", "seconds"], rows) + "\n\n" + note
 
 
