@@ -110,6 +110,7 @@ def _one_run(request, monkeypatch) -> Iterator[None]:
     monkeypatch.setenv("ACCELERATE_USE_CPU", str(request.node.get_closest_marker("gpu") is None).lower())
     num_threads, states = torch.get_num_threads(), (random.getstate(), numpy.random.get_state())
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a test before
     yield
     torch.set_num_threads(num_threads)
     random.setstate(states[0])

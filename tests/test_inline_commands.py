@@ -108,6 +108,7 @@ def script(path: str) -> argparse.ArgumentParser:
 def module(name: str) -> argparse.ArgumentParser:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
+        patch.delitem(sys.modules, f"{name}.__main__", raising=False)  # imported by another test
         return parser_of(lambda: runpy.run_module(name, run_name="__main__"))
 
 

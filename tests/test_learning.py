@@ -41,11 +41,16 @@ def toy(tmp_path_factory):
     output = tmp_path_factory.mktemp("learning") / "learning.jsonl"
     arguments = ["--toy", "--data", "digits", "--device", "cpu", "--seeds", "3", "--commit", "0123456789"]
     arguments += ["--contenders", *CHOSEN, "--output", str(output)]
+    return arguments, started(*arguments), output
+
+
+def started(*arguments: str) -> str:
+    """Run the command in a process of its own, whose threads no test has set; return what it says."""
     command = [sys.executable, "-m", "benchmarks.learning", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
-    return arguments, run.stdout, output
+    return run.stdout
 
 
 def read(output) -> list[dict]:
@@ -74,13 +79,13 @@ def test_every_stage_runs_at_toy_size(toy):
     assert not any(row.get("diverged") for row in rows)
 
 
-def test_a_second_call_adds_only_what_is_missing(toy, capsys):
+def test_a_second_call_adds_only_what_is_missing(toy):
     arguments, _, output = toy
     lines = output.read_text().splitlines()
     kept = [line for line in lines if json.loads(line)["part"] != "time"]
     output.write_text("".join(line + "\n" for line in kept))
-    main([*arguments, "--stages", "primary", "time", "--contenders", "swiglu"])
-    assert capsys.readouterr().out.endswith("# nothing is missing\n")
+    text = started(*arguments, "--stages", "primary", "time", "--contenders", "swiglu")
+    assert text.endswith("# nothing is missing\n")
     added = read(output)[len(kept) :]
     assert [(row["part"], row["contender"], row["seed"]) for row in added] == [
         ("time", "swiglu", seed) for seed in range(3)

@@ -164,7 +164,11 @@ def without(name: str) -> dict:
         (SHAPED | {"blocks.0.mlp.act1.weight_numerator": torch.zeros(1, 4)}, r"\(1, 4\) instead of \(1, 6\)"),
         (SHAPED | {"pos_embed": torch.zeros(1, 20, 64)}, "20 positions are no square"),
         (SHAPED | {"pos_embed": torch.zeros(20, 64)}, "3 axes are expected"),
-        (SHAPED | {"patch_embed.proj.weight": torch.zeros(64, 3, 8, 4)}, "patches are 8x4"),
+        (
+            SHAPED
+            | {"patch_embed.proj.weight": torch.zeros(64, 3, 8, 4), "pos_embed": torch.zeros(1, 33, 64)},
+            r"33 positions are no square of patches, .*; image_size=\[HEIGHT, WIDTH\] says more",
+        ),
         (
             SHAPED | {"head.bias": torch.zeros(10, dtype=torch.int8)},
             "head.bias is no tensor of floating .* torch.int8",
@@ -187,7 +191,6 @@ def test_refused_states(state, message):
         ({"global_pool": "map"}, "attention pooling"),
         ({"scale_mlp_norm": True}, "norms inside attention or MLP"),
         ({"class_token": False, "global_pool": "avg"}, "cls_token is missing"),
-        ({"patch_size": (8, 4)}, "patches are 8x4"),
     ],
 )
 def test_refused_relatives_of_vit(arguments, message):
