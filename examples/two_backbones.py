@@ -1,4 +1,4 @@
-"""What segment.py and detect.py share: their flags, a FlashKAT and a ViT of one size, and a run for each."""
+"""Functions that segment.py and detect.py share: they read flags, build both backbones and train each."""
 
 import copy
 import os

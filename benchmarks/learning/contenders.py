@@ -29,7 +29,7 @@ CONVERTED = {"act1_init": "identity", "act2_init": "gelu"}
 
 @dataclass(frozen=True)
 class Contender:
-    """What is trained, and what is different about it."""
+    """A contender: a model with its start and its training, and how it differs from the others."""
 
     text: str  # for the tables
     family: str = RATIONAL

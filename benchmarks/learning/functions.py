@@ -1,4 +1,4 @@
-"""What the rationals of a run became, and fixed functions that are fitted to them."""
+"""Measure how far a run has moved its rationals, and fit fixed functions to the learned ones."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby

@@ -32,7 +32,7 @@ TOY_PICTURES, TOY_EPOCHS = 130, 2
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run, and where."""
+    """The settings of the bench: its stages, contenders, data, device and time."""
 
     output: Path
     stages: tuple[str, ...]

@@ -32,7 +32,7 @@ QUESTIONS = (
 
 
 class Place(NamedTuple):
-    """What results must share to stand in one table."""
+    """The data set, epochs and machine that all results of one table share."""
 
     data: str
     pictures: int

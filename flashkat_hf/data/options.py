@@ -75,7 +75,7 @@ class Augmentation:
 
     @property
     def moved(self) -> bool:
-        """Whether an image is used whole, and moved a little."""
+        """Return True if each image is used whole and moved a little, by the crops "moves" and "shifts"."""
         return self.crop in ("moves", "shifts")
 
     def resolved(self, device: "torch.device", in_memory: bool) -> "Augmentation":

@@ -89,7 +89,7 @@ class FoldedRational(nn.Module):
 
 
 class FoldedAttention(nn.Module):
-    """What a `FlashKATAttention` computes, with maps of their own for query, key and value.
+    """An attention like `FlashKATAttention` that has a linear map each for query, key and value.
 
     The scaling is in the query's map.
     """

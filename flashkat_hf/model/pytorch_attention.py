@@ -18,12 +18,11 @@ FORWARD = {FLASH: ATEN._scaled_dot_product_flash_attention, CUDNN: ATEN._scaled_
 
 
 class Attended(NamedTuple):
-    """What backward needs beside q, k, v and the result; nothing where it computes the attention again."""
+    """Tensors that backward needs beside q, k, v and the result; without them it computes attention again."""
 
-    lse: Tensor | None = (
-        None  # float32 (batch, heads, tokens) of flash attention, with an axis of 1 of cuDNN's
-    )
-    seed: Tensor | None = None  # of dropout, which there is none of
+    # float32 log-sum-exp: (batch, heads, tokens) by flash attention, (batch, heads, tokens, 1) by cuDNN
+    lse: Tensor | None = None
+    seed: Tensor | None = None  # this and the next: dropout's random state, which the backends ask for
     offset: Tensor | None = None
 
 

@@ -17,7 +17,7 @@ from .records import EncodedCrops, Windows
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation transform does.
+    """The steps of an evaluation transform, as numbers that a worker and a device read.
 
     Attributes:
         resize: shorter side, or height and width, to which an image is resized.
