@@ -1,6 +1,6 @@
 """Fine-tune a segmentation head, UperNet, on a FlashKAT backbone, and the same head on a ViT beside it.
 
-    python examples/segment.py                                    # about three minutes on two CPU cores
+    python examples/segment.py                                    # a few minutes on two CPU cores
     python examples/segment.py --data scenes --model runs/kat-tiny --image_size 512
     accelerate launch examples/segment.py --data scenes --model runs/kat-tiny --image_size 512 --twin false
 
