@@ -79,9 +79,8 @@ def predictions(forward: Forward, labels: Sequence[str], top_k: int) -> Question
         if not answers["probabilities"].isfinite().all():
             raise ValueError("the model's outputs are not finite")
         ids, chances = (answers[name].flatten().numpy() for name in types)
-        offsets = pyarrow.array(range(0, len(ids) + 1, top_k), pyarrow.int32())
         lists = {"labels": names.take(pyarrow.array(ids)), "probabilities": pyarrow.array(chances)}
-        return {name: pyarrow.ListArray.from_arrays(offsets, value) for name, value in lists.items()}
+        return {name: in_lists(values, top_k) for name, values in lists.items()}
 
     return Question(types, compute, columns)
 
@@ -95,10 +94,10 @@ def features(forward: Forward, patches: bool) -> Question:
     pyarrow, model = extra("pyarrow"), cast(Any, forward.model)
     width, embeddings = model.config.hidden_size, model.embeddings
     height, columns_ = embeddings.grid(*embeddings.image_size)
-    vector = pyarrow.list_(pyarrow.float32(), width)
+    vector = pyarrow.list_(pyarrow.float32())
     types = {"pooled": vector}
     if patches:
-        types["patches"] = pyarrow.list_(vector, height * columns_)
+        types["patches"] = pyarrow.list_(vector)
 
     def compute(pixels: Tensor) -> Answers:
         output = forward(pixels)
@@ -109,11 +108,21 @@ def features(forward: Forward, patches: bool) -> Question:
 
     def columns(answers: Answers) -> dict[str, Any]:
         vectors = {
-            name: pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(answer.flatten().numpy()), width)
-            for name, answer in answers.items()
+            name: in_lists(pyarrow.array(answer.flatten().numpy()), width) for name, answer in answers.items()
         }
         if patches:
-            vectors["patches"] = pyarrow.FixedSizeListArray.from_arrays(vectors["patches"], height * columns_)
+            vectors["patches"] = in_lists(vectors["patches"], height * columns_)
         return vectors
 
     return Question(types, compute, columns)
+
+
+def in_lists(values: Any, length: int) -> Any:
+    """Return a pyarrow array cut into lists of one length.
+
+    Their type has no fixed length: before version 26, pyarrow reads no null, the row of an unreadable
+    picture, among lists that have one (https://github.com/apache/arrow/issues/35692).
+    """
+    pyarrow = extra("pyarrow")
+    offsets = pyarrow.array(range(0, len(values) + 1, length), pyarrow.int32())
+    return pyarrow.ListArray.from_arrays(offsets, values)
