@@ -220,6 +220,7 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     (LEARNING, "questions", "learning", learning.questions),
     (LEARNING, "equal_parameters", "learning", learning.equal_parameters),
     (LEARNING, "equal_time", "learning", learning.equal_time),
+    (LEARNING, "variants", "learning", learning.variants),
     (LEARNING, "upcycled", "learning", learning.upcycled),
     (LEARNING, "became", "learning", learning.became),
     (LEARNING, "distilled", "learning", learning.distilled),

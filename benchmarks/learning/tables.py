@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from .contenders import CONTENDERS, DISTILLED, PRECISIONS, PRIMARY, TIMED, UPCYCLED, VARIANTS
+from .contenders import CONTENDERS, DISTILLED, PRECISIONS, PRIMARY, RATIONAL, TIMED, UPCYCLED, VARIANTS
 from .statistics import LEVEL, Difference, Summary, by_seed, detectable, difference, holm, summary
 
 NAMES = {"fashion": "Fashion-MNIST", "digits": "scikit-learn's digits"}
@@ -190,6 +190,27 @@ def equal_time(results: Sequence[dict]) -> str:
         return rows[:2] + gelu[2:] + rows[2:]
 
     return in_each_place(results, "time", table)
+
+
+def variants(results: Sequence[dict]) -> str:
+    """Return the variants of FlashKAT beside it as released: whether one would be a better default."""
+    names = ["separate", *(name for name in VARIANTS if CONTENDERS[name].family == RATIONAL)]
+
+    def table(here: Results) -> list[str]:
+        rows = header("variant", "seeds", "equal parameters", "p, corrected", "equal time", "p, corrected")
+        cells = {name: [CONTENDERS[name].text] for name in names if here.of("parameters", name)}
+        for part in ("parameters", "time"):
+            against = here.accuracy(part, "flashkat")
+            gaps = {name: difference(here.accuracy(part, name), against) for name in cells}
+            seen = {name: gap for name, gap in gaps.items() if gap is not None}
+            corrected = dict(zip(seen, holm([gap.p for gap in seen.values()]), strict=True))
+            for name, gap in gaps.items():
+                if part == "parameters":
+                    cells[name].append(str(len(here.of(part, name))))
+                cells[name] += [signed(gap), chance(corrected.get(name))]
+        return [*rows, *(f"| {' | '.join(row)} |" for row in cells.values())]
+
+    return in_each_place(results, "parameters", table)
 
 
 def upcycled(results: Sequence[dict]) -> str:
