@@ -187,8 +187,9 @@ def data_table(results: list[dict]) -> str:
 # document, the marker's name, the results file, what is written there
 TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     ("README.md", "cells_picture", "cells", picture("docs/cells.png", CELLS)),
-    ("docs/index.md", "digits", "digits", digits_table),
-    ("docs/index.md", "digits_224", "digits_224", digits_table),
+    ("docs/index.md", "defaults", "defaults", default_tables.defaults_table),
+    ("docs/training.md", "digits", "digits", digits_table),
+    ("docs/training.md", "digits_224", "digits_224", digits_table),
     ("docs/calibration.md", "conversion", "conversion", conversion_table),
     ("docs/training.md", "training", "training", training_table),
     ("docs/training.md", "defaults", "defaults", default_tables.defaults_table),
