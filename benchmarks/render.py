@@ -114,6 +114,33 @@ def digits_table(results: list[dict]) -> str:
     return "\n".join(rows)
 
 
+def dense_table(results: list[dict]) -> str:
+    """Return a row for each example and backbone: its scores over the seeds, and the time of the example."""
+    tasks = {
+        "segment": ("`examples/segment.py`", {"mean_iou": "mean IoU", "pixels": "pixels"}),
+        "detect": ("`examples/detect.py`", {"map": "mAP", "map_50": "at IoU 0.5"}),
+    }
+    rows = [
+        "| | backbone | validation, mean of the seeds | each seed | parameters | both, longest |",
+        "|---" * 6 + "|",
+    ]
+    for what, model in dict.fromkeys((each["what"], each["model"]) for each in results):
+        runs = [each for each in results if (each["what"], each["model"]) == (what, model)]
+        title, scores = tasks[what]
+        means = (f"{name} {mean(run['scores'][score] for run in runs):.1%}" for score, name in scores.items())
+        each = ", ".join(f"{run['scores'][next(iter(scores))]:.1%}" for run in runs)
+        seconds = max(run["seconds_of_both"] for run in runs)
+        backbone = {"flashkat": "FlashKAT", "vit": "ViT"}[model]
+        cells = title, backbone, ", ".join(means), each, f"{runs[0]['parameters']:,}", f"{seconds:.0f} s"
+        rows.append(f"| {' | '.join(cells)} |")
+    about = results[-1]
+    packages = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers"))
+    commits = " and ".join(dict.fromkeys(each["commit"][:7] for each in results))
+    return "\n".join(
+        [*rows, "", f"{about['device']}, {packages}, commit {commits}; `benchmarks/bench_dense.py`."]
+    )
+
+
 def picture(link: str, text: str) -> Callable[[list[dict]], str]:
     return lambda results: f"![{text}]({link})"
 
@@ -216,6 +243,7 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     (PERFORMANCE, "precision_gpu", "precision_gpu", precision_table),
     (PERFORMANCE, "cpu_train", "cpu_train", model_table),
     (PERFORMANCE, "cpu_inference", "cpu_inference", model_table),
+    ("docs/dense.md", "dense", "dense", dense_table),
     ("benchmarks/learning/design.md", "pilot", "learning_pilot", learning.pilot),
     (LEARNING, "learning_picture", "learning", picture("learning.png", ACCURACIES)),
     (LEARNING, "questions", "learning", learning.questions),
