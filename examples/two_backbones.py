@@ -69,7 +69,8 @@ def backbone_config(settings: Settings, kind: str, image_size: int, **features: 
     given = {"drop_path_rate": settings.drop_path}
     if not settings.model:
         given["image_size"] = settings.image_size or image_size
-        given |= {"patch_size": settings.patch_size} if settings.patch_size else {}
+        chosen = {name: getattr(settings, name) for name in ("patch_size", "initializer")}
+        given |= {name: value for name, value in chosen.items() if value}
     try:
         if settings.model:
             base = FlashKATConfig.from_pretrained(settings.model, **given)

@@ -65,12 +65,8 @@ def _with_lora(model: nn.Module, settings: Settings) -> Any:
 
 def _fresh(settings: Settings, class_names: list[str]) -> tuple[FlashKATForImageClassification, Any]:
     overrides = _labels(class_names) | {"drop_path_rate": settings.drop_path}
-    sizes = {
-        "image_size": settings.image_size,
-        "patch_size": settings.patch_size,
-        "pooling": settings.pooling,
-    }
-    overrides |= {name: value for name, value in sizes.items() if value}
+    given = {name: getattr(settings, name) for name in ("image_size", "patch_size", "pooling", "initializer")}
+    overrides |= {name: value for name, value in given.items() if value}
     try:
         config = FlashKATConfig.from_size(str(settings.size), **overrides)
     except StrictDataclassClassValidationError as error:

@@ -22,6 +22,7 @@ FROM_ZERO = (0, math.inf)
 BELOW_ONE = (0, 1)
 PROBABILITY = (0, 1 + 1e-12)
 SEED = (0, 2**31)
+FRESH = ("size", "patch_size", "pooling", "initializer")  # settings of a model without weights
 FIXED = {  # without `fit_defaults`, as the packaged recipes are
     "epochs": 50,
     "batch_size": 64,
@@ -96,6 +97,9 @@ class Settings:
     patch_size: int | None = setting(None, "height and width of a patch; default: by the data", COUNT)
     pooling: Literal["cls", "mean"] | None = setting(
         None, "of a fresh model, before the classifier; default: by the data"
+    )
+    initializer: Literal["trunc_normal", "variance_preserving"] | None = setting(
+        None, "start of a fresh model's MLPs; default: trunc_normal, as released; the other is the paper's"
     )
     head: Literal["auto", "fresh", "keep"] = setting("auto", "of --model; auto: fresh where labels differ")
     drop_path: float = setting(0.0, "stochastic depth of the last block", BELOW_ONE)
@@ -211,14 +215,9 @@ class Settings:
 
     def _contradiction(self) -> str | None:
         """Return what is wrong with two settings together, or None."""
-        if self.model is not None and self.size is not None:
-            return f"--size: {self.size} is for a fresh model, but --model {self.model} has a size of its own"
-        if self.model is not None and self.patch_size is not None:
-            return (
-                f"--patch_size: {self.patch_size} is for a fresh model, but --model {self.model} has its own"
-            )
-        if self.model is not None and self.pooling is not None:
-            return f"--pooling: {self.pooling} is for a fresh model, but --model {self.model} has its own"
+        for name in FRESH if self.model is not None else ():
+            if (value := getattr(self, name)) is not None:
+                return f"--{name}: {value} is for a fresh model, but --model {self.model} has its own"
         if self.model is None and self.head != "auto":
             return f"--head: {self.head} is for --model; a fresh model has a fresh head"
         if self.freeze_backbone and self.lora_rank:
@@ -388,8 +387,8 @@ def parse(arguments: Sequence[str], command: str = "finetune", description: str 
         if not path.is_file():
             raise ValueError(f"--recipe: {recipe} is no file and none of {', '.join(known)}")
         values = read_recipe(path)
-    if named.model:
-        values.pop("size", None)  # of the fresh model that the recipe is for
+    if named.model:  # of the fresh model that the recipe is for
+        values = {name: value for name, value in values.items() if name not in FRESH}
     if named.time:
         values.pop("epochs", None)
     options, unknown = parser.parse_known_args([*_as_flags(values), *arguments])

@@ -43,6 +43,8 @@ def test_a_fresh_model():
     assert model(torch.zeros(1, 3, 24, 24)).logits.shape == (1, 3)
     model, _ = build_model(Settings(size="micro", image_size=24, patch_size=8), NAMES)
     assert (model.config.patch_size, model.flashkat.embeddings.position_embeddings.shape[1]) == (8, 9 + 1)
+    model, _ = build_model(Settings(size="micro", initializer="variance_preserving"), NAMES)
+    assert model.flashkat.layers[0].mlp.fc1.weight.std() > 5 * model.config.initializer_range
     with pytest.raises(ValueError, match=r"^--patch_size: image_size must be a multiple of patch_size; got"):
         build_model(Settings(size="tiny", patch_size=15), NAMES)
 

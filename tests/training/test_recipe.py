@@ -104,6 +104,10 @@ def test_defaults_that_depend_on_others(tmp_path):
     assert parsed("--data", "photos", "--model", "m", recipe="finetune").learning_rate == 1e-4
     assert parsed("--data", "photos", recipe="finetune").size == "tiny"
     assert parsed("--data", "photos", "--model", "m", recipe="finetune").size is None
+    recipe = tmp_path / "fresh.yaml"
+    recipe.write_text("size: micro\ninitializer: variance_preserving\nepochs: 3\n")
+    settings = parse(["--recipe", str(recipe), "--model", "m"])
+    assert (settings.size, settings.initializer, settings.epochs) == (None, None, 3)
     assert [parsed("--epochs", n).warmup_epochs for n in (1, 20, 300)] == [0.1, 2, 5]
 
 
@@ -203,7 +207,7 @@ def test_what_is_known_of_a_setting_stands_at_its_field():
         (["--size", "huge"], "argument --size: invalid choice: 'huge'"),
         (
             ["--model", "a", "--size", "tiny"],
-            "--size: tiny is for a fresh model, but --model a has a size of its own",
+            "--size: tiny is for a fresh model, but --model a has its own",
         ),
         (["--head", "keep"], "--head: keep is for --model"),
         (["--lora_rank", "4", "--freeze_backbone"], "--freeze_backbone contradicts --lora_rank 4"),
@@ -215,6 +219,10 @@ def test_what_is_known_of_a_setting_stands_at_its_field():
         (
             ["--model", "a", "--patch_size", "4"],
             "--patch_size: 4 is for a fresh model, but --model a has its own",
+        ),
+        (
+            ["--model", "a", "--initializer", "trunc_normal"],
+            "--initializer: trunc_normal is for a fresh model, but --model a has its own",
         ),
         (["--compile", "perhaps"], "argument --compile: 'perhaps' is neither true nor false"),
         (["--lr", "3"], "unknown arguments: --lr 3; perhaps --learning_rate$"),
