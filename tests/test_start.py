@@ -1,10 +1,13 @@
 """Commands start quickly: what they import is counted, since seconds differ from machine to machine."""
 
+import ctypes
+import gc
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +16,11 @@ from helpers import ROOT, micro_config
 from flashkat_hf import FlashKATForImageClassification
 from flashkat_hf.checkpoints.weights import tensor_shapes
 from flashkat_hf.cli import main
+from flashkat_hf.lazy import import_uncollected
+from flashkat_hf.training.start import start_driver
 
 SLOW = {"torch", "transformers", "timm", "torchvision", "datasets", "sklearn", "accelerate", "matplotlib"}
+SLOW |= {"flashkat_hf.training.start"}  # starts the GPU's driver
 REFUSED = (  # what a user mistypes, and what the line says
     ("info LOST", "lost is not a folder"),
     ("info RUN", "is the folder of a run, not of a model; try "),
@@ -92,6 +98,68 @@ def test_info(bare_folder, tmp_path):
     """It takes neither the model nor the image processor, whose imports take seconds."""
     slow = {"transformers.modeling_utils", "torch._inductor", "torch._dynamo", "torchvision", "timm"}
     assert imported([["info", str(bare_folder)]], slow, tmp_path) == ["0"]
+
+
+@pytest.fixture
+def searches():
+    """How often Python has looked for garbage; what the test leaves out of its searches comes back."""
+    assert gc.isenabled()
+    yield lambda: sum(generation["collections"] for generation in gc.get_stats())
+    gc.unfreeze()
+
+
+def test_imports_are_not_searched_for_garbage(searches, tmp_path, monkeypatch):
+    (tmp_path / "many.py").write_text("found = [[number] for number in range(100_000)]")
+    (tmp_path / "broken.py").write_text("found = [[number] for number in range(100_000)]\nimport lost_module")
+    monkeypatch.syspath_prepend(tmp_path)
+    gc.unfreeze()
+    before = searches()
+    found = import_uncollected("many", "").found
+    assert searches() == before
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > len(found)
+    gc.unfreeze()
+    assert import_uncollected("many", "").found is found
+    assert gc.get_freeze_count() == 0  # only what an import brought is left out
+    with pytest.raises(ModuleNotFoundError, match="lost_module"):
+        import_uncollected("broken", "")
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(
+    ("broken", "called"),
+    [
+        ("", ["cuInit", "cuDeviceGetCount", "cuDeviceGet 1", "cuDevicePrimaryCtxRetain 7"]),
+        ("cuInit", ["cuInit"]),
+        ("cuDeviceGetCount", ["cuInit", "cuDeviceGetCount"]),
+        ("cuDeviceGet", ["cuInit", "cuDeviceGetCount", "cuDeviceGet 1"]),
+    ],
+)
+def test_the_driver_makes_the_context_of_one_gpu(broken, called, monkeypatch):
+    """Process 5 of a machine with 2 GPUs has the second of them; a driver that fails is left alone."""
+    calls = []
+
+    def note(name: str, number: object = "") -> int:
+        calls.append(f"{name} {number}".strip())
+        return int(name == broken)
+
+    def get_count(count) -> int:
+        count._obj.value = 2
+        return note("cuDeviceGetCount")
+
+    def get_device(device, index: int) -> int:
+        device._obj.value = 7
+        return note("cuDeviceGet", index)
+
+    driver = SimpleNamespace(
+        cuInit=lambda flags: note("cuInit"),
+        cuDeviceGetCount=get_count,
+        cuDeviceGet=get_device,
+        cuDevicePrimaryCtxRetain=lambda _, device: note("cuDevicePrimaryCtxRetain", device.value),
+    )
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    start_driver(5)
+    assert calls == called
 
 
 @pytest.mark.parametrize(

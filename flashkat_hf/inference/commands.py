@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..checkpoints.names import check_model_name
+from ..lazy import import_uncollected
 from ..messages import extra
 from ..training.commands import DATA_SETTINGS, TIMM, load_classifier
 
@@ -39,6 +40,7 @@ def _command(kind: str, arguments: Sequence[str]) -> str:
     if not options.model.startswith(TIMM):
         check_model_name(options.model)
     extra("pyarrow")
+    import_uncollected("..checkpoints.loading", __package__ or "")  # PyTorch and transformers
     from accelerate import Accelerator
     from transformers.utils import logging
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.names import check_model_name
 from ..data.names import check_source
 from ..files import expand_homes
+from ..lazy import import_uncollected
 from ..messages import extra
 from .output import check_contents, check_place
 from .recipe import DATA, Settings, parse
@@ -80,9 +81,9 @@ def _train(settings: Settings) -> dict[str, Any] | None:
     check_place(settings.output)
     if settings.output.is_dir():
         check_contents(settings)
-    from .run import train
+    from .start import import_train
 
-    return train(settings)
+    return import_train()(settings)
 
 
 def classify(model: str, images: Sequence[Path], top_k: int) -> str:
@@ -106,6 +107,7 @@ def classify(model: str, images: Sequence[Path], top_k: int) -> str:
 
     for path in images:  # before the model, which may take long to load
         open_image(path)
+    import_uncollected("..checkpoints.loading", __package__ or "")  # PyTorch and transformers
     from transformers import pipeline
     from transformers.utils import logging
 
@@ -142,6 +144,7 @@ def evaluate(arguments: Sequence[str]) -> str:
     if not options.model.startswith(TIMM):
         check_model_name(options.model)
     check_source(options.data)
+    import_uncollected("..checkpoints.loading", __package__ or "")  # PyTorch and transformers
     from accelerate import Accelerator
     from transformers.utils import logging
 

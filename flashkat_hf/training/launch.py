@@ -104,6 +104,14 @@ def accumulation(environment: Mapping[str, str] = os.environ) -> int | None:
     return int(value)
 
 
+def local_gpu(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Return the index of this process among those of its machine, or None if it may use no GPU."""
+    if _get(environment, "ACCELERATE_USE_CPU") == "true":
+        return None
+    rank = environment.get("LOCAL_RANK", "")
+    return int(rank) if rank.isdecimal() else 0
+
+
 def _get(environment: Mapping[str, str], name: str, default: str = "") -> str:
     """Return a variable in lower case, its truth values as true and false."""
     value = environment.get(name, default).lower()

@@ -15,7 +15,6 @@ from torch import nn
 from transformers.utils import logging
 
 from ..files import read_json
-from ..hub.background import BackgroundPusher
 from ..messages import warn
 from .defaults import complete, facts
 from .feed import Feed
@@ -134,6 +133,8 @@ def _train(
 @contextmanager
 def _pushing(settings: Settings, folder: RunFolder) -> Iterator[Callable[[Path], None]]:
     """Push each best/ to a branch while training, and the last one to main; warn of what was not pushed."""
+    from ..hub.background import BackgroundPusher
+
     pusher = BackgroundPusher(str(settings.push_to), private=settings.push_private or None)
 
     def submit(path: Path) -> None:

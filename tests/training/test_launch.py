@@ -8,7 +8,7 @@ import torch
 from accelerate import DistributedType
 from small_runs import losses
 
-from flashkat_hf.training.launch import check_launch
+from flashkat_hf.training.launch import check_launch, local_gpu
 from flashkat_hf.training.plan import resolve
 from flashkat_hf.training.recipe import Settings
 from flashkat_hf.training.run import make_accelerator
@@ -178,3 +178,11 @@ def test_mixed_precision_is_as_accelerate_was_told(run, monkeypatch):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
         with pytest.raises(ValueError, match=f"--precision: {precision} is not supported, no or bf16 are"):
             run("other")
+
+
+@pytest.mark.parametrize(
+    ("variables", "index"),
+    [({}, 0), ({"LOCAL_RANK": "3"}, 3), (QUIET, 0), ({"ACCELERATE_USE_CPU": "1", "LOCAL_RANK": "3"}, None)],
+)
+def test_the_gpu_of_a_process(variables, index):
+    assert local_gpu(variables) == index
