@@ -5,8 +5,9 @@
 - "Trainer": transformers' Trainer, small, 224 pixels, bfloat16, images in memory: stock with our model and
   with transformers' ViT, eager and compiled, and `GraphedTrainer`. They take turns of short runs in one
   process; a result is the 10th percentile of the time between updates.
-- "start": seconds from the start of the process to the 10th update of our trainer, kernels cached by a run
-  before.
+- "start": seconds from the start of the process to the 10th update of our trainer, and what of them each part
+  takes (timed_run.py). Kernels are cached by a run before, and so are Python's compiled files, as pip leaves
+  them: a machine without them (`PYTHONDONTWRITEBYTECODE`, a folder that cannot be written) compiles all anew.
 - "jpeg": our trainer on 3,200 photographs, 64 at a time, 3 epochs, by default settings: images per second of
   the later epochs, and the wall time of the process.
 - "accumulated": the same data already on the device, one batch of 64, and 4 of 64 that accumulate.
@@ -15,6 +16,7 @@ Each result is a JSON line with the GPU, the versions and the commit.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -129,25 +131,31 @@ def trainer_runs(settings: Settings) -> Iterator[dict]:
             yield case | {rate: round(batch_size / seconds, 1) for rate, seconds in rates.items()}
 
 
-def run(settings: Settings, data: str, *flags: str, synthetic: bool = False) -> dict:
-    """Run our trainer in a process of its own; return its rates, its wall time, and the time of update 10."""
+def run(
+    settings: Settings, data: str, *flags: str, synthetic: bool = False, bytecode: Path | None = None
+) -> dict:
+    """Run our trainer in a process of its own; return its rates, its wall time and the parts of its start."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ("--data", data, "--output", f"{folder}/run", "--size", settings.size, *flags)
         started = time.time()
         given = json.dumps({"flags": flags, "synthetic": synthetic, "started": started})
         command = [sys.executable, Path(__file__).with_name("timed_run.py"), given]
-        finished = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        environment = dict(os.environ)
+        if bytecode:  # a folder for Python's compiled files
+            environment |= {"PYTHONPYCACHEPREFIX": str(bytecode), "PYTHONDONTWRITEBYTECODE": ""}
+        finished = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=environment)
         if finished.returncode:
             raise SystemExit(f"{' '.join(flags)}: the run ended with {finished.returncode}; see above")
         wall = time.time() - started
         lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
         rates = [line["images_per_second"] for line in lines if "kind" not in line]
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
-    reached = float(finished.stdout.rpartition("update reached after ")[2].split()[0])
+    start = json.loads(finished.stdout.rpartition("\nstart ")[2].splitlines()[0])
     return {
         "images_per_s": round(median(rates[1:] or rates), 1),
         "wall_s": round(wall, 1),
-        "update_10_s": round(reached, 1),
+        "update_10_s": round(sum(start.values()), 1),
+        "start_s": start,
         "peak_gib": summary["peak_memory_gib"],
     }
 
@@ -158,10 +166,12 @@ def our_runs(settings: Settings) -> Iterator[dict]:
         make_folder(Path(folder), Photographs(settings.output, settings.images, 1))
         common = ("--batch_size", "64")
         if "start" in settings.cases:
-            run(settings, folder, *common, "--epochs", "1", "--max_steps", str(UPDATE))  # kernels get cached
-            found = run(settings, folder, *common, "--epochs", "1", "--max_steps", str(UPDATE))
-            reached = found["update_10_s"]
-            yield {"case": "start", "mode": "default", "batch_size": 64, "update_10_s": reached}
+            short = (*common, "--epochs", "1", "--max_steps", str(UPDATE))
+            with tempfile.TemporaryDirectory() as bytecode:
+                run(settings, folder, *short, bytecode=Path(bytecode))  # it and the kernels get cached
+                found = run(settings, folder, *short, bytecode=Path(bytecode))
+            parts = {name: found[name] for name in ("update_10_s", "start_s")}
+            yield {"case": "start", "mode": "default", "batch_size": 64} | parts
         if "jpeg" in settings.cases:
             found = run(settings, folder, *common, "--epochs", "3")
             yield {"case": "jpeg", "mode": "default", "batch_size": 64} | found

@@ -15,6 +15,7 @@ from helpers import ROOT
 sys.path.append(str(ROOT / "benchmarks"))
 
 import bench_model
+import bench_runs
 import bench_training
 import peers
 import plot
@@ -421,3 +422,12 @@ def test_cases_run_alone_and_are_added(tmp_path, monkeypatch):
     assert made[1].images * made[1].copies >= 30 * 512
     bench_training.main(training_arguments(tmp_path, cases=["synthetic"], processes=[1]))
     assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_parts_of_a_start(tmp_path):
+    """They are in order, and add up to the time of the 10th update, which is before the end."""
+    settings = bench_runs.Settings(tmp_path / "r.jsonl", size="micro")
+    found = bench_runs.run(settings, "digits", "--max_steps", "10", "--epochs", "1")
+    parts = "settings, imports, device, data, model, optimizer, first batches, update 1, update 10"
+    assert list(found["start_s"]) == parts.split(", ")
+    assert found["start_s"]["imports"] < found["update_10_s"] < found["wall_s"]
