@@ -1,6 +1,6 @@
 """Fine-tune a FlashKAT on images; without arguments, train a micro one on scikit-learn's digits.
 
-    python examples/finetune.py                                  # digits, under three minutes on two CPU cores
+    python examples/finetune.py               # digits, under three minutes on two CPU cores
     python examples/finetune.py --data photos --time 10m
     accelerate launch examples/finetune.py --data photos --model CHECKPOINT --epochs 20
     accelerate launch examples/finetune.py --data photos --model CHECKPOINT --resume  # after an interruption
