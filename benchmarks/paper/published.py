@@ -50,9 +50,10 @@ FORMULAS = {
     "GR-KAN": ("i o + o + m + 1 + n g", "2 i o + (2 m + 2 n + 3) i"),
 }
 SYMBOLS = (
-    f"i channels before and o behind; m = {NUMERATOR} and n = {DENOMINATOR} degrees, g = {GROUPS} groups "
-    f"with one numerator; G = {GRID} intervals and splines of degree K = {ORDER}, so an edge takes 204 "
-    f"operations; A = {ACTIVATION} operations for an activation."
+    f"A layer maps i channels to o channels. m = {NUMERATOR} and n = {DENOMINATOR} are the degrees, and "
+    f"g = {GROUPS} groups share one numerator. G = {GRID} is the number of intervals and K = {ORDER} the "
+    f"degree of the splines, so an edge takes 204 operations. A = {ACTIVATION} is the number of operations "
+    f"of an activation."
 )
 
 MODELS = {  # table 6

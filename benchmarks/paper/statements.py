@@ -37,21 +37,21 @@ def statements(results: Results) -> Iterator[tuple[str, str, str, str]]:
     ]
     for direction, value in zip(("forward", "backward"), times, strict=True):
         yield (
-            f"arithmetic is not to blame: {most} times as much of it leaves the {direction} pass as it is",
+            f"arithmetic is not to blame: {most} times as much leaves the {direction} pass's time as it is",
             "1.00 times the time",
             f"{show(value, '.2f')} times the time",
             verdict(value <= 1.1 if value and most > 1 else None, "it shows here"),
         )
     value = ratio(kat, results.kernel(KAT, "forward"), "ms")
     yield (
-        "the backward pass is to blame: times the forward pass's time",
+        "the backward pass is to blame: its time over that of the forward pass",
         f"{published.BACKWARD[KAT]['ms'] / published.FORWARD[KAT]['ms']:.0f}",
         show(value, ".0f"),
         verdict(value >= 50 if value else None),
     )
     highest = max((kat[key] for key in THROUGHPUTS if key in kat), default=None)
     yield (
-        "bandwidth is not used up: the highest of KAT's throughputs, of its peak",
+        "bandwidth is not used up: KAT's highest throughput (of SM, L1, L2, HBM), in percent of its peak",
         f"{max(published.BACKWARD[KAT][key] for key in THROUGHPUTS):.1f}%",
         show(highest, ".1f", "%"),
         verdict(highest < 50 if highest is not None else None),
@@ -62,14 +62,14 @@ def statements(results: Results) -> Iterator[tuple[str, str, str, str]]:
     longest = sorted(waits, key=waits.__getitem__)[-2:] if waits else []
     shares = [f"{name.replace('_', ' ')} {waits[name] / sum(waits.values()):.0%}" for name in longest[::-1]]
     yield (
-        "KAT's warps stall on the long scoreboard alone: its share of all waiting",
+        "KAT's warps wait for the long scoreboard alone: its share of all waiting",
         "nearly all",
         show(share, ".0%"),
         verdict(share >= 0.9 if share is not None else None, f"the longest are {', '.join(shares)}"),
     )
     selected = states.get("selected")
     yield (
-        "long scoreboard over issuing, cycles of a warp of KAT",
+        "KAT's warps wait for the long scoreboard 412 times as long as they issue",
         "412",
         show(states["long_scoreboard"] / selected if selected else None, ".0f"),
         verdict(states["long_scoreboard"] / selected >= 100 if selected else None),
@@ -88,7 +88,7 @@ def statements(results: Results) -> Iterator[tuple[str, str, str, str]]:
     known = [value for value in faster if value]
     rates = published.THROUGHPUT
     yield (
-        "so FlashKAT trains up to 86.5 times faster than KAT",
+        "so FlashKAT trains up to 86.5 times faster than KAT (T, S, B)",
         ", ".join(f"{rates['FlashKAT'][size] / rates['KAT'][size]:.1f}" for size in SIZES),
         ", ".join(show(value, ".1f") for value in faster),
         verdict(max(known) >= 43 if known else None),
@@ -112,14 +112,14 @@ def statements(results: Results) -> Iterator[tuple[str, str, str, str]]:
     for gradient in ("dA", "dB"):
         value = ratio(results.error(KAT, gradient), results.error(FLASHKAT, gradient), "error")
         yield (
-            f"and rounds better: KAT's error over FlashKAT's, {gradient}",
+            f"and FlashKAT rounds better: KAT's error of {gradient} over FlashKAT's",
             f"{published.ERRORS[KAT][gradient][0] / published.ERRORS[FLASHKAT][gradient][0]:.0f}",
             show(value, ".3g"),
             verdict(value >= 10 if value else None),
         )
     value = ratio(flashkat, ours, "ms")
     yield (
-        "ours: backward pass over algorithm 2's, float32, 768 channels",
+        "ours: speed of the backward pass over algorithm 2's, float32, 768 channels",
         NONE,
         show(value, ".2f", " times as fast"),
         verdict(value >= 2.5 if value else None, "2.5 was asked"),
@@ -127,7 +127,7 @@ def statements(results: Results) -> Iterator[tuple[str, str, str, str]]:
     for gradient in ("dA", "dB"):
         value = ratio(results.error(OURS, gradient), results.error(FLASHKAT, gradient), "error")
         yield (
-            f"ours: error over algorithm 2's, {gradient}",
+            f"ours: error of {gradient} over algorithm 2's",
             NONE,
             show(value, ".2f"),
             verdict(value <= 1 if value else None),
@@ -143,7 +143,7 @@ def statements(results: Results) -> Iterator[tuple[str, str, str, str]]:
         )
     ]
     yield (
-        "ours: training throughput over FlashKAT's, least of sizes and modes",
+        "ours: training throughput over FlashKAT's, the least of all sizes and modes",
         NONE,
         show(min(better, default=None), ".2f"),
         verdict(min(better) > 1 if better else None),
