@@ -1,8 +1,8 @@
-"""Name what is in image files, with a FlashKAT folder or Hub id.
+"""Name what is in image files, by a FlashKAT from a folder or from the Hub.
 
     python examples/classify.py runs/digits/best picture.png another.jpg --top-k 3
 
-The same as `flashkat classify`, whose code is in flashkat_hf/training/commands.py.
+This is the command `flashkat classify`, whose code is in flashkat_hf/training/commands.py.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The boxes that detect.py learns from: COCO's JSON, checked, or digits on photographs."""
+"""The boxes that detect.py trains on: files in COCO's format, checked, or digits on photographs."""
 
 import hashlib
 import json

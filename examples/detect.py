@@ -1,24 +1,27 @@
-"""Fine-tune a detection head, FCOS, on a FlashKAT backbone, and the same head on a ViT beside it.
+"""Fine-tune a detection head, FCOS, on a FlashKAT backbone, and for comparison on a ViT backbone.
 
-    python examples/detect.py                                    # some minutes on two CPU cores
+    python examples/detect.py                                    # made-up scenes, on a CPU
     python examples/detect.py --data street --model runs/kat-tiny --image_size 512
     accelerate launch examples/detect.py --data street --model runs/kat-tiny --image_size 512 --twin false
 
-`--data` is a folder with train.json and val.json in COCO's form ("images", "annotations" with "bbox", and
-"categories"), and the images in train/ and val/ by the names that the files give. Boxes that mark a crowd
-neither train nor count.
+The folder of `--data` has train.json and val.json in COCO's format ("images", "annotations" with "bbox", and
+"categories"), and the images in train/ and val/ by the names that the files give. Boxes that are marked as a
+crowd are used neither for training nor for the score.
 
-Without `--data` the scenes are made up: one to four of scikit-learn's handwritten digits, scaled and of any
-colour, on pieces of its two photographs. One half of each photograph and four fifths of the digits train, the
-others validate.
+Without `--data` the example makes its own scenes: one to four of scikit-learn's handwritten digits, scaled
+and coloured at random, on pieces of its two photographs. Training has one half of each photograph and four
+fifths of the digits, validation the other half and the other digits.
 
-The head is torchvision's FCOS, which has no anchors, on a simple feature pyramid (ViTDet's), which comes from
-the last block's map alone. The trainer is that of `flashkat finetune`, told of boxes by `Detection` below,
-and so are the flags: --resume, --ema_decay, --trackers and the others. The run's folder gets `flashkat` and,
-with `--twin`, `vit`, a run each, whose best/ `Detector.from_pretrained` loads; `summary.json` with COCO's
-mean average precision (mAP), which pycocotools (extra `detect`) measures; and `boxes.png`. The ViT is
-transformers' Dinov2Backbone of the same width, depth and heads; both start at random and learn by the same
-recipe, unless `--model` names weights of the one.
+The head is torchvision's FCOS, which needs no anchor boxes, on a simple feature pyramid (ViTDet's), which is
+computed from the map of the last block alone. The trainer is that of `flashkat finetune`, to which the class
+`Detection` below describes the task, so its flags can be used here: --resume, --ema_decay, --trackers and
+others.
+
+The output folder has a run in `flashkat` and, with `--twin`, one in `vit`; `Detector.from_pretrained` loads
+the best/ of each. Beside them are `summary.json` with COCO's mean average precision (mAP), measured by
+pycocotools (extra `detect`), and `boxes.png`. The ViT is transformers' Dinov2Backbone of the same width,
+depth and number of heads. Both backbones start from random weights, unless `--model` names a checkpoint for
+the FlashKAT, and both are trained by the same recipe.
 """
 
 import contextlib

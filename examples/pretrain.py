@@ -4,9 +4,9 @@
     accelerate launch examples/pretrain.py --data imagenet --size small --resume
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/pretrain.py --data imagenet
 
-The same as `flashkat pretrain`. The recipes are pretrain-tiny, -small and -base; a flag on the command line
-goes before a recipe's. docs/training.md says what is in them, what a run leaves, and how to launch on several
-machines.
+This is the command `flashkat pretrain`. The recipes are pretrain-tiny, pretrain-small and pretrain-base; a
+setting on the command line goes before the recipe's. docs/training.md describes the recipes, what a run
+writes, and how to start it on several machines.
 """
 
 import sys

@@ -1,22 +1,25 @@
-"""Fine-tune a segmentation head, UperNet, on a FlashKAT backbone, and the same head on a ViT beside it.
+"""Fine-tune a segmentation head, UperNet, on a FlashKAT backbone, and for comparison on a ViT backbone.
 
-    python examples/segment.py                                    # a few minutes on two CPU cores
+    python examples/segment.py                                    # made-up scenes, on a CPU
     python examples/segment.py --data scenes --model runs/kat-tiny --image_size 512
     accelerate launch examples/segment.py --data scenes --model runs/kat-tiny --image_size 512 --twin false
 
-`--data` is a folder with train/images, train/masks, val/images and val/masks: to each image belongs a mask of
-its size and name, a PNG whose pixels are numbers of classes; 255 is left out. classes.txt has their names,
-one a line.
+The folder of `--data` has train/images, train/masks, val/images and val/masks. Each image has a mask with its
+size and name, a PNG file in which each pixel is the number of a class, or 255 where it is not to count.
+classes.txt names the classes, one in each line.
 
-Without `--data` the scenes are made up: two to four discs, squares, triangles and crosses of any colour, on
-pieces of scikit-learn's two photographs, which shine through them. One half of each photograph trains, the
-other validates.
+Without `--data` the example draws its own scenes: two to four discs, squares, triangles and crosses of any
+colour, partly transparent, on pieces of scikit-learn's two photographs. Training has one half of each
+photograph, validation the other.
 
-The trainer is that of `flashkat finetune`, told of masks by `Segmentation` below, and so are the flags:
---resume, --ema_decay, --trackers and the others. The run's folder gets `flashkat` and, with `--twin`, `vit`,
-a run each, whose best/ `from_pretrained` loads; `summary.json` with the IoU of each class; and `masks.png`.
-The ViT is transformers' Dinov2Backbone of the same width, depth and heads, a plain ViT with layer scale; both
-start at random and learn by the same recipe, unless `--model` names weights of the one.
+The trainer is that of `flashkat finetune`, to which the class `Segmentation` below describes the task, so its
+flags can be used here: --resume, --ema_decay, --trackers and others.
+
+The output folder has a run in `flashkat` and, with `--twin`, one in `vit`; `from_pretrained` loads the best/
+of each. Beside them are `summary.json` with the IoU of each class, and `masks.png`. The ViT is transformers'
+Dinov2Backbone of the same width, depth and number of heads, a plain ViT with layer scale. Both backbones
+start from random weights, unless `--model` names a checkpoint for the FlashKAT, and both are trained by the
+same recipe.
 """
 
 import hashlib

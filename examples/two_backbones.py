@@ -1,4 +1,4 @@
-"""Functions that segment.py and detect.py share: they read flags, build both backbones and train each."""
+"""What segment.py and detect.py share: reading flags, building both backbones, and training each of them."""
 
 import copy
 import os

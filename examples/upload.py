@@ -1,10 +1,10 @@
 """Check a model folder and send it to the Hugging Face Hub in one commit.
 
     hf auth login                                             # once, or set HF_TOKEN
-    python examples/upload.py runs/digits/best YOU/digits     # what `make demo` saved
-    python examples/upload.py runs/digits/best YOU/digits --what-if
+    python examples/upload.py runs/digits/best YOU/digits     # the model that `make demo` saved
+    python examples/upload.py runs/digits/best YOU/digits --what-if   # check and show, send nothing
 
-The same as `flashkat push`, for those who want to change it.
+This is the command `flashkat push`, as a script that you can change.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""A page to try a FlashKAT: an image's classes, the functions that it passes through, where the model looks.
+"""A web page to try a FlashKAT: an image's classes, the learned functions, where the model looked.
 
     python examples/demo/app.py                      # the model that the README's first command trained
     python examples/demo/app.py MODEL --port 7861    # another folder or Hub id
 
-It runs as a Space on the Hub, too, with a model in the folder `model` beside it. Needs the extra `demo`.
+The page needs the extra `demo`. It can also run as a Space on the Hub, where it takes the model from the
+folder `model` beside this file.
 """
 
 import argparse
