@@ -1,8 +1,9 @@
-"""Time of a FlashKAT with torchao's quantised linear maps, beside bfloat16, on one GPU; it needs torchao.
+r"""Time of a FlashKAT with torchao's quantised linear maps, beside bfloat16, on one GPU; it needs torchao.
 
     pip install torchao
     python benchmarks/bench_quantization.py --size small        # two minutes; results/quantization.jsonl
-    python benchmarks/bench_quantization.py --model runs/digits/best --accuracy true    # on a CPU, too
+    python benchmarks/bench_quantization.py --model runs/digits/best --accuracy true \
+        --output benchmarks/results/quantization_accuracy.jsonl         # on a CPU, too; once for each model
 
 Each way runs eagerly and compiled. `difference` is how far the logits are from those of bfloat16. With
 `--accuracy` the top-1 accuracy on the digits' test images is compared, and nothing is timed.
@@ -12,6 +13,7 @@ import copy
 import json
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +140,8 @@ def main(settings: Settings) -> None:
         model, processor = FlashKATForImageClassification(config), None
     model = model.eval()
     rows = compare_accuracy(model, processor, settings) if settings.accuracy else measure(model, settings)
-    about = {"model": settings.model or settings.size, **versions(), "commit": commit()}
+    about = {"model": settings.model or settings.size, **versions(), "torchao": version("torchao")}
+    about["commit"] = commit()
     if torch.cuda.is_available():
         about["gpu"] = torch.cuda.get_device_name()
     with settings.output.open("a") as file:

@@ -141,6 +141,28 @@ def dense_table(results: list[dict]) -> str:
     )
 
 
+def quantization_table(results: list[dict]) -> str:
+    """Return a row for each way of quantising: accuracy on the digits, and the largest loss."""
+    rows = ["| linear maps | top-1 on the digits | largest loss of a model, points |", "|---" * 3 + "|"]
+    for way in dict.fromkeys(each["way"] for each in results):
+        runs = [each for each in results if each["way"] == way]
+        loss = max(run["loss_in_points"] for run in runs)
+        rows.append(f"| {way} | {mean(run['top1'] for run in runs):.2f}% | {loss:.2f} |")
+    about = results[-1]
+    models, packages = (
+        len({each["model"] for each in results}),
+        f"torch {about['torch']}, torchao {about['torchao']}",
+    )
+    text = f"{models} models of other seeds, trained by the defaults; {about['device']}, {packages}"
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"{text}, commit {about['commit'][:7]}; `benchmarks/bench_quantization.py --accuracy true`.",
+        ]
+    )
+
+
 def picture(link: str, text: str) -> Callable[[list[dict]], str]:
     return lambda results: f"![{text}]({link})"
 
@@ -223,6 +245,7 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     ("docs/training.md", "defaults_gpu", "defaults_gpu", default_tables.defaults_table),
     ("docs/training.md", "checkpoints", "checkpoints", default_tables.checkpoints_table),
     ("docs/data.md", "data", "data", data_table),
+    ("docs/deployment.md", "quantization", "quantization_accuracy", quantization_table),
     ("docs/deployment.md", "deployment", "deployment", deployment_table),
     (PERFORMANCE, "throughput", "model", picture("throughput.png", THROUGHPUT)),
     (PERFORMANCE, "model", "model", model_table),
