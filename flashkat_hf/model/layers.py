@@ -11,7 +11,7 @@ from .coefficients import SIMPLE_FUNCTIONS, WITH_AFFINE_MAPS, degrees, start_tab
 from .fitting import fit_rational
 from .fusing import fused_mlp, fuses_mlp, fusible, working_dtype
 from .op_rational import rational
-from .reference import FORMS, rational_of_form
+from .reference import FORMS, in_dtype, rational_of_form
 
 KERNEL_DEGREES = (5, 4)
 MAX_ROW = 2**16  # elements C * H * W: backward keeps sums for each, and a CPU's cache coefficients
@@ -321,7 +321,7 @@ class GRKANMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Layer norm gives float32 under autocast, and fc1 would round after act1 anyway.
-        return self.after_act1(self.act1(x.to(working_dtype(x))))
+        return self.after_act1(self.act1(in_dtype(working_dtype(x), x)))
 
     def after_act1(self, x: Tensor) -> Tensor:
         """Compute what follows the first activation: fc2(act2(fc1(x)))."""

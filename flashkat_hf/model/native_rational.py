@@ -138,6 +138,17 @@ def library(x: Tensor) -> ctypes.CDLL | None:
     return load() if x.numel() >= MIN_ELEMENTS else None
 
 
+def serves(dtype: torch.dtype) -> bool:
+    """Tell whether compiled C serves large tensors of that dtype; `torch.compile` asks as it traces."""
+    return dtype == torch.float32 and is_loaded()
+
+
+@torch.compiler.assume_constant_result
+def is_loaded() -> bool:
+    """Tell whether there are compiled functions, after waiting for the compiler."""
+    return load() is not None
+
+
 def _arguments(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Return P's and Q's coefficients of each group, and the functions' numbers."""
     groups = max(numerator.shape[0], denominator.shape[0])

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .native_rational import gradients as native_gradients
 from .native_rational import value as native_value
-from .operators import by_device, by_formula, decomposes, differentiable
+from .operators import by_device, by_formula, decomposes, differentiable, is_traced, register
 from .reference import rational_decomposed
 
 try:
@@ -93,7 +93,16 @@ def _formula_gradients(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     return by_formula(rational_decomposed, ctx.saved_tensors, grad_y)
 
 
-value = by_device(native_value, rational_forward)
+cpu_operator = register("rational_cpu", native_value, _shape_of_y)
+
+
+def _plain_value(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Compute the rational without a Triton kernel; on a CPU one node of what traces, as backward is."""
+    function = cpu_operator if x.device.type == "cpu" and is_traced(x) else native_value
+    return function(x, numerator, denominator)
+
+
+value = by_device(_plain_value, rational_forward)
 gradients = by_device(native_gradients, rational_backward)
 rational_operator = differentiable(
     "rational", (value, _shape_of_y), (gradients, _shapes_of_gradients), _save, _gradients, _formula_gradients

@@ -24,6 +24,8 @@ from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[repor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from .native_rational import serves
+
 PACKAGE = __name__.rpartition(".")[0]
 NAMESPACE = "flashkat" if PACKAGE == "flashkat_hf.model" else re.sub(r"\W", "_", PACKAGE, flags=re.ASCII)
 TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is ROCm's name too
@@ -42,12 +44,13 @@ def has_kernel(x: Tensor) -> bool:
 def decomposes(x: Tensor) -> bool:
     """Tell whether the formula itself is to stand where an operator would.
 
-    It does in an exporter's or a tracer's graph, in one compiled for a CPU, under the transforms of
-    `torch.func`, and in forward-mode differentiation.
+    It does in an exporter's or a tracer's graph, in one compiled for a CPU that no compiled C serves, under
+    the transforms of `torch.func`, and in forward-mode differentiation.
     """
     # PyTorch 2.11's is_exporting() is True under torch.compile (docs/notes/exporting-under-compile.md)
     if torch.compiler.is_dynamo_compiling():
-        return x.device.type == "cpu" or torch._C._are_functorch_transforms_active()
+        fused_by_compiler = x.device.type == "cpu" and (torch.compiler.is_exporting() or not serves(x.dtype))
+        return fused_by_compiler or torch._C._are_functorch_transforms_active()
     return (
         torch.compiler.is_exporting()
         or (torch.compiler.is_compiling() and x.device.type == "cpu")

@@ -27,6 +27,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 BLOCK_ELEMENTS = 2**17  # 512 KB in float32; about eight blocks are alive at once
 
@@ -263,12 +264,16 @@ def coefficient_gradients(
 def rational_decomposed(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
     """Apply the same function as a short graph of operations that autograd differentiates, zeros included.
 
-    For `torch.export`, ONNX and compilation for CPU, which look inside and fuse it.
+    For `torch.export`, ONNX and compilation where no kernel serves: they look inside and fuse it. An exporter
+    takes about a millisecond for each operation, so there are few.
     """
-    a, b = _coefficients(x, numerator, denominator)
-    grouped = _in(a.dtype, x).unflatten(-1, (_num_groups(numerator, denominator), -1))
-    y = _horner(grouped, a, reuse=False) / _horner(grouped * _sign(grouped), b, reuse=False)
-    return _in(x.dtype, y.flatten(-2))
+    dtype = _arithmetic(x)
+    a = in_dtype(dtype, numerator).split(1, dim=1)
+    b = _absolute(in_dtype(dtype, denominator)).split(1, dim=1)
+    grouped = in_dtype(dtype, x).unflatten(-1, (_num_groups(numerator, denominator), -1))
+    absolute = _absolute(grouped)
+    y = _horner(grouped, a, reuse=False) / _horner(absolute, b, reuse=False).mul(absolute).add(1)
+    return in_dtype(x.dtype, y.flatten(-2))
 
 
 FORMS = {  # of the denominator, by the names that `GroupRational` knows
@@ -291,10 +296,10 @@ def rational_of_form(x: Tensor, numerator: Tensor, denominator: Tensor, form: st
     if form == "terms":
         return rational_decomposed(x, numerator, denominator)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    a, b = (table.to(dtype).T.unsqueeze(-1) for table in (numerator, denominator))
+    a, b = (table.to(dtype).split(1, dim=1) for table in (numerator, denominator))
     grouped = x.to(dtype).unflatten(-1, (_num_groups(numerator, denominator), -1))
-    total = _horner(grouped, torch.cat((torch.zeros_like(b[:1]), b)), reuse=False)
-    return (_horner(grouped, a, reuse=False) / (1 + total * _sign(total))).flatten(-2).to(x.dtype)
+    total = _horner(grouped, (torch.zeros_like(b[0]), *b), reuse=False)
+    return (_horner(grouped, a, reuse=False) / (1 + _absolute(total))).flatten(-2).to(x.dtype)
 
 
 def _num_groups(numerator: Tensor, denominator: Tensor) -> int:
@@ -303,9 +308,9 @@ def _num_groups(numerator: Tensor, denominator: Tensor) -> int:
 
 def _coefficients(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
     """Return P's `(6, groups, 1)` and Q's `(5, groups, 1)` coefficients, lowest power first."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    a, b = (_in(dtype, table).T.unsqueeze(-1) for table in (numerator, denominator))
-    return a, torch.cat((torch.ones_like(b[:1]), b * _sign(b)))
+    dtype = _arithmetic(x)
+    a, b = (in_dtype(dtype, table).T.unsqueeze(-1) for table in (numerator, denominator))
+    return a, torch.cat((torch.ones_like(b[:1]), _absolute(b)))
 
 
 def _channel_coefficients(x: Tensor, numerator: Tensor, denominator: Tensor) -> Iterable[Tensor]:
@@ -317,19 +322,25 @@ def _channel_coefficients(x: Tensor, numerator: Tensor, denominator: Tensor) -> 
         yield table.squeeze(-1).repeat_interleave(x.shape[-1] // table.shape[1], dim=1)
 
 
-def _horner(x: Tensor, coefficients: Tensor, reuse: bool = True) -> Tensor:
-    """Return c_0 + c_1 x + ... + c_n x^n, each coefficient of the shape of x's last dimensions.
+def _arithmetic(x: Tensor) -> torch.dtype:
+    """Return the dtype of the arithmetic for x; `torch.promote_types` would be a node of a traced graph."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _horner(x: Tensor, coefficients: Iterable[Tensor], reuse: bool = True) -> Tensor:
+    """Return c_0 + c_1 x + ... + c_n x^n, each coefficient broadcast over x's last dimensions.
 
     `reuse` writes each step over the one before, which autograd cannot look through.
     """
-    *lower, second, first = coefficients.unbind()
-    value = (x * first).add_(second)  # addcmul with two small operands is not vectorised
+    *lower, value = coefficients
+    if lower:
+        value = (x * value).add_(lower.pop())  # addcmul with two small operands is not vectorised
     for coefficient in reversed(lower):
         value = torch.addcmul(coefficient, value, x, out=value if reuse else None)
     return value
 
 
-def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+def in_dtype(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     """Return the tensor in a dtype; with no operation in a traced graph where it has that."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
@@ -337,6 +348,11 @@ def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
 def _derivative(coefficients: Tensor) -> Tensor:
     powers = torch.arange(len(coefficients), dtype=coefficients.dtype, device=coefficients.device)
     return (coefficients * powers[:, None])[1:]
+
+
+def _absolute(v: Tensor) -> Tensor:
+    """Return |v|, whose slope at zero is +1, by two operations."""
+    return functional.leaky_relu(-v, -1.0)  # which counts zero to the values below it
 
 
 def _sign(v: Tensor) -> Tensor:

@@ -33,9 +33,9 @@ def calls(monkeypatch) -> list[str]:
     return sizes
 
 
-def by_operator(x, numerator, denominator, grad_y):
+def by_operator(x, numerator, denominator, grad_y, function=rational):
     inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, numerator, denominator)]
-    y = rational(*inputs)
+    y = function(*inputs)
     return [y.detach(), *torch.autograd.grad(y, inputs, grad_y)]
 
 
@@ -102,6 +102,19 @@ def test_what_it_does_not_serve(calls):
     exported = torch.export.export(Rational(), (x, *tables)).module()(x, *tables)
     assert calls == []
     assert torch.allclose(exported, rational(x, *tables))
+
+
+@needs_compiler
+def test_compiled_for_a_cpu(calls):
+    """`torch.compile` calls the same C in both directions; half precision goes by the formula."""
+    inputs = random_inputs((3, 197, 192), torch.float32, "cpu")
+    compiled = torch.compile(rational, fullgraph=True)
+    expected, actual = by_operator(*inputs), by_operator(*inputs, compiled)
+    assert len(calls) == 4
+    assert all(map(torch.equal, actual, expected))
+    half, *tables = (tensor.bfloat16() for tensor in inputs[:3])
+    torch.testing.assert_close(compiled(half, *tables), rational(half, *tables))
+    assert len(calls) == 4
 
 
 def test_small_tensors_start_no_compiler(monkeypatch):
