@@ -3,9 +3,9 @@
     python benchmarks/bench_compilation.py --output benchmarks/results/compilation.jsonl
 
 The models take turns in one process, and the fastest of the rounds counts. Beside the wall's clock stands the
-time that processors worked, the C++ compiler's included, which other work on the machine changes less. What is
-compiled is a training step, forward and backward, with Inductor's caches off. The first round also loads the
-compilers, and is left out.
+time that processors worked, the C++ compiler's included, which other work on the machine changes less. What
+is compiled is a training step, forward and backward, with Inductor's caches off. The first round loads the
+compilers, too, and is left out.
 """
 
 import json

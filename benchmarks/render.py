@@ -19,6 +19,7 @@ from learning import tables as learning
 from paper import render as paper_page
 from speed_tables import (
     cells_table,
+    compilation_table,
     deployment_table,
     kernel_table,
     latency_table,
@@ -267,6 +268,7 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     (PERFORMANCE, "cpu_train", "cpu_train", model_table),
     (PERFORMANCE, "cpu_inference", "cpu_inference", model_table),
     ("docs/dense.md", "dense", "dense", dense_table),
+    (PERFORMANCE, "compilation", "compilation", compilation_table),
     ("benchmarks/learning/design.md", "pilot", "learning_pilot", learning.pilot),
     (LEARNING, "learning_picture", "learning", picture("learning.png", ACCURACIES)),
     (LEARNING, "questions", "learning", learning.questions),

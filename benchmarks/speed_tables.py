@@ -229,6 +229,28 @@ def kernel_table(results: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def compilation_table(results: list[dict]) -> str:
+    """Return a row for each task and model: seconds, how they compare to ViT's, and the graph's nodes."""
+    rows = [
+        [
+            f"`torch.{result['task']}`, {result['provider']}",
+            f"{result['seconds']:.1f}",
+            f"{result['processor_seconds']:.1f}",
+            f"{result['of_vit']:.2f}",
+            f"{result['nodes']:,}" if "nodes" in result else "",
+        ]
+        for result in results
+    ]
+    first = results[0]
+    header = [f"{first['size']}, seconds", "wall", "processors", "of ViT's (processors)", "nodes"]
+    note = (
+        f"The fastest of {first['rounds']} turns, without caches; compiled is a training step, forward and "
+    )
+    note += f"backward. CPU, float32, torch {first['torch']}, timm {first['timm']}, "
+    note += f"commit {first['commit'][:7]}. `benchmarks/bench_compilation.py`."
+    return table(header, rows) + "\n\n" + note
+
+
 def precision_table(results: list[dict]) -> str:
     """Return a row for each method: mean and largest error of the coefficients' gradients for each dtype."""
     cases = by_case(results, "method", "dtype")
