@@ -63,7 +63,6 @@ def measure(example: str, seed: int, picture: Path | None) -> list[dict]:
             "model": kind,
             "seed": seed,
             "scores": scores[kind],
-            "parameters": runs[kind]["parameters"],
             "updates": runs[kind]["steps"],
             "batch_size": runs[kind]["batch_size"],
             "seconds_of_both": seconds,
