@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import nms
 from torchvision.transforms import v2
 from transformers import CONFIG_MAPPING, AutoImageProcessor
 from two_backbones import (
@@ -304,8 +305,10 @@ def draw(path: Path, data: ImageData, folders: dict[str, Path]) -> None:
             image = open_image(sample.image)
             with torch.no_grad():
                 (found,) = model(BoxedImage(processor, 0.0)(sample)["pixel_values"][None])
-            boxes = found["boxes"] * torch.tensor([image.width / width, image.height / height] * 2)
-            rows = zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True)
+            kept = nms(found["boxes"], found["scores"], 0.5)  # of all classes at a place the likeliest one
+            boxes, labels, scores = (found[name][kept] for name in ("boxes", "labels", "scores"))
+            boxes = boxes * torch.tensor([image.width / width, image.height / height] * 2)
+            rows = zip(boxes.tolist(), labels.tolist(), scores.tolist(), strict=True)
             columns[kind].append([(*box, label, score) for box, label, score in rows if score >= SHOWN_SCORE])
     figure = Figure(figsize=(2.6 * len(columns), 2.6 * number), layout="tight")
     axes = figure.subplots(number, len(columns), squeeze=False)
