@@ -10,7 +10,6 @@ compilers, too, and is left out.
 
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from transformers import HfArgumentParser
 
 from flashkat_hf import FlashKATConfig, FlashKATForImageClassification
+from flashkat_hf.training.summary import commit
 
 OURS, VIT = "flashkat_hf", "timm ViT"
 IMAGES = 2
@@ -71,9 +71,13 @@ def measure(task: str, provider: str, size: str) -> dict[str, float]:
 def main(settings: Settings) -> None:
     torch.compiler.config.force_disable_caches = True
     torch.set_num_threads(1)
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
     about = {"size": settings.size, "rounds": settings.rounds, "images": IMAGES, "machine": processor()}
-    about |= {"cores": os.cpu_count(), "torch": torch.__version__, "timm": version("timm"), "commit": commit}
+    about |= {
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "timm": version("timm"),
+        "commit": commit(),
+    }
     for task in settings.tasks:
         results: dict[str, list[dict[str, float]]] = {VIT: [], OURS: []}
         for _ in range(settings.rounds + 1):

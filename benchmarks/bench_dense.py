@@ -42,16 +42,9 @@ def measure(example: str, seed: int, picture: Path | None) -> list[dict]:
     """Run an example; return a line of the results for each of its two models."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "run")
-        command = [
-            sys.executable,
-            str(EXAMPLES / f"{example}.py"),
-            "--seed",
-            str(seed),
-            "--output",
-            str(output),
-        ]
+        flags = ["--seed", str(seed), "--output", str(output)]
         start = time.perf_counter()
-        subprocess.run(command, check=True)
+        subprocess.run([sys.executable, str(EXAMPLES / f"{example}.py"), *flags], check=True)
         seconds = round(time.perf_counter() - start, 1)
         scores = json.loads((output / "summary.json").read_text())
         runs = {kind: json.loads((output / kind / "summary.json").read_text()) for kind in scores}

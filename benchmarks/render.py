@@ -121,10 +121,8 @@ def dense_table(results: list[dict]) -> str:
         "segment": ("`examples/segment.py`", {"mean_iou": "mean IoU", "pixels": "pixels"}),
         "detect": ("`examples/detect.py`", {"map": "mAP", "map_50": "at IoU 0.5"}),
     }
-    rows = [
-        "| | backbone | validation, mean of the seeds | each seed | both, longest |",
-        "|---" * 5 + "|",
-    ]
+    header = "| | backbone | validation, mean of the seeds | each seed | both, longest |"
+    rows = [header, "|---" * 5 + "|"]
     for what, model in dict.fromkeys((each["what"], each["model"]) for each in results):
         runs = [each for each in results if (each["what"], each["model"]) == (what, model)]
         title, scores = tasks[what]
@@ -137,9 +135,8 @@ def dense_table(results: list[dict]) -> str:
     about = results[-1]
     packages = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers"))
     commits = " and ".join(dict.fromkeys(each["commit"][:7] for each in results))
-    return "\n".join(
-        [*rows, "", f"{about['device']}, {packages}, commit {commits}; `benchmarks/bench_dense.py`."]
-    )
+    measured = f"{about['device']}, {packages}, commit {commits}; `benchmarks/bench_dense.py`."
+    return "\n".join([*rows, "", measured])
 
 
 def quantization_table(results: list[dict]) -> str:
@@ -150,18 +147,12 @@ def quantization_table(results: list[dict]) -> str:
         loss = max(run["loss_in_points"] for run in runs)
         rows.append(f"| {way} | {mean(run['top1'] for run in runs):.2f}% | {loss:.2f} |")
     about = results[-1]
-    models, packages = (
-        len({each["model"] for each in results}),
-        f"torch {about['torch']}, torchao {about['torchao']}",
+    models = (
+        f"{len({each['model'] for each in results})} models, trained by the defaults with different seeds"
     )
-    text = f"{models} models of other seeds, trained by the defaults; {about['device']}, {packages}"
-    return "\n".join(
-        [
-            *rows,
-            "",
-            f"{text}, commit {about['commit'][:7]}; `benchmarks/bench_quantization.py --accuracy true`.",
-        ]
-    )
+    measured = f"{about['device'].upper()}, torch {about['torch']}, torchao {about['torchao']}"
+    command = "`benchmarks/bench_quantization.py --accuracy true`"
+    return "\n".join([*rows, "", f"{models}; {measured}, commit {about['commit'][:7]}; {command}."])
 
 
 def picture(link: str, text: str) -> Callable[[list[dict]], str]:

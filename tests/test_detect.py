@@ -106,6 +106,15 @@ def test_it_learns(tmp_path):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_the_likeliest_class_of_a_place_is_drawn():
+    found = {
+        "boxes": torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 11], [20, 20, 30, 30], [40, 40, 50, 50]]),
+        "labels": torch.tensor([1, 2, 1, 3]),
+        "scores": torch.tensor([0.4, 0.6, 0.5, 0.1]),
+    }
+    assert [(box[3], label) for box, label, _ in detect.shown(found)] == [(11, 2), (30, 1)]
+
+
 def test_image_and_boxes_are_scaled_and_mirrored_together():
     pixels = numpy.zeros((20, 40, 3), "uint8")
     pixels[5:10, 4:12] = 255

@@ -393,6 +393,17 @@ def test_tables_say_what_was_found():
     )
 
 
+def test_variants_stand_beside_flashkat():
+    """At equal parameters and, where they ran, at equal time; contenders of other families are left out."""
+    rows = [*lines(), *(line("groups-1", seed, 0.96 + seed / 1000) for seed in range(3))]
+    rows += [line("swiglu-88", 0, 0.9), *(line("flashkat", seed, 0.95, "time") for seed in range(2))]
+    rows += [line("groups-1", seed, 0.93 + seed / 1000, "time") for seed in range(2)]
+    table = tables.variants(rows).splitlines()
+    assert table[4].startswith("| 1 group | 3 | +1.02 ± ")
+    assert " | -1.95 ± 0.05 | " in table[4]
+    assert table[5] == ""
+
+
 def test_places_are_not_mixed():
     """Another machine has a table of its own; pilots and toys have none."""
     others = [row | {"machine": "CPU, 1 threads", "accuracy": 0.5} for row in lines()]

@@ -102,7 +102,7 @@ def test_info(bare_folder, tmp_path):
 
 @pytest.fixture
 def searches():
-    """How often Python has looked for garbage; what the test leaves out of its searches comes back."""
+    """Return a function that counts the collector's runs; objects that a test freezes are thawed after it."""
     assert gc.isenabled()
     yield lambda: sum(generation["collections"] for generation in gc.get_stats())
     gc.unfreeze()

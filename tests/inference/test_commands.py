@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy
+import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 import torch
@@ -86,8 +87,11 @@ def test_a_decoder_that_is_not_there(ask, folder):
         ask("predict", folder, "--decoder", "gpu")
 
 
-def test_features(ask, folder, model_folder):
+def test_features(ask, folder, model_folder, tmp_path):
     rows = [row for row in ask("embed", folder, "--patches") if not row["error"]]
+    vector = pyarrow.list_(pyarrow.float32())  # with a fixed length older versions would read no null
+    schema = parquet.read_schema(tmp_path / "out.parquet")
+    assert [schema.field(name).type for name in ("pooled", "patches")] == [vector, pyarrow.list_(vector)]
     _, _, pooled, patches = expected(model_folder, [row["name"] for row in rows])
     torch.testing.assert_close(torch.tensor([row["pooled"] for row in rows]), pooled)
     torch.testing.assert_close(torch.tensor([row["patches"] for row in rows]), patches)
