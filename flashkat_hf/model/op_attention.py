@@ -16,7 +16,7 @@ except ImportError:  # no triton: the plain path serves every device
     packed_attention_forward = packed_attention_backward = None
 
 MAX_BATCH = 65_535  # CUDA's limit of a grid's third axis
-MAX_TOKENS = 256  # beyond, PyTorch's own attention was the faster one (577 and 1025 tokens, an H100)
+MAX_TOKENS = 640  # beyond, PyTorch's attention is the faster one: benchmarks/bench_attention.py
 HEAD_DIMS = (16, 32, 64)
 
 
@@ -25,7 +25,7 @@ def packed_attention(qkv: Tensor, num_heads: int, scale: float, qkv_bias: Tensor
 
     Args:
         qkv: `(batch, num_tokens, 3 * hidden_size)`, bfloat16 or float16; queries, keys and values, each head
-            by head; at most 256 tokens and heads of 16, 32 or 64 channels.
+            by head; at most `MAX_TOKENS` tokens, and heads of 16, 32 or 64 channels.
         num_heads: heads.
         scale: factor of the scores, positive.
         qkv_bias: `(3 * hidden_size,)`, any dtype; qkv already contains it, by an addition that did not record

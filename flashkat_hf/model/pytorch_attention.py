@@ -26,20 +26,24 @@ class Attended(NamedTuple):
     offset: Tensor | None = None
 
 
-def attention_forward(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Attended]:
-    """Compute self-attention by the backend that PyTorch chooses.
+def attention_forward(
+    qkv: Tensor, num_heads: int, scale: float, backend: int | None = None
+) -> tuple[Tensor, Attended]:
+    """Compute self-attention by one of PyTorch's backends.
 
     Args:
         qkv: `(batch, num_tokens, 3 * hidden_size)`, contiguous.
         num_heads: heads.
         scale: factor of the scores.
+        backend: a value of `SDPBackend`; None: PyTorch chooses.
 
     Returns:
         `(batch, num_tokens, hidden_size)`, contiguous, and what backward needs.
     """
     q, k, v = heads(qkv, num_heads)
-    chosen = qkv.is_cuda and q.shape[-1] % 8 == 0
-    backend = ATEN._fused_sdp_choice(q, k, v, scale=scale) if chosen else MATH
+    if backend is None:
+        chosen = qkv.is_cuda and q.shape[-1] % 8 == 0
+        backend = ATEN._fused_sdp_choice(q, k, v, scale=scale) if chosen else MATH
     if backend in FORWARD:
         options = {"attn_bias": None, "compute_log_sumexp": True} if backend == CUDNN else {}
         y, lse, _, _, _, _, seed, offset, _ = FORWARD[backend](q, k, v, **options, scale=scale)
@@ -81,4 +85,4 @@ def attention_backward(
 
 def heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     """Return q, k and v, each `(batch, num_heads, num_tokens, head_dim)`, as views."""
-    return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    return qkv.view(*qkv.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind()

@@ -332,7 +332,8 @@ def _horner(x: Tensor, coefficients: Iterable[Tensor], reuse: bool = True) -> Te
 
     `reuse` writes each step over the one before, which autograd cannot look through.
     """
-    *lower, value = coefficients
+    lower = list(coefficients)
+    value = lower.pop()
     if lower:
         value = (x * value).add_(lower.pop())  # addcmul with two small operands is not vectorised
     for coefficient in reversed(lower):

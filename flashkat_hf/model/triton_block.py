@@ -4,7 +4,7 @@ What backward's kernels sum up lies in one piece of memory, and one launch turns
 tables, biases and norms. Weights are cast to the products' dtype together, their gradients likewise back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -252,8 +252,8 @@ def block_backward(
         *(norm2_plan[0].num_programs * norm2_plan[0].rows, norm2_plan[1][1], *head_sizes),
         *[table.shape[0] for table in tables],
     )
-    scratch = tail.total.new_empty(plan.scratch_size, dtype=torch.float32)
-    partial1, partial2, columns2, columns_fc1, *of_head = scratch.split_with_sizes(plan.scratch)[::2]
+    scratch = tail.total.new_empty(plan.scratch.size, dtype=torch.float32)
+    partial1, partial2, columns2, columns_fc1, *of_head = plan.scratch.cut(scratch)
     sums_of_tail = (partial1, columns2), (partial2, columns_fc1)
     plans = norm2_plan, mlp_plan
     grad, grad_mixed, *products = tail_backward(grad, tail, block.dtype, wanted, plans, sums_of_tail)
@@ -262,10 +262,10 @@ def block_backward(
     else:
         grad, product = head_backward(grad, grad_mixed, head, tail.mixed, block, wanted, norm1_plan, of_head)
         grad_mixed, products = None, [product, *products]
-    sums = tail.total.new_empty(plan.sums_size, dtype=torch.float32)
+    sums = tail.total.new_empty(plan.sums.size, dtype=torch.float32)
     tensors = scratch, tail.denominator1, tail.denominator2, sums
     launch(gather_block_sums_kernel, (plan.programs, 1, 1), tensors, plan.numbers, plan.constants, NUM_WARPS)
-    grads = sums.split_with_sizes(plan.sums)[::2]
+    grads = plan.sums.cut(sums)
     numerator1, denominator1, numerator2, denominator2 = map(Tensor.view_as, grads[:4], tables)
     norm2_weight, norm2_bias, proj_bias, fc2_bias, fc1_bias, *of_head = grads[4:]
     qkv_bias, *norm1 = of_head or (None, None, None)
@@ -352,25 +352,40 @@ def cast(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | 
 
 def pieces(like: Tensor, dtype: torch.dtype, sizes: Sequence[int]) -> Sequence[Tensor]:
     """Return flat tensors of these sizes, pieces of one allocation that is made as `like` was."""
-    total, splits = padded(dtype.itemsize, *sizes)
-    return like.new_empty(total, dtype=dtype).split_with_sizes(splits)[::2]
+    layout = in_lines(dtype.itemsize, *sizes)
+    return layout.cut(like.new_empty(layout.size, dtype=dtype))
+
+
+class Layout(NamedTuple):
+    """Where pieces lie in a flat tensor."""
+
+    size: int
+    splits: list[int]  # sizes of the pieces and of the gaps behind them; no gap has no view, which takes time
+    places: list[int]  # of the pieces among these
+
+    def cut(self, flat: Tensor) -> list[Tensor]:
+        views = flat.split_with_sizes(self.splits)
+        return [views[place] for place in self.places]
+
+
+def laid_out(sizes_and_gaps: Iterable[tuple[int, int]]) -> Layout:
+    splits: list[int] = []
+    places: list[int] = []
+    for size, gap in sizes_and_gaps:
+        places.append(len(splits))
+        splits += [size, gap] if gap else [size]
+    return Layout(sum(splits), splits, places)
 
 
 @planned
-def padded(element_bytes: int, *sizes: int) -> tuple[int, list[int]]:
-    """Return the size of an allocation of so many pieces, and in turns the piece's size and a gap's."""
+def in_lines(element_bytes: int, *sizes: int) -> Layout:
     line = LINE // element_bytes
-    splits = [part for size in sizes for part in (size, -size % line)]
-    return sum(splits), splits
+    return laid_out((size, -size % line) for size in sizes)
 
 
 class GatherPlan(NamedTuple):
-    scratch_size: int
-    scratch: list[int]  # what `padded` returns: both partial sums, four sets of columns, the attention's two
-    sums_size: int
-    sums: list[
-        int
-    ]  # in turns a gradient's size and a gap's: four tables, five columns, and three of the head
+    scratch: Layout  # both partial sums, four sets of columns, the attention's two
+    sums: Layout  # gradients: four tables, five columns, and three of the head
     numbers: tuple[int, ...]
     constants: tuple[int, ...]
     programs: int
@@ -391,22 +406,27 @@ def gather_plan(
     )
     partials = 10 * norm2_rows * norm2_segments, 10 * mlp_rows * mlp_segments
     column_sizes = [count * rows * width for count, rows, width in sets]
-    scratch_size, scratch = padded(4, *partials, *column_sizes, statistics, rests)
-    offsets = [sum(scratch[: 2 * i]) for i in range(len(scratch) // 2)]
+    scratch = in_lines(4, *partials, *column_sizes, statistics, rests)
+    offsets = [sum(scratch.splits[:place]) for place in scratch.places]
     tables: list[int] = []  # the kernel's numbers
-    sums: list[int] = []
+    sums: list[tuple[int, int]] = []  # sizes and gaps
+    place = 0  # of the next of them
     for offset, rows, segments, rows_a, rows_b in (
         (offsets[0], norm2_rows, norm2_segments, rows_a1, rows_b1),
         (offsets[1], mlp_rows, mlp_segments, rows_a2, rows_b2),
     ):
-        tables += offset, rows, segments, rows_a, rows_b, sum(sums)
-        sums += 6 * rows_a, 0, 4 * rows_b, -(6 * rows_a + 4 * rows_b) % COLUMNS
+        tables += offset, rows, segments, rows_a, rows_b, place
+        size = 6 * rows_a + 4 * rows_b
+        sums += (6 * rows_a, 0), (4 * rows_b, -size % COLUMNS)
+        place += size + -size % COLUMNS
     columns: list[int] = []  # likewise
     first = 20
     for (count, rows, width), offset in zip(sets, offsets[2:6], strict=True):
-        columns += offset, rows, width, first, sum(sums)
+        columns += offset, rows, width, first, place
         if rows:  # else the set has neither programs nor sums
-            sums += [width, -width % COLUMNS] * count
-            first += count * triton.cdiv(width, COLUMNS)
+            sums += [(width, -width % COLUMNS)] * count
+            blocks = count * triton.cdiv(width, COLUMNS)
+            first += blocks
+            place += blocks * COLUMNS
     constants = *tile_of(norm2_segments), *tile_of(mlp_segments), TILE // COLUMNS, COLUMNS
-    return GatherPlan(scratch_size, scratch, sum(sums), sums, (*tables, *columns), constants, programs=first)
+    return GatherPlan(scratch, laid_out(sums), (*tables, *columns), constants, programs=first)

@@ -12,6 +12,7 @@ DTYPES = (
 )  # the interpreter cannot multiply bfloat16
 SHAPES = [(2, 197, 3, 64), (1, 17, 2, 32), (2, 64, 1, 16), (1, 1, 1, 64), (1, 256, 1, 64), (0, 5, 2, 16)]
 SHAPES += [(2, 130, 2, 32), (1, 90, 2, 16)]  # whole blocks and a rest, of both sizes
+SHAPES += [(1, 577, 1, 32)]  # of an image of 384 pixels
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

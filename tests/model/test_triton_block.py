@@ -248,13 +248,13 @@ def test_sums_of_many_rows(device):
     sizes = {"hidden_size": 40, "inner_size": 72, "mlp_rows": 2100, "mlp_segments": 18}
     sizes |= {"norm2_rows": 70, "norm2_segments": 10, "norm1_rows": 530, "attention_rows": 3}
     plan = gather_plan(*sizes.values(), 5, 7, 0, 1, 1, 8, 8)
-    scratch = torch.randn(plan.scratch_size, device=device)
-    partial1, partial2, *columns, _, _ = scratch.split_with_sizes(plan.scratch)[::2]
+    scratch = torch.randn(plan.scratch.size, device=device)
+    partial1, partial2, *columns, _, _ = plan.scratch.cut(scratch)
     denominators = torch.randn(1, 4, device=device), torch.randn(8, 4, device=device)
-    sums = torch.full((plan.sums_size,), torch.nan, device=device)
+    sums = torch.full((plan.sums.size,), torch.nan, device=device)
     tensors = scratch, *denominators, sums
     launch(gather_block_sums_kernel, (plan.programs, 1, 1), tensors, plan.numbers, plan.constants, 16)
-    results = sums.split_with_sizes(plan.sums)[::2]
+    results = plan.sums.cut(sums)
     expected = []
     for rows, partial, segments, denominator in (
         (1, partial1, 10, denominators[0]),

@@ -2,6 +2,7 @@
 
 import pytest
 
+from flashkat_hf.model.op_attention import MAX_TOKENS
 from flashkat_hf.model.triton_tiles import (
     ATTENTION_BLOCK,
     NORM_BACKWARD,
@@ -39,7 +40,7 @@ def test_tiles(num_rows, group_size, element_bytes):
     assert norm.num_programs <= norm_tile(num_rows, hidden_size, group_size, 132, NORM_FORWARD).num_programs
 
 
-@pytest.mark.parametrize("num_tokens", range(1, 257))
+@pytest.mark.parametrize("num_tokens", range(1, MAX_TOKENS + 1, 3))
 def test_attention_blocks(num_tokens):
     """Every token lies in a block, and fewer than 32 of the blocks' rows lie beyond the last token."""
     blocks, rest = attention_blocks(num_tokens)
