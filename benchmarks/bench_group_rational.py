@@ -52,8 +52,9 @@ def measure(name: str, dtype: torch.dtype, repeats: int) -> list[dict]:
     if last:
         x, grad_y = (tensor.to(memory_format=torch.channels_last) for tensor in (x, grad_y))
     part = x[:1].movedim(dim, -1).double()
-    exact = rational_value(part.contiguous(), module.numerator.double(), module.denominator.double())
-    made = module(x[:1]).movedim(dim, -1).double()
+    with torch.no_grad():
+        exact = rational_value(part.contiguous(), module.numerator.double(), module.denominator.double())
+        made = module(x[:1]).movedim(dim, -1).double()
     torch.testing.assert_close(made, exact, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
     target = torch.empty_like(x)
     copied = 2 * x.nbytes / milliseconds(lambda: target.copy_(x), repeats)

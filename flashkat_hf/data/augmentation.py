@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..messages import extra
 from .gpu.augmentation import BatchAugmentation
 from .gpu.evaluation import BatchEvaluation, Evaluation, EvaluationPart, levels_of
-from .gpu.planning import WorkerPart
+from .gpu.planning import MovedPart, WorkerPart
 from .options import SIGNS, Augmentation
 from .samples import DataError, Transform
 
@@ -36,14 +36,15 @@ def training_transform(processor, augmentation: Augmentation) -> Transform:
         become grey before anything else, and all of it is done here.
     """
     size = (processor.crop_size["height"], processor.crop_size["width"])
-    if augmentation.moved or _done_by_workers(processor, augmentation):
-        make = _moves if augmentation.moved else _timm_transform
-        transform = make(processor, augmentation, size)
-        if num_channels(processor) == 1:
-            return extra("torchvision.transforms").Compose([_grey, transform, _first_channel])
-        return transform
-    parts = _timm_transform(processor, augmentation, size, separate=True)
-    return WorkerPart(parts, size, decode=augmentation.on_device == "decoding")
+    parts = _timm_transforms(processor, augmentation, size)
+    if augmentation.moved:
+        parts = _moves(processor, augmentation, size), *parts[1:]
+    if not _done_by_workers(processor, augmentation):
+        decode = augmentation.on_device == "decoding"
+        return MovedPart(parts, size) if augmentation.moved else WorkerPart(parts, size, decode)
+    grey = num_channels(processor) == 1
+    steps = (_grey, *parts, _first_channel) if grey else parts
+    return extra("torchvision.transforms").Compose(steps)
 
 
 def num_channels(processor) -> int:
@@ -71,15 +72,13 @@ def _first_channel(pixels: Tensor) -> Tensor:
     return pixels[:1]
 
 
-def _timm_transform(
-    processor, augmentation: Augmentation, size: tuple[int, int], separate: bool = False
-) -> Any:
-    """Return timm's transform, or its three: crop and flip; RandAugment; normalisation and erasing."""
+def _timm_transforms(processor, augmentation: Augmentation, size: tuple[int, int]) -> tuple[Any, Any, Any]:
+    """Return timm's three transforms: crop and flip; RandAugment; normalisation and erasing."""
     mean, std = (
         tuple(values) * (3 if len(values) == 1 else 1)  # grey has three equal channels here
         for values in (processor.image_mean, processor.image_std)
     )
-    transform = extra("timm.data").create_transform(
+    parts = extra("timm.data").create_transform(
         size,
         is_training=True,
         scale=augmentation.crop_area,
@@ -92,13 +91,13 @@ def _timm_transform(
         std=std,
         re_prob=augmentation.erasing,
         re_mode="pixel",
-        separate=separate,
+        separate=True,
     )
-    transforms = (step for part in (transform if separate else [transform]) for step in part.transforms)
-    for operation in (operation for step in transforms for operation in getattr(step, "ops", ())):
+    steps = (step for part in parts for step in part.transforms)
+    for operation in (operation for step in steps for operation in getattr(step, "ops", ())):
         if operation.aug_fn.__name__ == "posterize":
             operation.aug_fn = posterize
-    return transform
+    return parts
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
@@ -108,7 +107,7 @@ def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 
 
 def _moves(processor, augmentation: Augmentation, size: tuple[int, int]) -> Transform:
-    """Scale as evaluation does, move a little, then go on with the recipe."""
+    """Scale as evaluation does, move a little, and mirror."""
     transforms = extra("torchvision.transforms")
     bilinear, bicubic = transforms.InterpolationMode.BILINEAR, transforms.InterpolationMode.BICUBIC
     scaled = LimitedResize(_resized(processor), bicubic)
@@ -116,8 +115,7 @@ def _moves(processor, augmentation: Augmentation, size: tuple[int, int]) -> Tran
     if augmentation.crop == "shifts":  # by whole pixels, so that nothing is interpolated
         moved = transforms.RandomAffine(0, translate=(0.05, 0.05))
     flip = transforms.RandomHorizontalFlip(augmentation.flip)
-    _, rand_augment, normalise = _timm_transform(processor, augmentation, size, separate=True)
-    return transforms.Compose([scaled, moved, transforms.CenterCrop(size), flip, rand_augment, normalise])
+    return transforms.Compose([scaled, moved, transforms.CenterCrop(size), flip])
 
 
 def batch_transform(processor, augmentation: Augmentation) -> nn.Module | None:

@@ -69,9 +69,10 @@ class Augmentation:
             raise ValueError(f"color_jitter ({self.color_jitter}) must not be negative")
         if self.rand_augment and self.rand_augment != type(self).rand_augment:  # importing timm takes seconds
             _check_rand_augment(self.rand_augment)
-        if self.on_device in ("augmentation", "decoding") and (self.moved or self.color_jitter):
-            crop = self.crop if self.moved else "moves"
-            raise ValueError(f"on_device {self.on_device!r} knows neither the crop {crop!r} nor color_jitter")
+        if self.on_device == "decoding" and self.moved:
+            raise ValueError(f"on_device 'decoding' does not know the crop {self.crop!r}; use 'augmentation'")
+        if self.on_device in ("augmentation", "decoding") and self.color_jitter:
+            raise ValueError(f"on_device {self.on_device!r} does not know color_jitter; use 'nothing'")
 
     @property
     def moved(self) -> bool:
@@ -93,10 +94,11 @@ class Augmentation:
             if self.on_device != "nothing" and missing:
                 raise ValueError(f"on_device {self.on_device!r} needs {missing}; use 'nothing'")
             return self
-        unknown = self.moved or self.color_jitter or not in_batches(self.rand_augment)
+        unknown = self.color_jitter or not in_batches(self.rand_augment)
         if device.type != "cuda" or missing or in_memory or unknown:
             return replace(self, on_device="nothing")
-        return replace(self, on_device="decoding" if decodes(device) else "augmentation")
+        decode = decodes(device) and not self.moved
+        return replace(self, on_device="decoding" if decode else "augmentation")
 
 
 SIGNS = Augmentation(crop="moves", flip=0.0, rand_augment=None, erasing=0.0)  # for digits: never mirrored

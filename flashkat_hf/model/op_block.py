@@ -67,8 +67,8 @@ def block(
     Returns:
         `(batch, num_tokens, hidden_size)`, in the dtype of the sum of x and a product.
     """
-    settings = Block(*heads, *eps, dtype), torch.is_grad_enabled()  # pyright: ignore[reportOptionalCall]
-    return _Block.apply(x, None, *settings, *parameters)  # pyright: ignore
+    settings = Block(*heads, *eps, dtype)  # pyright: ignore[reportOptionalCall]
+    return _apply(x, None, settings, parameters)
 
 
 def block_tail(x: Tensor, mixed: Tensor, eps: float, parameters: Sequence[Tensor | None]) -> Tensor:
@@ -83,15 +83,21 @@ def block_tail(x: Tensor, mixed: Tensor, eps: float, parameters: Sequence[Tensor
     Returns:
         As `block`.
     """
-    settings = Block(0, 0.0, True, 0.0, eps, mixed.dtype), torch.is_grad_enabled()  # pyright: ignore[reportOptionalCall]
-    none = (None,) * NUM_HEAD_PARAMETERS
-    return _Block.apply(x, mixed.contiguous(), *settings, *none, *parameters)  # pyright: ignore
+    settings = Block(0, 0.0, True, 0.0, eps, mixed.dtype)  # pyright: ignore[reportOptionalCall]
+    return _apply(x, mixed.contiguous(), settings, (*(None,) * NUM_HEAD_PARAMETERS, *parameters))
+
+
+def _apply(x: Tensor, mixed: Tensor | None, block: Any, parameters: Sequence[Tensor | None]) -> Tensor:
+    """Compute a block; as a node of autograd only where there may be a backward, since a node takes time."""
+    if not torch.is_grad_enabled():
+        return block_forward(x, mixed, Parameters(*parameters), block, False)[0]  # pyright: ignore
+    return _Block.apply(x, mixed, block, *parameters)  # pyright: ignore
 
 
 class _Block(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, mixed, block, keep, *parameters):
-        keep = keep and any(ctx.needs_input_grad)
+    def forward(ctx: Any, x, mixed, block, *parameters):
+        keep = any(ctx.needs_input_grad)
         y, head, tail = block_forward(x, mixed, Parameters(*parameters), block, keep)  # pyright: ignore
         if tail is not None:
             ctx.save_for_backward(*(head or (None,) * NUM_HEAD), *tail)
@@ -103,10 +109,10 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         if needs_formula(grad):
             raise RuntimeError(NO_SECOND_DERIVATIVES)
-        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[4:]
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
         head = None if saved[0] is None else Head(*saved[:NUM_HEAD])  # pyright: ignore
         tail = Tail(*saved[NUM_HEAD:])  # pyright: ignore
         grad_x, grad_mixed, grads = block_backward(  # pyright: ignore
             grad.contiguous(), head, tail, ctx.block, ctx.dtypes, wanted
         )
-        return grad_x, grad_mixed, None, None, *grads
+        return grad_x, grad_mixed, None, *grads

@@ -275,8 +275,10 @@ def test_auto_is_decided_by_device_recipe_and_source(monkeypatch):
     resolved = [Augmentation().resolved(device, False).on_device for device in (cpu, gpu, other)]
     assert resolved == ["nothing", "decoding", "augmentation"]
     assert Augmentation().resolved(gpu, in_memory=True).on_device == "nothing"
-    for unknown in ({"crop": "moves"}, {"color_jitter": 0.4}, {"rand_augment": "rand-m9-t3a"}):
+    for unknown in ({"color_jitter": 0.4}, {"rand_augment": "rand-m9-t3a"}):
         assert Augmentation(**unknown).resolved(gpu, False).on_device == "nothing"
+    for crop in ("moves", "shifts"):
+        assert Augmentation(crop=crop).resolved(gpu, False).on_device == "augmentation"
     for on_device in ("nothing", "augmentation", "decoding"):
         assert Augmentation(on_device=on_device).resolved(gpu, False).on_device == on_device
     assert batch_transform(make_image_processor(24), Augmentation()) is None  # not decided

@@ -429,7 +429,7 @@ def test_compiled_for_a_gpu_keeps_the_kernel(where):
         (
             packed_attention,
             [(2, 5, 96), 2, 1.0],
-            r"half precision and of at most 640 tokens, not 5 torch.float32",
+            r"half precision and of at most 1088 tokens, not 5 torch.float32",
         ),
     ],
 )

@@ -89,7 +89,7 @@ class BatchOfCrops(nn.Module):
 class BatchAugmentation(BatchOfCrops):
     """Carries out the plans of a batch on the device that it is on.
 
-    Takes what `TrainBatches` gives with a `WorkerPart`, on the CPU, and returns `{"pixel_values": (batch, 3,
+    Takes what `TrainBatches` gives with a `PlannedPart`, on the CPU, and returns `{"pixel_values": (batch, 3,
     height, width) float32, normalised, "labels": (batch,) int64}`. Draws nothing from global generators.
     """
 

@@ -11,7 +11,7 @@ from PIL import Image, JpegImagePlugin
 from torch import Tensor
 
 from ...messages import extra
-from ..samples import Encoded, Sample, header, unreadable, upright_rgb
+from ..samples import DataError, Encoded, Sample, header, open_image, unreadable, upright_rgb
 from .records import GEOMETRIC, OPERATIONS, Box, EncodedCrops, Operation, Plan
 
 ORIENTATION = 0x0112  # EXIF's number of it
@@ -79,22 +79,49 @@ def drawing(rand_augment) -> Any:
     return rand_augment
 
 
-class WorkerPart:
-    """A worker process's transform of one encoded image, before a `BatchAugmentation`."""
+class PlannedPart:
+    """What transforms of worker processes have in common: they note the rest for a `BatchAugmentation`."""
 
     takes_sample = True
 
-    def __init__(self, transforms: tuple, size: tuple[int, int], decode: bool):
-        """Take timm's three transforms: crop and flip; RandAugment; normalisation and erasing."""
-        first, second, last = (part.transforms for part in transforms)
-        self.crop = first[0]
-        self.flip = first[1:]
+    def __init__(self, transforms: tuple, size: tuple[int, int]):
+        """Take three transforms: of PIL images; timm's RandAugment; its normalisation and erasing."""
+        _, second, last = (part.transforms for part in transforms)
         self.size = size
-        self.decode = decode
         self.rand_augment = drawing(second[0]) if second else None
         self.erasing = next((part for part in last if type(part).__name__ == "RandomErasing"), None)
         if self.erasing is not None:
             self.erasing.per_pixel = False  # only the box is wanted of it, not the noise
+
+    def _plan(self) -> Tensor:
+        return Draws(self.rand_augment, self.erasing, self.size).plan()
+
+
+class MovedPart(PlannedPart):
+    """A worker process's transform of an image that is used whole and moved a little."""
+
+    def __init__(self, transforms: tuple, size: tuple[int, int]):
+        super().__init__(transforms, size)
+        self.moves = transforms[0]
+
+    def __call__(self, sample: Sample) -> dict[str, Tensor]:
+        """Return the moved image's pixels, `(3, height, width)` uint8, and as "plan" a row of a `Plan`."""
+        image = open_image(sample.image, sample.name)
+        try:
+            moved = self.moves(image)
+        except DataError as error:
+            raise DataError(f"cannot use the image {sample.name}: {error}") from error
+        pixels = extra("torchvision.transforms.functional").pil_to_tensor(moved)
+        return {"pixel_values": pixels, "plan": self._plan()}
+
+
+class WorkerPart(PlannedPart):
+    """A worker process's transform of one encoded image of which a part is cropped."""
+
+    def __init__(self, transforms: tuple, size: tuple[int, int], decode: bool):
+        super().__init__(transforms, size)
+        self.crop, *self.flip = transforms[0].transforms
+        self.decode = decode
 
     def __call__(self, sample: Sample) -> dict[str, Tensor]:
         """Return the image's pixels and its plan, and with `decode` its crop.
@@ -149,9 +176,6 @@ class WorkerPart:
         )
         data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
         return {"pixel_values": data, "plan": self._plan(), "crop": crop}
-
-    def _plan(self) -> Tensor:
-        return Draws(self.rand_augment, self.erasing, self.size).plan()
 
     def _box(self, width: int, height: int) -> Box:
         canvas = torch.empty(1, height, width, device="meta")  # only its size is asked for

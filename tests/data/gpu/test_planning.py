@@ -39,15 +39,22 @@ def both(augmentation: dict, image: bytes, seed: int) -> tuple[torch.Tensor, tor
     return expected * STD + MEAN, planned.float(), Plan.unpacked(item["plan"][None])
 
 
-@pytest.mark.parametrize("config", ["rand-m9-mstd0.5", "rand-m7-n3-p1.0-inc1"])
-def test_the_recipe_draws_what_timm_draws(config):
+@pytest.mark.parametrize(
+    ("config", "crop"),
+    [
+        *(("rand-m9-mstd0.5", crop) for crop in ("random", "moves", "shifts")),
+        ("rand-m7-n3-p1.0-inc1", "random"),
+    ],
+)
+def test_the_recipe_draws_what_timm_draws(config, crop):
     """Crop, flip, and operations each with its chance and its magnitude; or more of them, always, increasing.
 
     A plan's float32 magnitudes put few pixels on the other side of a rounding.
     """
     for seed in range(60):
         image = encoded_picture(seed, (50, 40), "PNG")
-        expected, planned, _ = both({"rand_augment": config, "interpolation": "random"}, image, seed)
+        settings = {"rand_augment": config, "interpolation": "random", "crop": crop}
+        expected, planned, _ = both(settings, image, seed)
         assert ((expected - planned).abs() > 0.5).float().mean() < 0.01, seed
 
 
@@ -127,10 +134,13 @@ def test_a_jpeg_comes_as_a_file_with_its_crop(mode):
         assert torch.equal(stacked([part])[0], items[0]["pixel_values"])
 
 
-@pytest.mark.parametrize("on_device", ["augmentation", "decoding"])
-def test_broken_images_are_named_by_the_worker(tmp_path, on_device):
+@pytest.mark.parametrize(
+    ("on_device", "crop"),
+    [("augmentation", "random"), ("decoding", "random"), ("augmentation", "shifts")],
+)
+def test_broken_images_are_named_by_the_worker(tmp_path, on_device, crop):
     broken, missing = encoded_picture(0, (200, 200))[:-400], str(tmp_path / "gone.jpg")
-    transform = training_transform(PROCESSOR, Augmentation(on_device=on_device))
+    transform = training_transform(PROCESSOR, Augmentation(crop, on_device=on_device))
     for encoded, name in ((broken, "shard.tar/7.jpg"), (missing, missing)):
         with pytest.raises(DataError, match=rf"^cannot read the image {re.escape(name)}: [^\n]+$"):
             transform(Sample(encoded, 0, name))
@@ -143,8 +153,8 @@ def test_operations_that_batches_do_not_know():
     message = "RandAugment's Desaturate cannot be done in batches; use on_device='nothing'"
     with pytest.raises(ValueError, match=message):
         training_transform(PROCESSOR, Augmentation(rand_augment="rand-m9-t3a", on_device="augmentation"))
-    for setting in ({"crop": "moves"}, {"color_jitter": 0.4}):
-        message = "on_device 'decoding' knows neither the crop 'moves' nor color_jitter"
-        with pytest.raises(ValueError, match=message):
-            Augmentation(on_device="decoding", **setting)
+    with pytest.raises(ValueError, match="'decoding' does not know the crop 'moves'; use 'augmentation'"):
+        Augmentation("moves", on_device="decoding")
+    with pytest.raises(ValueError, match="'decoding' does not know color_jitter; use 'nothing'"):
+        Augmentation(on_device="decoding", color_jitter=0.4)
     assert batch_transform(PROCESSOR, Augmentation(on_device="nothing")) is None
