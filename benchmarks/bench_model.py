@@ -1,4 +1,4 @@
-"""Measure the throughput of FlashKAT beside timm's ViT of the same size: training step, inference, latency.
+"""Measure the throughput of FlashKAT beside timm's ViT of the same size: training step and inference.
 
 It runs on a GPU or a CPU.
 
@@ -9,7 +9,7 @@ machine, the versions, the commit.
 
 On a GPU a turn is `--turn` steps in a row between two events, behind one step that is not timed: the GPU
 never waits for the host to launch the next step, as in training. What the host takes for one call shows in
-the latency: inference at batch size 1 is timed call by call on the host's clock, each waited for. On a CPU,
+one image: inference at batch size 1 is timed call by call on the host's clock, each waited for. On a CPU,
 too, each step is timed alone.
 
 What docs/performance.md shows, on a GPU; each command adds its lines, so that one can be repeated or left
@@ -19,26 +19,15 @@ out:
     python benchmarks/bench_model.py --append --output $R/model.jsonl --modes compiled
     python benchmarks/bench_model.py --append --output $R/model.jsonl --modes eager
     python benchmarks/bench_model.py --append --output $R/inference.jsonl --task inference --batch_sizes 256
-    python benchmarks/bench_model.py --append --output $R/latency.jsonl --task inference --batch_sizes 1 \
-        --modes graphs --turn 50
 
-Every cell of size, image size and batch size, in every mode, beside both ViTs; several of these programs may
-run side by side (`--lock`):
+Every cell of size, image size and batch size, in every mode, beside both ViTs; compiling costs half a minute a
+cell and model. Several of these programs may run side by side (`--lock`):
 
-    python benchmarks/bench_model.py --append --output $R/cells.jsonl --modes eager graphs \
-        --turn 3 --turns 12 --batch_sizes 1 8 32 64 512 \
-        --providers flashkat_hf "timm ViT" "transformers ViT"
-
-Scaling: in eager mode against the batch size, where launches show; compiled, which costs half a minute a
-shape and model, at three batch sizes and two larger images. Dynamic shapes would compile once, into other
-kernels:
-
-    python benchmarks/bench_model.py --append --output $R/scaling.jsonl --sizes small --modes eager \
-        --providers flashkat_hf "timm ViT" --batch_sizes 1 4 16 64 256 512
-    python benchmarks/bench_model.py --append --output $R/scaling.jsonl --sizes small --modes compiled \
-        --providers flashkat_hf "timm ViT" --batch_sizes 8 64 512
-    python benchmarks/bench_model.py --append --output $R/scaling.jsonl --sizes small --modes compiled eager \
-        --providers flashkat_hf "timm ViT" --batch_sizes 64 --image_sizes 384 512
+    C="--append --turn 3 --turns 12 --modes eager graphs compiled"
+    python benchmarks/bench_model.py $C --output $R/cells.jsonl --batch_sizes 1 8 32 64 512 \
+        --image_sizes 224 384 --providers flashkat_hf "timm ViT" "transformers ViT"
+    python benchmarks/bench_model.py $C --output $R/cells_inference.jsonl --task inference \
+        --batch_sizes 1 8 32 256 --providers flashkat_hf "timm ViT" "transformers ViT"
 
 The original code, from clones (`peers.py`); KAT runs at 32 images at most, since a step of it takes that
 long:

@@ -53,44 +53,6 @@ def throughput(results: list[dict]):
     return figure
 
 
-def scaling(results: list[dict]):
-    """Draw images per second in training against the batch size at 224 pixels and the image size."""
-    from matplotlib.figure import Figure
-
-    larger = {result["batch_size"] for result in results if result["image_size"] != 224}
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    by_batch, by_pixels = figure.subplots(1, 2)
-    for axes, key, chosen in (
-        (by_batch, "batch_size", [result for result in results if result["image_size"] == 224]),
-        (by_pixels, "image_size", [result for result in results if result["batch_size"] in larger]),
-    ):
-        for provider, mode in dict.fromkeys((result["provider"], result["mode"]) for result in chosen):
-            line = [result for result in chosen if (result["provider"], result["mode"]) == (provider, mode)]
-            points = sorted((result[key], result["images_per_s"]) for result in line)
-            style = "o-" if mode == "compiled" else "o--"
-            axes.plot(
-                *zip(*points, strict=True),
-                style,
-                color=COLOURS.get(provider, OTHERS),
-                label=f"{provider}, {mode}",
-            )
-        if key == "batch_size":
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=0)
-        ticks = sorted({result[key] for result in chosen})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.set_ylabel("training, images/s")
-    by_batch.set_xlabel("batch size, images of 224 pixels")
-    by_pixels.set_xlabel(f"image size in pixels, batch {', '.join(map(str, sorted(larger)))}")
-    by_batch.legend(fontsize=8)
-    figure.suptitle(f"{results[0]['size']}, {results[0]['machine']}", fontsize=10)
-    return figure
-
-
 def cells(results: list[dict]):
     """Draw how many times as fast a training step is as the faster ViT's: a panel for each mode."""
     from matplotlib.colors import TwoSlopeNorm
@@ -126,7 +88,6 @@ def cells(results: list[dict]):
 PICTURES: dict[str, tuple[str, Callable]] = {
     "docs/throughput.png": ("benchmarks/results/model.jsonl", throughput),
     "docs/cells.png": ("benchmarks/results/cells.jsonl", cells),
-    "docs/scaling.png": ("benchmarks/results/scaling.jsonl", scaling),
     "docs/learning.png": ("benchmarks/results/learning.jsonl", accuracies),
 }
 

@@ -18,17 +18,16 @@ from learning import default_tables
 from learning import tables as learning
 from paper import render as paper_page
 from speed_tables import (
+    attention_table,
     cells_table,
     compilation_table,
     deployment_table,
     kernel_table,
-    latency_table,
     model_table,
     precision_table,
     profile_table,
     roofline_table,
     runs_table,
-    scaling_table,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -161,7 +160,6 @@ def picture(link: str, text: str) -> Callable[[list[dict]], str]:
 
 THROUGHPUT = "Training throughput of each model size beside timm's ViT"
 CELLS = "How many times as fast a training step is as the faster ViT's, by size, image size and batch"
-SCALING = "Training throughput against the batch size and against the image size"
 ACCURACIES = "Test accuracy of every run from scratch, a row for each contender"
 PERFORMANCE, LEARNING = "docs/performance.md", "docs/learning.md"
 
@@ -242,7 +240,6 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     (PERFORMANCE, "throughput", "model", picture("throughput.png", THROUGHPUT)),
     (PERFORMANCE, "model", "model", model_table),
     (PERFORMANCE, "inference", "inference", model_table),
-    (PERFORMANCE, "latency", "latency", latency_table),
     (PERFORMANCE, "cells_picture", "cells", picture("cells.png", CELLS)),
     (PERFORMANCE, "cells", "cells", cells_table),
     (PERFORMANCE, "cells_inference", "cells_inference", cells_table),
@@ -252,8 +249,7 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     (PERFORMANCE, "kernels", "profile", kernel_table),
     (PERFORMANCE, "rational", "rational", rational_table),
     (PERFORMANCE, "rational_float32", "rational", partial(rational_table, dtype="float32")),
-    (PERFORMANCE, "scaling_picture", "scaling", picture("scaling.png", SCALING)),
-    (PERFORMANCE, "scaling", "scaling", scaling_table),
+    (PERFORMANCE, "attention", "attention", attention_table),
     (PERFORMANCE, "precision", "precision", precision_table),
     (PERFORMANCE, "precision_gpu", "precision_gpu", precision_table),
     (PERFORMANCE, "cpu_train", "cpu_train", model_table),
@@ -272,7 +268,7 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     (LEARNING, "low_precision", "learning", learning.precision),
     (LEARNING, "rates", "learning", learning.rates),
 )
-CARDS = ("model", "inference", "latency")  # results files whose lines of our own the model cards show
+CARDS = ("model", "inference")  # results files whose lines of our own the model cards show
 
 
 def results_path(name: str) -> Path:

@@ -41,13 +41,11 @@ def measured(results: list[dict], script: str) -> str:
     return f"{'. '.join(places)}. `{script}`"
 
 
-def model_table(results: list[dict], unit: str = "images_per_s") -> str:
+def model_table(results: list[dict]) -> str:
     """Return a row for each provider and mode, a column for each size; then ours over each other provider.
 
-    `unit` is "images_per_s", where a ratio above 1 is ours faster, or "ms", where one below 1 is. What was
-    measured on different machines is not compared.
+    What was measured on different machines is not compared.
     """
-    throughput = unit == "images_per_s"
     cases = by_case(results, "mode", "provider", "size")
     modes, providers, sizes = (
         distinct(result[key] for result in results) for key in ("mode", "provider", "size")
@@ -60,22 +58,19 @@ def model_table(results: list[dict], unit: str = "images_per_s") -> str:
         result = cases.get((mode, provider, size))
         if result is None:
             return ""
-        notes = [f"{result['peak_gib']:.1f} GiB"] if throughput and result["peak_gib"] is not None else []
+        notes = [f"{result['peak_gib']:.1f} GiB"] if result["peak_gib"] is not None else []
         if result["batch_size"] != batches[size]:
             notes.append(f"batch {result['batch_size']}")
-        value = f"{result[unit]:,.0f}" if throughput and result[unit] >= 100 else f"{result[unit]:.3g}"
+        rate = result["images_per_s"]
+        value = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
         return f"{value} ({', '.join(notes)})" if notes else value
 
     def ratio(mode: str, provider: str, size: str) -> str:
         ours, theirs = cases.get((mode, OURS, size)), cases.get((mode, provider, size))
         if ours is None or theirs is None or ours["machine"] != theirs["machine"]:
             return ""
-        text = f"{ours[unit] / theirs[unit]:.2f}"
-        if (
-            not throughput
-            or None in (ours["peak_gib"], theirs["peak_gib"])
-            or ours["batch_size"] != theirs["batch_size"]
-        ):
+        text = f"{ours['images_per_s'] / theirs['images_per_s']:.2f}"
+        if None in (ours["peak_gib"], theirs["peak_gib"]) or ours["batch_size"] != theirs["batch_size"]:
             return text
         return f"{text} (memory {ours['peak_gib'] / theirs['peak_gib']:.2f})"
 
@@ -90,32 +85,36 @@ def model_table(results: list[dict], unit: str = "images_per_s") -> str:
                 if any(values):
                     rows.append([label.format(provider, mode), *values])
     task = "training step" if results[0]["task"] == "train" else "inference"
-    title = f"{task}, {'images/s' if throughput else 'ms'}"
     pixels = ", ".join(str(size) for size in distinct(result["image_size"] for result in results))
     turns = distinct(result.get("turn", 1) for result in results)
     mean = f"the mean of {' or '.join(map(str, turns))} steps in a row"
     timing = "each step timed alone" if turns == [1] else mean
     note = f"Median over turns, {timing}; {pixels} pixels. {measured(results, 'benchmarks/bench_model.py')}."
-    return table([title, *(f"{size}, batch {batches[size]}" for size in sizes)], rows) + "\n\n" + note
+    return (
+        table([f"{task}, images/s", *(f"{size}, batch {batches[size]}" for size in sizes)], rows)
+        + "\n\n"
+        + note
+    )
 
 
-def latency_table(results: list[dict]) -> str:
-    return model_table(results, "ms")
-
-
-def scaling_table(results: list[dict]) -> str:
-    """Return a row for each batch and image size, a column for each provider and mode."""
-    cases = by_case(results, "image_size", "batch_size", "provider", "mode")
-    columns = distinct((result["mode"], result["provider"]) for result in results)
-    columns.sort(key=lambda column: column[0])  # stable: the providers keep their order
-    rows = []
-    for image_size, batch_size in sorted({(image_size, batch_size) for image_size, batch_size, *_ in cases}):
-        line = [cases.get((image_size, batch_size, provider, mode)) for mode, provider in columns]
-        cells = [f"{result['images_per_s']:,.0f}" if result else "" for result in line]
-        rows.append([f"{image_size} pixels, batch {batch_size}", *cells])
-    size = ", ".join(distinct(result["size"] for result in results))
-    header = [f"{size}, training step, images/s", *(f"{provider}, {mode}" for mode, provider in columns)]
-    return table(header, rows) + f"\n\n{measured(results, 'benchmarks/bench_model.py')}."
+def attention_table(results: list[dict]) -> str:
+    """Return a row for each number of tokens, of the largest case: microseconds, and how many times as fast."""
+    batch, heads = largest = max((result["batch_size"], result["heads"]) for result in results)
+    chosen = [result for result in results if (result["batch_size"], result["heads"]) == largest]
+    cases = by_case(chosen, "tokens", "provider")
+    providers, rows = distinct(result["provider"] for result in chosen), []
+    for tokens in distinct(result["tokens"] for result in chosen):
+        row, totals = [f"{tokens:,}"], {}
+        for provider in providers:
+            result = cases[tokens, provider]
+            forward, backward = result["forward_us"], result["backward_us"]
+            totals[provider] = forward + backward
+            row.append(f"{forward:,.0f} + {backward:,.0f}")
+        fastest = min(total for provider, total in totals.items() if provider != OURS)
+        rows.append([*row, f"{fastest / totals[OURS]:.2f}"])
+    header = ["tokens", *(f"{provider}, µs" for provider in providers), "times as fast as the fastest other"]
+    note = f"Forward + backward, {batch} sequences of {heads} heads of 64 channels. "
+    return table(header, rows) + f"\n\n{note}{measured(results, 'benchmarks/bench_attention.py')}."
 
 
 def cell_ratios(results: list[dict]) -> dict[tuple, tuple[dict, float]]:

@@ -162,30 +162,20 @@ def test_model_table():
         speed_tables.model_table([*results, results[1]])
 
 
-def test_latency_table():
+def test_attention_table():
+    case = {"batch_size": 8, "heads": 3, "backward_us": 2000.0, **ABOUT}
     results = [
-        result(name, rate, task="inference", batch_size=1)
-        for name, rate in (("flashkat_hf", 4e3), ("v", 2e3))
+        {**case, "tokens": tokens, "provider": name, "forward_us": time, "machine": "GPU"}
+        for tokens in (577, 1025)
+        for name, time in (("flashkat_hf", 500.0), ("cuDNN", 3000.0), ("flash", 4000.0))
     ]
-    rows = speed_tables.latency_table(results).splitlines()
-    assert rows[0] == "| inference, ms | tiny, batch 1 |"
-    assert rows[2:5] == [
-        "| flashkat_hf, compiled | 2 |",
-        "| v, compiled | 4 |",
-        "| ours / v, compiled | 0.50 |",
-    ]
-
-
-def test_scaling_table():
-    results = [result("flashkat_hf", 10.0, mode="eager", batch_size=size) for size in (64, 8)]
-    results += [result("v", 20.0, image_size=384, batch_size=8)]
-    assert speed_tables.scaling_table(results).splitlines()[:5] == [
-        "| tiny, training step, images/s | v, compiled | flashkat_hf, eager |",
-        "| --- | --- | --- |",
-        "| 224 pixels, batch 8 |  | 10 |",
-        "| 224 pixels, batch 64 |  | 10 |",
-        "| 384 pixels, batch 8 | 20 |  |",
-    ]
+    results += [{**result, "heads": 1} for result in results]  # not shown
+    rows = speed_tables.attention_table(results).splitlines()
+    assert (
+        rows[0] == "| tokens | flashkat_hf, µs | cuDNN, µs | flash, µs | times as fast as the fastest other |"
+    )
+    assert rows[3] == "| 1,025 | 500 + 2,000 | 3,000 + 2,000 | 4,000 + 2,000 | 2.00 |"
+    assert "8 sequences of 3 heads" in rows[5]
 
 
 def test_profile_tables():
@@ -278,10 +268,10 @@ def test_picture_tells_its_results(tmp_path):
     results, picture = tmp_path / "r.jsonl", tmp_path / "p.png"
     assert plot.is_current(picture, results)  # nothing measured, nothing drawn
     lines = [
-        result("flashkat_hf", 10.0, batch_size=size, image_size=pixels)
-        for size, pixels in ((8, 224), (4, 384))
+        result(name, 10.0, batch_size=size, image_size=pixels, p10_ms=8.0)
+        for name, size, pixels in (("flashkat_hf", 8, 224), ("v", 8, 224), ("flashkat_hf", 4, 384))
     ]
-    for kind in (plot.throughput, plot.scaling):
+    for kind in (plot.throughput, plot.cells):
         results.write_text("".join(json.dumps(line) + "\n" for line in lines))
         picture.unlink(missing_ok=True)
         assert not plot.is_current(picture, results)
