@@ -20,8 +20,8 @@ out:
     python benchmarks/bench_model.py --append --output $R/model.jsonl --modes eager
     python benchmarks/bench_model.py --append --output $R/inference.jsonl --task inference --batch_sizes 256
 
-Every cell of size, image size and batch size, in every mode, beside both ViTs; compiling costs half a minute a
-cell and model. Several of these programs may run side by side (`--lock`):
+Every cell of size, image size and batch size, in every mode, beside both ViTs; compiling costs half a minute
+a cell and model. Several of these programs may run side by side (`--lock`):
 
     C="--append --turn 3 --turns 12 --modes eager graphs compiled"
     python benchmarks/bench_model.py $C --output $R/cells.jsonl --batch_sizes 1 8 32 64 512 \

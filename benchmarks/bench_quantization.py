@@ -72,7 +72,7 @@ def quantised(model: nn.Module, way: str) -> nn.Module:
 
 
 @torch.no_grad()
-def milliseconds(model: Any, pixels: torch.Tensor, seconds: float = 2.0) -> float:
+def milliseconds(model: Any, pixels: torch.Tensor, seconds: float = 1.0) -> float:
     """Return the median time of a forward pass."""
     for _ in range(5):
         model(pixels)

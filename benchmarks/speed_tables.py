@@ -98,7 +98,7 @@ def model_table(results: list[dict]) -> str:
 
 
 def attention_table(results: list[dict]) -> str:
-    """Return a row for each number of tokens, of the largest case: microseconds, and how many times as fast."""
+    """Return a row for each number of tokens, of the largest case: microseconds, and times as fast."""
     batch, heads = largest = max((result["batch_size"], result["heads"]) for result in results)
     chosen = [result for result in results if (result["batch_size"], result["heads"]) == largest]
     cases = by_case(chosen, "tokens", "provider")
