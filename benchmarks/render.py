@@ -22,10 +22,13 @@ from speed_tables import (
     cells_table,
     compilation_table,
     deployment_table,
+    group_rational_table,
     kernel_table,
     model_table,
     precision_table,
+    predict_table,
     profile_table,
+    quantization_speed_table,
     roofline_table,
     runs_table,
 )
@@ -139,19 +142,20 @@ def dense_table(results: list[dict]) -> str:
 
 
 def quantization_table(results: list[dict]) -> str:
-    """Return a row for each way of quantising: accuracy on the digits, and the largest loss."""
-    rows = ["| linear maps | top-1 on the digits | largest loss of a model, points |", "|---" * 3 + "|"]
-    for way in dict.fromkeys(each["way"] for each in results):
-        runs = [each for each in results if each["way"] == way]
-        loss = max(run["loss_in_points"] for run in runs)
-        rows.append(f"| {way} | {mean(run['top1'] for run in runs):.2f}% | {loss:.2f} |")
-    about = results[-1]
-    models = (
-        f"{len({each['model'] for each in results})} models, trained by the defaults with different seeds"
-    )
-    measured = f"{about['device'].upper()}, torch {about['torch']}, torchao {about['torchao']}"
+    """Return a row for each device and way of quantising: accuracy on the digits, and the largest loss."""
+    header = "| device | linear maps | models | top-1 on the digits | largest loss of a model, points |"
+    rows, places = [header, "|---" * 5 + "|"], {}
+    for device, way in dict.fromkeys((each["device"], each["way"]) for each in results):
+        runs = [each for each in results if (each["device"], each["way"]) == (device, way)]
+        loss, place = max(run["loss_in_points"] for run in runs), runs[-1].get("gpu", "CPU")
+        cells = [place, way, str(len(runs)), f"{mean(run['top1'] for run in runs):.2f}%", f"{loss:.2f}"]
+        rows.append(f"| {' | '.join(cells)} |")
+        about = runs[-1]
+        versions = f"torch {about['torch']}, torchao {about['torchao']}, commit {about['commit'][:7]}"
+        places[f"{place}: {versions}"] = None
+    models = "Models trained by the defaults, each with another seed"
     command = "`benchmarks/bench_quantization.py --accuracy true`"
-    return "\n".join([*rows, "", f"{models}; {measured}, commit {about['commit'][:7]}; {command}."])
+    return "\n".join([*rows, "", f"{models}. {'; '.join(places)}; {command}."])
 
 
 def picture(link: str, text: str) -> Callable[[list[dict]], str]:
@@ -236,7 +240,10 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     ("docs/training.md", "checkpoints", "checkpoints", default_tables.checkpoints_table),
     ("docs/data.md", "data", "data", data_table),
     ("docs/deployment.md", "quantization", "quantization_accuracy", quantization_table),
+    ("docs/deployment.md", "quantization_speed", "quantization", quantization_speed_table),
+    ("docs/deployment.md", "predict", "predict", predict_table),
     ("docs/deployment.md", "deployment", "deployment", deployment_table),
+    ("docs/rationals.md", "group_rational", "group_rational", group_rational_table),
     (PERFORMANCE, "throughput", "model", picture("throughput.png", THROUGHPUT)),
     (PERFORMANCE, "model", "model", model_table),
     (PERFORMANCE, "inference", "inference", model_table),

@@ -117,6 +117,50 @@ def attention_table(results: list[dict]) -> str:
     return table(header, rows) + f"\n\n{note}{measured(results, 'benchmarks/bench_attention.py')}."
 
 
+def predict_table(results: list[dict]) -> str:
+    """Return a row for each run of `flashkat predict`: pictures a second, beside its parts."""
+    rows = [
+        [
+            f"{result['size']}, batch {result['batch_size']}",
+            *(f"{result[name]:,}" for name in ("predict_gpu", "gpu_decoder", "model_graphed")),
+            f"{result['predict_gpu'] / result['bound']:.2f}",
+        ]
+        for result in results
+    ]
+    header = ["JPEG files, pictures/s", "`flashkat predict`", "decoder alone", "model alone", "of the slower"]
+    return table(header, rows) + f"\n\n{on_gpu(results[-1])}; `benchmarks/bench_predict.py`."
+
+
+def quantization_speed_table(results: list[dict]) -> str:
+    """Return a row for each way of quantising: milliseconds by the number of images, eager and compiled."""
+    cases, batches = by_case(results, "way", "batch_size"), distinct(each["batch_size"] for each in results)
+    rows = []
+    for way in distinct(each["way"] for each in results):
+        found = [cases.get((way, batch)) for batch in batches]
+        rows.append([way, *(f"{r['eager_ms']:.1f} / {r['compiled_ms']:.1f}" if r else "" for r in found)])
+    header = ["ms, eager / compiled", *(f"batch {batch}" for batch in batches)]
+    note = f"{results[0]['model']}, {on_gpu(results[-1])}, torchao {results[-1]['torchao']}"
+    return table(header, rows) + f"\n\n{note}; `benchmarks/bench_quantization.py`."
+
+
+def group_rational_table(results: list[dict]) -> str:
+    """Return a row for each shape and layout: the share of a copy's bandwidth, by dtype and direction."""
+    cases = by_case(results, "case", "dtype", "direction")
+    columns = distinct((each["dtype"], each["direction"]) for each in results)
+    rows = [
+        [case, *(f"{cases[case, *column]['of_copy']:.0%}" for column in columns)]
+        for case in distinct(each["case"] for each in results)
+    ]
+    header = ["bandwidth, of a copy's", *(", ".join(column) for column in columns)]
+    return table(header, rows) + f"\n\n{on_gpu(results[-1])}; `benchmarks/bench_group_rational.py`."
+
+
+def on_gpu(result: dict) -> str:
+    """Return the GPU, the versions and the commit of a result."""
+    versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "triton"))
+    return f"{result['gpu']}, {versions}, commit {result['commit'][:7]}"
+
+
 def cell_ratios(results: list[dict]) -> dict[tuple, tuple[dict, float]]:
     """Return our result of each cell and mode, and how many times as fast it is as the fastest other."""
     cells = defaultdict(dict)

@@ -178,6 +178,35 @@ def test_attention_table():
     assert "8 sequences of 3 heads" in rows[5]
 
 
+def test_tables_of_deployment_and_rationals():
+    about = {
+        "gpu": "GPU",
+        "torch": "2",
+        "triton": "3",
+        "torchao": "1",
+        "commit": "0123456789",
+        "model": "small",
+    }
+    rates = {"predict_gpu": 500, "gpu_decoder": 1000, "model_graphed": 2000, "bound": 1000}
+    text = speed_tables.predict_table([{"size": "small", "batch_size": 8, **rates, **about}])
+    assert text.splitlines()[2] == "| small, batch 8 | 500 | 1,000 | 2,000 | 0.50 |"
+    times = [("bfloat16", 1, 2.0), ("bfloat16", 32, 3.0), ("int8", 1, 4.0)]
+    rows = [
+        {"way": way, "batch_size": batch, "eager_ms": ms, "compiled_ms": ms / 2, **about}
+        for way, batch, ms in times
+    ]
+    assert speed_tables.quantization_speed_table(rows).splitlines()[2:4] == [
+        "| bfloat16 | 2.0 / 1.0 | 3.0 / 1.5 |",
+        "| int8 | 4.0 / 2.0 |  |",
+    ]
+    shares = [
+        {"case": "tokens", "dtype": dtype, "direction": direction, "of_copy": 0.5, **about}
+        for dtype in ("bfloat16", "float32")
+        for direction in ("forward", "backward")
+    ]
+    assert speed_tables.group_rational_table(shares).splitlines()[2] == "| tokens | 50% | 50% | 50% | 50% |"
+
+
 def test_profile_tables():
     case = {"provider": "flashkat_hf", "mode": "compiled", "size": "tiny", "batch_size": 8, **ABOUT}
     rates = {"wall_ms": 8.0, "copy_gb_per_s": 1000.0, "product_tflops": 500.0}

@@ -25,10 +25,9 @@ def made_ahead(
     """Yield what `make` makes of each batch, in order; in the background while the caller uses earlier ones.
 
     On a GPU `decode`, which waits for the GPU more than it works, is applied before `make` in a thread of its
-    own, and the batches are drawn in another one: unpickling and pinning what workers send takes time, too.
-    There, the batches and `make` must draw nothing from this process's global generators. An error of theirs
-    comes where the batch would have come. Close the iterator when it is not read to its end: that ends the
-    threads.
+    own. There, the batches and `make` must draw nothing from this process's global generators. An error of
+    theirs comes where the batch would have come. Close the iterator when it is not read to its end: that ends
+    the threads.
     """
     if not background:
         yield from map(make, batches)
@@ -38,7 +37,6 @@ def made_ahead(
             yield from threads.enter_context(closing(in_background(map(make, batches))))
             return
         if decode is not None:
-            batches = threads.enter_context(closing(in_background(batches, depth=1)))
             batches = threads.enter_context(closing(in_background(map(decode, batches), depth=1)))
         ready = threads.enter_context(closing(in_background(_on_a_stream(batches, make, _stream(device)))))
         for batch, event in ready:

@@ -14,7 +14,8 @@ from .op_rational import rational
 from .reference import FORMS, in_dtype, rational_of_form
 
 KERNEL_DEGREES = (5, 4)
-MAX_ROW = 2**16  # elements C * H * W: backward keeps sums for each, and a CPU's cache coefficients
+MAX_ROW = 2**16  # elements C * H * W of which a CPU's cache keeps coefficients
+FEW_ROWS = 32  # of which, longer than that, the sums that backward keeps on a GPU would be much beside them
 
 
 @fusible
@@ -126,9 +127,9 @@ class GroupRational(nn.Module):
         if self.dim in (-1, x.ndim - 1):
             return self.over_last_dimension(x)
         # (N, C, H, W) is (N, C * H * W): a group is a run of neighbours there, too
-        last = x.movedim(self.dim, -1)
-        long = math.prod(x.shape[self.dim % x.ndim :]) > MAX_ROW
-        if last.is_contiguous() or (long and (x.device.type == "cpu" or torch.is_grad_enabled())):
+        last, row = x.movedim(self.dim, -1), math.prod(x.shape[self.dim % x.ndim :])
+        few = torch.is_grad_enabled() and x.numel() < FEW_ROWS * row
+        if last.is_contiguous() or (row > MAX_ROW and (x.device.type == "cpu" or few)):
             return self.over_last_dimension(last).movedim(-1, self.dim)
         return self.over_last_dimension(x.flatten(self.dim)).view(x.shape)
 

@@ -25,6 +25,7 @@ from .triton_math import (
 from .triton_sums import gather_sums
 from .triton_tiles import Tile, backward_tile, forward_tile
 
+MOST_SEGMENTS = 2**13  # of a row, whose partial sums the kernel of the second stage keeps in registers
 LAYOUT = (  # what describes a tensor as segments, compiled for any value
     "num_segments",
     "segments_per_row",
@@ -138,6 +139,9 @@ def rational_backward(
         launch(
             rational_backward_kernel, (tile.num_programs, 1, 1), tensors, layout, constants, tile.num_warps
         )
+    if layout[1] > MOST_SEGMENTS:
+        num_groups = max(numerator.shape[0], denominator.shape[0])
+        partial = partial.unflatten(-1, (num_groups, -1)).sum(-1)
     return (grad_x, *gather_sums((numerator, denominator), partial, None))
 
 

@@ -45,8 +45,9 @@ def backward_tile(
     segments, width = 64, segment_width(group_size, element_bytes)
     segments_per_row = hidden_size // width
     whole_rows = segments_per_row // math.gcd(segments_per_row, segments)
-    wanted = min(BACKWARD_PROGRAMS * num_multiprocessors, _cdiv(num_elements, segments * width))
-    return Tile(segments, width, num_warps=2, num_programs=_cdiv(wanted, whole_rows) * whole_rows)
+    most = max(BACKWARD_PROGRAMS * num_multiprocessors // whole_rows, 1)
+    steps = min(_cdiv(num_elements, segments * width * whole_rows), most)
+    return Tile(segments, width, num_warps=2, num_programs=steps * whole_rows)
 
 
 class NormTile(NamedTuple):

@@ -107,11 +107,13 @@ LAST = {"memory_format": torch.channels_last}
 
 
 @pytest.mark.parametrize("dim", [1, -3])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "long rows"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "long rows", "many long rows"])
 def test_channels_first_is_channels_last_moved(dim, layout, device, monkeypatch):
     """A width that equals the number of channels must not be taken for them."""
-    if layout == "long rows":
+    if "long rows" in layout:
         monkeypatch.setattr("flashkat_hf.model.layers.MAX_ROW", 10)
+    if "many" in layout:
+        monkeypatch.setattr("flashkat_hf.model.layers.FEW_ROWS", 1)
     layer = GroupRational(16, 4, 4, "gelu", dim=dim).to(device)
     with torch.no_grad():
         layer.numerator.mul_(torch.rand_like(layer.numerator))

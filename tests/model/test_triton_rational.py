@@ -78,3 +78,15 @@ def test_another_batch_or_width_does_not_recompile(device):
     for shape in ((1, 64), (16, 192), (17, 384), (33, 768), (7, 3, 3072)):
         launch(*random_inputs(shape, torch.bfloat16, device))
     assert compiled() == before
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_sums_of_long_rows_are_added_up_before_the_second_stage(rows, device, monkeypatch):
+    """As of images with the channels first, whose rows are all channels of all pixels."""
+    monkeypatch.setattr(triton_rational, "MOST_SEGMENTS", 1)
+    inputs = random_inputs((40, 192), torch.float32, device, rows)
+    baseline = value_and_gradients(rational_decomposed, *inputs)
+    for actual, plain, exact in zip(
+        launch(*inputs), baseline, exact_value_and_gradients(*inputs), strict=True
+    ):
+        assert_no_worse(actual, plain, exact)
