@@ -1,7 +1,10 @@
 """A model run over pictures by any number of processes: one row for each picture, whatever happens."""
 
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +21,8 @@ from .questions import Answers, Question
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+BEHIND = 4  # batches whose rows are still to be written, at most
 
 
 def run(
@@ -37,7 +42,7 @@ def run(
 
     Memory does not depend on the number of pictures: processes write parts of at most `pictures.PART` rows,
     and one of them joins these at the end. A run that ended early goes on with the parts that are missing,
-    with any number of processes. On a GPU the rows of a batch are written while it works on the next one.
+    with any number of processes. Rows are written in a thread, for which the device does not wait.
 
     Args:
         output: Parquet file to make.
@@ -71,23 +76,33 @@ def run(
     shown = progress is not None and accelerator.is_main_process
     total, initial = pictures.num_parts, pictures.num_parts - len(own)
 
-    def write(batch: dict[str, Any], pending: "Pending | None") -> None:
-        values = {} if pending is None else question.columns(pending.answers())
-        parts.add(batch["part"], table(batch, values, question.types, pictures.class_names), batch["last"])
+    failed = Event()
+
+    def write(batch: dict[str, Any], pending: Pending | None) -> None:
+        if failed.is_set():
+            return  # later rows would make a part look whole that misses these
+        try:
+            values = {} if pending is None else question.columns(pending.answers())
+            rows = table(batch, values, question.types, pictures.class_names)
+            parts.add(batch["part"], rows, batch["last"])
+        except BaseException:
+            failed.set()
+            raise
         if batch["last"]:
             bar.update()
 
-    with progress_bar(total, "part", text=progress or "", initial=initial, shown=shown) as bar:
-        before: tuple[dict[str, Any], Pending | None] | None = None
+    bar = progress_bar(total, "part", text=progress or "", initial=initial, shown=shown)
+    writer, written = ThreadPoolExecutor(1, "rows"), deque[Future[None]]()
+    with bar, writer:
         try:
             with closing(inputs.batches(loader if own else ())) as batches:
                 for batch, pixels in batches:
                     pending = None if pixels is None else Pending(question.compute(pixels))
-                    if before is not None:
-                        write(*before)
-                    before = batch, pending
-                if before is not None:
-                    write(*before)
+                    written.append(writer.submit(write, batch, pending))
+                    if len(written) > BEHIND:
+                        written.popleft().result()
+            while written:
+                written.popleft().result()
         finally:
             end_workers(loader)
     accelerator.wait_for_everyone()
