@@ -8,9 +8,9 @@ so what else the machine does meets them alike; a result is the median over the 
 machine, the versions, the commit.
 
 On a GPU a turn is `--turn` steps in a row between two events, behind one step that is not timed: the GPU
-never waits for the host to launch the next step, as in training. What the host takes for one call shows in
-one image: inference at batch size 1 is timed call by call on the host's clock, each waited for. On a CPU,
-too, each step is timed alone.
+never waits for the host to launch the next step, as in training. What the host takes for one call shows
+with one image: inference at batch size 1 is timed call by call on the host's clock, each waited for. On a
+CPU, too, each step is timed alone.
 
 What docs/performance.md shows, on a GPU; each command adds its lines, so that one can be repeated or left
 out:
