@@ -6,7 +6,7 @@ r"""Time of a FlashKAT with torchao's quantised linear maps, beside bfloat16, on
         --output benchmarks/results/quantization_accuracy.jsonl         # on a CPU, too; once for each model
 
 Each way runs eagerly and compiled block by block (accelerate's `compile_regions`; the whole model at once
-would take half a minute for each number). `difference` is how far the logits are from those of bfloat16. With
+would take half a minute for each case). `difference` is how far the logits are from those of bfloat16. With
 `--accuracy` the top-1 accuracy on the digits' test images is compared, and nothing is timed.
 """
 

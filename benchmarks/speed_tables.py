@@ -90,11 +90,8 @@ def model_table(results: list[dict]) -> str:
     mean = f"the mean of {' or '.join(map(str, turns))} steps in a row"
     timing = "each step timed alone" if turns == [1] else mean
     note = f"Median over turns, {timing}; {pixels} pixels. {measured(results, 'benchmarks/bench_model.py')}."
-    return (
-        table([f"{task}, images/s", *(f"{size}, batch {batches[size]}" for size in sizes)], rows)
-        + "\n\n"
-        + note
-    )
+    header = [f"{task}, images/s", *(f"{size}, batch {batches[size]}" for size in sizes)]
+    return table(header, rows) + "\n\n" + note
 
 
 def attention_table(results: list[dict]) -> str:

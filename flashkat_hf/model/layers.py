@@ -14,8 +14,10 @@ from .op_rational import rational
 from .reference import FORMS, in_dtype, rational_of_form
 
 KERNEL_DEGREES = (5, 4)
-MAX_ROW = 2**16  # elements C * H * W of which a CPU's cache keeps coefficients
-FEW_ROWS = 32  # of which, longer than that, the sums that backward keeps on a GPU would be much beside them
+MAX_ROW = 2**16  # numbers C * H * W of an image; a CPU's cache does not hold the coefficients of a longer row
+FEW_ROWS = (
+    32  # images; the sums that backward keeps on a GPU would be large beside fewer images of longer rows
+)
 
 
 @fusible

@@ -16,7 +16,7 @@ except ImportError:  # no triton: the plain path serves every device
     packed_attention_forward = packed_attention_backward = None
 
 MAX_BATCH = 65_535  # CUDA's limit of a grid's third axis
-MAX_TOKENS = 1088  # beyond, PyTorch's attention is the faster one: benchmarks/bench_attention.py
+MAX_TOKENS = 1088  # beyond, PyTorch's forward pass is as fast: benchmarks/results/attention.jsonl
 HEAD_DIMS = (16, 32, 64)
 
 

@@ -357,18 +357,20 @@ def pieces(like: Tensor, dtype: torch.dtype, sizes: Sequence[int]) -> Sequence[T
 
 
 class Layout(NamedTuple):
-    """Where pieces lie in a flat tensor."""
+    """Sizes of the pieces of a flat tensor, and of the gaps behind them."""
 
-    size: int
-    splits: list[int]  # sizes of the pieces and of the gaps behind them; no gap has no view, which takes time
-    places: list[int]  # of the pieces among these
+    size: int  # of the whole tensor
+    splits: list[int]  # of pieces and gaps in order; a gap of size 0 is left out, since a view takes time
+    places: list[int]  # indices of the pieces in `splits`
 
     def cut(self, flat: Tensor) -> list[Tensor]:
+        """Return the pieces of a flat tensor, as views."""
         views = flat.split_with_sizes(self.splits)
         return [views[place] for place in self.places]
 
 
 def laid_out(sizes_and_gaps: Iterable[tuple[int, int]]) -> Layout:
+    """Return the layout of pieces, each given by its size and the size of the gap behind it."""
     splits: list[int] = []
     places: list[int] = []
     for size, gap in sizes_and_gaps:
@@ -379,6 +381,7 @@ def laid_out(sizes_and_gaps: Iterable[tuple[int, int]]) -> Layout:
 
 @planned
 def in_lines(element_bytes: int, *sizes: int) -> Layout:
+    """Return the layout of pieces of these sizes, each at a multiple of LINE bytes."""
     line = LINE // element_bytes
     return laid_out((size, -size % line) for size in sizes)
 

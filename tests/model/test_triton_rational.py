@@ -82,7 +82,7 @@ def test_another_batch_or_width_does_not_recompile(device):
 
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 def test_sums_of_long_rows_are_added_up_before_the_second_stage(rows, device, monkeypatch):
-    """As of images with the channels first, whose rows are all channels of all pixels."""
+    """Images with the channels first have such rows: one image's channels and pixels are one row."""
     monkeypatch.setattr(triton_rational, "MOST_SEGMENTS", 1)
     inputs = random_inputs((40, 192), torch.float32, device, rows)
     baseline = value_and_gradients(rational_decomposed, *inputs)

@@ -40,7 +40,7 @@ def test_tiles(num_rows, group_size, element_bytes):
     assert norm.num_programs <= norm_tile(num_rows, hidden_size, group_size, 132, NORM_FORWARD).num_programs
 
 
-@pytest.mark.parametrize("num_tokens", range(1, MAX_TOKENS + 1, 7))
+@pytest.mark.parametrize("num_tokens", range(1, MAX_TOKENS + 1))
 def test_attention_blocks(num_tokens):
     """Every token lies in a block, and fewer than 32 of the blocks' rows lie beyond the last token."""
     blocks, rest = attention_blocks(num_tokens)

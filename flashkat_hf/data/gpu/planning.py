@@ -80,7 +80,7 @@ def drawing(rand_augment) -> Any:
 
 
 class PlannedPart:
-    """What transforms of worker processes have in common: they note the rest for a `BatchAugmentation`."""
+    """Base of the worker processes' transforms: they note in a `Plan` what a `BatchAugmentation` will do."""
 
     takes_sample = True
 
