@@ -133,6 +133,7 @@ def _choose_model(choices: Choices, facts: Facts) -> None:
     text = f"{text}, in some {across} x {across} patches {_device(facts)}"
     choices.choose(text, image_size=-(-wanted // patch) * patch, patch_size=patch)
     choices.choose("learns faster than cls from scratch", pooling="mean")
+    choices.choose("learns better than the released start", initializer="variance_preserving")
 
 
 def _choose_augmentation(choices: Choices, facts: Facts) -> None:

@@ -99,7 +99,7 @@ class Settings:
         None, "of a fresh model, before the classifier; default: by the data"
     )
     initializer: Literal["trunc_normal", "variance_preserving"] | None = setting(
-        None, "start of a fresh model's MLPs; default: trunc_normal, as released; the other is the paper's"
+        None, "of a fresh model's MLPs: the released start or the paper's; default: by the data"
     )
     head: Literal["auto", "fresh", "keep"] = setting("auto", "of --model; auto: fresh where labels differ")
     drop_path: float = setting(0.0, "stochastic depth of the last block", BELOW_ONE)

@@ -28,7 +28,8 @@ def test_nothing_is_left_open():
         values = chosen(facts).to_dict()
         open_ = {name for name, value in values.items() if value is None}
         needed = (
-            "size image_size patch_size pooling epochs batch_size learning_rate warmup_epochs flip crop_area"
+            "size image_size patch_size pooling initializer epochs batch_size learning_rate warmup_epochs "
+            "flip crop_area"
         )
         assert not open_ & set(f"{needed} holdout evaluate_epochs mixup cutmix".split())
         assert values["crop"] != "auto"
@@ -54,7 +55,8 @@ def test_the_size_of_small_images(side, image_size):
     ("flag", "value"),
     [
         ("size", "tiny"), ("image_size", 56), ("patch_size", 14), ("pooling", "cls"), ("epochs", 3),
-        ("batch_size", 7), ("learning_rate", 0.5), ("holdout", 0.25), ("evaluate_epochs", 3), ("mixup", 0.3),
+        ("initializer", "trunc_normal"), ("batch_size", 7), ("learning_rate", 0.5),
+        ("holdout", 0.25), ("evaluate_epochs", 3), ("mixup", 0.3),
         ("layer_decay", 0.5), ("warmup_epochs", 1.5),
     ],
 )  # fmt: skip
