@@ -305,6 +305,7 @@ def replayed(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         for _ in range(WARM_UP):
             step()
     torch.cuda.current_stream().wait_stream(aside)
+    torch._C._cuda_clearCublasWorkspaces()  # of the warm-up: the graph has one of its own
     with torch.cuda.graph(graph):
         outcome = step()
 

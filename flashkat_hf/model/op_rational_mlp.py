@@ -16,6 +16,7 @@ from .operators import (
     has_kernel,
     needs_formula,
     register,
+    register_backward,
 )
 from .reference import rational_decomposed, rational_mlp_gradients
 
@@ -111,7 +112,7 @@ forward_operator = called_directly(
     _forward,
 )
 backward_operator = called_directly(
-    register("rational_mlp_backward", _gradients, _shapes_of_gradients), _gradients
+    register_backward("rational_mlp_backward", _gradients, _shapes_of_gradients), _gradients
 )
 
 

@@ -4,10 +4,9 @@ An operator is four functions: forward and backward, which pick the kernel or th
 and for each the shapes of its result. They are called in one of two ways:
 
 - in eager mode by a plain `autograd.Function`, which costs the host least;
-- where something looks at the operations instead of running them (`torch.compile`, an exporter, fake tensors,
-a
-  dispatch mode) as operators of `torch.library`, `flashkat::NAME` and `flashkat::NAME_backward`. The forward
-  one is open to `torch.compile`, which then launches its kernel with less work for the host.
+- where something looks at the operations instead of running them (`torch.compile`, an exporter, fake
+  tensors, a dispatch mode) as operators of `torch.library`, `flashkat::NAME` and `flashkat::NAME_backward`.
+  They are open to `torch.compile`, which then launches their kernels with less work for the host.
 
 A copy of this file, as checkpoints bring it, registers under its own package's name, since PyTorch would put
 it in the place of the first.
@@ -110,6 +109,21 @@ def register(
     return operator
 
 
+def register_backward(name: str, function: Callable, shapes: Callable, flops: Callable | None = None) -> Any:
+    """Register a backward, which `by_device` made, as the operator `flashkat::NAME`.
+
+    `torch.compile` looks into it where a kernel serves. Elsewhere it finds `flashkat::NAME_plain` in it, an
+    operator that it does not look into: it would compile each operation of the formula.
+    """
+    plain = register(f"{name}_plain", function, shapes)
+
+    @wraps(function)
+    def opened(x: Tensor, *others):
+        return (function if has_kernel(x) else plain)(x, *others)
+
+    return register(name, opened, shapes, open_to_compiler=True, flops=flops)
+
+
 def called_directly(operator: Callable, function: Callable) -> Callable:
     """Return a function that calls `function` itself in eager mode, and `operator` where something traces."""
 
@@ -160,7 +174,7 @@ def differentiable(
         flops: of forward and backward, as `register` has them.
     """
     operator = register(name, *forward, open_to_compiler=True, flops=flops[0])
-    backward_operator = register(f"{name}_backward", *backward, flops=flops[1])
+    backward_operator = register_backward(f"{name}_backward", *backward, flops=flops[1])
     operator.register_autograd(
         lambda ctx, *grads: gradients(ctx, backward_operator, *grads), setup_context=save
     )
