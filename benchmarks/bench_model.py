@@ -268,7 +268,9 @@ def locked(path: Path | None, operation: int) -> Iterator[None]:
         yield
         return
     with path.open("w") as file:
-        fcntl.flock(file, operation)
+        with path.with_name(f"{path.name}.next").open("w") as queue:  # who waits to be alone lets none past
+            fcntl.flock(queue, fcntl.LOCK_EX)
+            fcntl.flock(file, operation)
         yield
 
 

@@ -114,8 +114,10 @@ class Pending:
 
     def __init__(self, answers: Answers):
         self.copies = {name: answer.to("cpu", non_blocking=True) for name, answer in answers.items()}
-        cuda = any(answer.is_cuda for answer in answers.values())
-        self.event = torch.cuda.current_stream().record_event() if cuda else None
+        self.event: torch.cuda.Event | None = None
+        if any(answer.is_cuda for answer in answers.values()):
+            self.event = torch.cuda.Event(blocking=True)  # others can use the core of the thread that waits
+            self.event.record()
 
     def answers(self) -> dict[str, Tensor]:
         """Return the answers when they are there."""
