@@ -10,10 +10,8 @@ package more.
 import functools
 import io
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from queue import SimpleQueue
 from typing import Any, cast
 
 import torch
@@ -30,7 +28,6 @@ except ImportError:  # no triton: worker processes do everything, and nothing he
     resized_crops = cast(Any, None)
 
 FILES = 64  # decoded at once
-DECODERS = 2  # that decode at once, each in a thread: one works while the other waits for the GPU
 CROP_BYTES = 2**28  # of the crops' pixels that are resized at once
 _one_at_a_time = threading.Lock()
 
@@ -61,11 +58,12 @@ def decode_files(files: EncodedFiles, device: torch.device) -> DecodedImages:
     """
     if device.type != "cuda":
         return TorchvisionDecoder(device)(files)
-    stream, fallback = _decoding_stream(device), _fallback_decoder(device)
+    stream, hardware = _decoding_stream(device), _hardware_decoder(device)
     address, height, width = (torch.empty(len(files.start), dtype=torch.int64) for _ in range(3))
     memory: list[Tensor] = []
 
-    def note(images: DecodedImages, part: Tensor) -> None:
+    def decode(decoder: Decoder, part: Tensor) -> None:
+        images = decoder(files[part])
         address[part] = images.address
         height[part] = images.height
         width[part] = images.width
@@ -73,33 +71,15 @@ def decode_files(files: EncodedFiles, device: torch.device) -> DecodedImages:
 
     refused = torch.ones(len(files.start), dtype=torch.bool)
     with _one_at_a_time, torch.cuda.stream(stream), _unfilled():
-        parts = _parts(files.plain > 0)
-        for part, images in zip(parts, _by_hardware(files, parts, device), strict=True):
-            if images is not None:
-                note(images, part)
-                refused[part] = False
+        for part in _parts(files.plain > 0) if hardware else ():
+            try:
+                decode(cast(Decoder, hardware), part)
+            except RuntimeError:  # the other decoder knows the files, or what is wrong with one
+                continue
+            refused[part] = False
         for part in _parts(refused):
-            note(fallback(files[part]), part)
+            decode(_fallback_decoder(device), part)
     return DecodedImages(address, height, width, memory, stream.record_event())
-
-
-def _by_hardware(files: EncodedFiles, parts: Sequence[Tensor], device: torch.device) -> Iterator:
-    """Yield the images of each part; None: the other decoder knows its files, or what is wrong with one."""
-    decoders = _hardware_decoders(device)
-    free: SimpleQueue[Decoder] = SimpleQueue()
-    for decoder in decoders:
-        free.put(decoder)
-
-    def decode(part: Tensor) -> DecodedImages | None:
-        decoder = free.get()
-        try:
-            return decoder(files[part])
-        except RuntimeError:
-            return None
-        finally:
-            free.put(decoder)
-
-    return _threads().map(decode, parts) if decoders else iter([None] * len(parts))
 
 
 def crop_images(
@@ -144,16 +124,11 @@ def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @functools.cache
-def _hardware_decoders(device: torch.device) -> Sequence[Decoder]:
+def _hardware_decoder(device: torch.device) -> Decoder | None:
     try:
-        return [HardwareDecoder(device) for _ in range(DECODERS)]
+        return HardwareDecoder(device)
     except (OSError, RuntimeError):  # no nvJPEG, or a GPU without such decoders
-        return []
-
-
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(DECODERS, "decoder")
+        return None
 
 
 @functools.cache

@@ -25,7 +25,7 @@ ARGUMENTS = {
 
 
 class HardwareDecoder:
-    """The decoders of one device, on a stream on which nothing else runs; a `Decoder` for one thread.
+    """The decoders of one device; a `Decoder`.
 
     Raises:
         OSError: there is no nvJPEG.
@@ -34,7 +34,6 @@ class HardwareDecoder:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.stream = torch.cuda.Stream(device, priority=-1)
         self.library = _library()
         self.handle = c_void_p()
         self.state = c_void_p()
@@ -56,8 +55,7 @@ class HardwareDecoder:
         heights, widths = files.height.numpy(), files.width.numpy()
         planes = heights * widths
         ends = (-(-3 * planes // ALIGNMENT) * ALIGNMENT).cumsum()
-        with torch.cuda.stream(self.stream):
-            memory = torch.empty(int(ends[-1]), dtype=torch.uint8, device=self.device)
+        memory = torch.empty(int(ends[-1]), dtype=torch.uint8, device=self.device)
         addresses = memory.data_ptr() + numpy.concatenate(([0], ends[:-1]))
         images = numpy.zeros(
             (len(planes), 8), numpy.int64
@@ -65,11 +63,12 @@ class HardwareDecoder:
         images[:, :3] = addresses[:, None] + planes[:, None] * numpy.arange(3)
         images[:, 4:7] = widths[:, None]
         encoded = numpy.stack((files.data.data_ptr() + files.start.numpy(), files.length.numpy()))
+        stream = torch.cuda.current_stream(self.device)
         with torch.cuda.device(self.device):
             self._call("nvjpegDecodeBatchedInitialize", self.handle, self.state, len(planes), 1, RGB)
-            pointers = *(row.ctypes.data for row in encoded), images.ctypes.data, self.stream.cuda_stream
+            pointers = *(row.ctypes.data for row in encoded), images.ctypes.data, stream.cuda_stream
             self._call("nvjpegDecodeBatched", self.handle, self.state, *pointers)
-        self.stream.synchronize()  # nvJPEG's own memory is used again by the next call
+        stream.synchronize()  # nvJPEG's own memory is used again by the next call
         return DecodedImages(torch.from_numpy(addresses), files.height, files.width, [memory])
 
     def _call(self, name: str, *arguments) -> None:

@@ -44,7 +44,7 @@ def test_each_decoder_has_its_files(monkeypatch):
 
     def hardware(files: EncodedFiles) -> DecodedImages:
         seen.append(files.plain.tolist())
-        images = TorchvisionDecoder(torch.device("cpu"))(files)
+        images = on_cpu(files)
         if images.width[0] == 61 + 4:
             raise RuntimeError("refused")
         block = torch.cat([image.flatten() for image in images.memory])
@@ -53,7 +53,7 @@ def test_each_decoder_has_its_files(monkeypatch):
         return DecodedImages(addresses, images.height, images.width, [block])
 
     monkeypatch.setattr(decoding, "FILES", 2)
-    monkeypatch.setattr(decoding, "_hardware_decoders", lambda device: [hardware, hardware])
+    monkeypatch.setattr(decoding, "_hardware_decoder", lambda device: hardware)
     monkeypatch.setattr(decoding, "_fallback_decoder", lambda device: on_cpu)
     monkeypatch.setattr(decoding, "_decoding_stream", lambda device: mock.Mock(record_event=lambda: None))
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
