@@ -14,6 +14,7 @@ from ..messages import extra
 from .gpu.augmentation import BatchAugmentation
 from .gpu.evaluation import BatchEvaluation, Evaluation, EvaluationPart, levels_of
 from .gpu.planning import MovedPart, WorkerPart
+from .gpu.shifting import SHIFT, Shifting
 from .options import SIGNS, Augmentation
 from .samples import DataError, Transform
 
@@ -32,10 +33,13 @@ def training_transform(processor, augmentation: Augmentation) -> Transform:
 
     Returns:
         A function of an RGB image that returns `(channels, height, width)` float32; where `on_device` leaves
-        work to `batch_transform`, of a `Sample`, that returns what that takes. For one channel, images
-        become grey before anything else, and all of it is done here.
+        work to `batch_transform`, of a `Sample`, that returns what that takes, or with "everything" of an
+        image, that returns its pixels, uint8. For one channel, images become grey before anything else, and
+        all of it is done here.
     """
     size = (processor.crop_size["height"], processor.crop_size["width"])
+    if augmentation.on_device == "everything" and not _done_by_workers(processor, augmentation):
+        return levels_of([_scaled(processor), extra("torchvision.transforms").CenterCrop(size)])
     parts = _timm_transforms(processor, augmentation, size)
     if augmentation.moved:
         parts = _moves(processor, augmentation, size), *parts[1:]
@@ -109,23 +113,30 @@ def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 def _moves(processor, augmentation: Augmentation, size: tuple[int, int]) -> Transform:
     """Scale as evaluation does, move a little, and mirror."""
     transforms = extra("torchvision.transforms")
-    bilinear, bicubic = transforms.InterpolationMode.BILINEAR, transforms.InterpolationMode.BICUBIC
-    scaled = LimitedResize(_resized(processor), bicubic)
+    bilinear = transforms.InterpolationMode.BILINEAR
     moved = transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=bilinear)
     if augmentation.crop == "shifts":  # by whole pixels, so that nothing is interpolated
-        moved = transforms.RandomAffine(0, translate=(0.05, 0.05))
+        moved = transforms.RandomAffine(0, translate=(SHIFT, SHIFT))
     flip = transforms.RandomHorizontalFlip(augmentation.flip)
-    return transforms.Compose([scaled, moved, transforms.CenterCrop(size), flip])
+    return transforms.Compose([_scaled(processor), moved, transforms.CenterCrop(size), flip])
+
+
+def _scaled(processor) -> "LimitedResize":
+    """Return the resizing of images that are used whole, which is evaluation's."""
+    return LimitedResize(_resized(processor), extra("torchvision.transforms").InterpolationMode.BICUBIC)
 
 
 def batch_transform(processor, augmentation: Augmentation) -> nn.Module | None:
     """Return what is to be done with a whole batch, or None: then `training_transform` has done everything.
 
     Otherwise call the module, moved to the device, with each batch as `TrainBatches` gives it, on the CPU; it
-    returns `{"pixel_values", "labels"}` on the device.
+    returns `{"pixel_values", "labels"}` on the device. For "everything" it is the `Shifting` that
+    `HeldBatches` takes.
     """
     if _done_by_workers(processor, augmentation):
         return None
+    if augmentation.on_device == "everything":
+        return Shifting(processor.image_mean, processor.image_std, augmentation.flip or 0.0)
     size = (processor.crop_size["height"], processor.crop_size["width"])
     return BatchAugmentation(processor.image_mean, processor.image_std, size)
 

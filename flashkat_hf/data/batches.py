@@ -18,6 +18,7 @@ from .workers import Indexed, Streamed, StreamPosition, collate, end_workers, ma
 
 logger = logging.get_logger(__name__)
 Batch = dict[str, Tensor]
+KEPT_BYTES = 2**28  # of evaluation batches that are kept for the next evaluation
 
 
 class TrainBatches:
@@ -64,18 +65,13 @@ class TrainBatches:
             DataError: the split has fewer images than one batch of all processes, or does not know how many
                 it has.
         """
-        if split.num_images is None:
-            raise DataError("the number of training images is unknown; give it (train_size)")
-        self.num_batches = split.num_images // (batch_size * world_size)
-        if not self.num_batches:
-            available = f"there are only {split.num_images} for training"
-            raise DataError(f"{world_size} x {batch_size} images make a batch, but {available}")
+        self.num_batches = count_batches(split, batch_size, world_size)
         self.corrupt: dict[str, str] = {}
         self.ahead: Iterator[Batch] = iter(())
         self.following: tuple[int, int] | None = None  # epoch and number of the batch that comes next
         options: dict[str, Any] = {"pin_memory": pin_memory}
         if isinstance(split, Examples):
-            self.position = EpochOrder(split.num_images, batch_size, seed, rank, world_size, epochs or 0)
+            self.position = EpochOrder(len(split), batch_size, seed, rank, world_size, epochs or 0)
             dataset = Indexed(split, transform, seed)
             options |= {"batch_sampler": self.position, "collate_fn": collate}
         else:
@@ -101,7 +97,7 @@ class TrainBatches:
         """
         if self.following != (epoch, start):
             self.position.set(epoch, start)
-            self.ahead = _checked(self.loader, self.corrupt)
+            self.ahead = checked(self.loader, self.corrupt)
         for number in range(start, self.num_batches):
             self.following = None  # if this raises
             batch = next(self.ahead)
@@ -116,10 +112,26 @@ class TrainBatches:
         end_workers(self.loader)
 
 
+def count_batches(split: Examples | Stream, batch_size: int, world_size: int) -> int:
+    """Return the number of whole training batches of each process.
+
+    Raises:
+        DataError: the split has fewer images than one batch of all processes, or does not know how many.
+    """
+    if split.num_images is None:
+        raise DataError("the number of training images is unknown; give it (train_size)")
+    num_batches = split.num_images // (batch_size * world_size)
+    if not num_batches:
+        available = f"there are only {split.num_images} for training"
+        raise DataError(f"{world_size} x {batch_size} images make a batch, but {available}")
+    return num_batches
+
+
 class EvalBatches:
     """One process's part of a split: all processes together have every image once.
 
-    The last batch may be short.
+    The last batch may be short. With `keep`, the batches of a first complete pass are kept for later ones, if
+    they are at most `KEPT_BYTES`: small images take longer to read than to evaluate.
 
     Attributes:
         corrupt: messages on the images that were left out so far, by the image's name; with `skip_corrupt`
@@ -136,8 +148,11 @@ class EvalBatches:
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
+        keep: bool = False,
     ):
         self.corrupt: dict[str, str] = {}
+        self.keep = keep
+        self.kept: list[Batch] = []
         self.num_batches = None
         options: dict[str, Any] = {"pin_memory": pin_memory}
         if isinstance(split, Examples):
@@ -166,7 +181,17 @@ class EvalBatches:
         return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        return _checked(self.loader, self.corrupt)
+        if self.kept:
+            yield from map(dict, self.kept)
+            return
+        batches, keep, room = [], self.keep, KEPT_BYTES
+        for batch in checked(self.loader, self.corrupt):
+            room -= sum(tensor.nbytes for tensor in batch.values())
+            keep = keep and room >= 0
+            if keep:
+                batches.append(dict(batch))
+            yield batch
+        self.kept = batches if keep else []
 
     def close(self) -> None:
         """End the worker processes."""
@@ -202,7 +227,7 @@ class EpochOrder:
                 yield [(epoch, position, index) for position, index in enumerate(indices, first)]
 
 
-def _checked(loader: DataLoader, corrupt: dict[str, str]) -> Iterator[Batch]:
+def checked(loader: DataLoader, corrupt: dict[str, str]) -> Iterator[Batch]:
     """Yield a loader's batches; messages on corrupt images are said once and noted in `corrupt`."""
     try:
         for batch in loader:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 CHOICES = {
     "crop": ("auto", "random", "moves", "shifts"),
     "interpolation": ("random", "bilinear", "bicubic"),
-    "on_device": ("auto", "nothing", "augmentation", "decoding"),
+    "on_device": ("auto", "nothing", "augmentation", "decoding", "everything"),
 }
 
 
@@ -45,8 +45,9 @@ class Augmentation:
     on_device: str = option(
         "auto",
         "what is done for whole batches. nothing: worker processes do everything, with PIL; augmentation: "
-        "RandAugment, normalisation and erasing; decoding: that, and decoding and cropping JPEGs; auto: as "
-        "much as the device and the recipe allow",
+        "RandAugment, normalisation and erasing; decoding: that, and decoding and cropping JPEGs; "
+        "everything: small images, which are read once and shifted on the device; auto: as much as the "
+        "device and the recipe allow",
     )
 
     def __post_init__(self):
@@ -71,6 +72,8 @@ class Augmentation:
             _check_rand_augment(self.rand_augment)
         if self.on_device == "decoding" and self.moved:
             raise ValueError(f"on_device 'decoding' does not know the crop {self.crop!r}; use 'augmentation'")
+        if self.on_device == "everything" and not (self.crop == "auto" or self.only_shifted):
+            raise ValueError("on_device 'everything' knows shifts and mirror images alone; use 'nothing'")
         if self.on_device in ("augmentation", "decoding") and self.color_jitter:
             raise ValueError(f"on_device {self.on_device!r} does not know color_jitter; use 'nothing'")
 
@@ -79,8 +82,20 @@ class Augmentation:
         """Return True if each image is used whole and moved a little, by the crops "moves" and "shifts"."""
         return self.crop in ("moves", "shifts")
 
-    def resolved(self, device: "torch.device", in_memory: bool) -> "Augmentation":
-        """Return the same with "auto" decided: as much as possible; nothing for images in memory.
+    @property
+    def only_shifted(self) -> bool:
+        """Return True if images are shifted and mirrored, and nothing else is done to them."""
+        return self.crop == "shifts" and not (self.rand_augment or self.erasing or self.color_jitter)
+
+    def resolved(
+        self, device: "torch.device", in_memory: bool, num_bytes: int | None = None
+    ) -> "Augmentation":
+        """Return the same with "auto" decided: as much as possible; else nothing for images in memory.
+
+        Args:
+            device: of the process.
+            in_memory: whether the images lie in memory already.
+            num_bytes: of all images that are trained on, at the model's size; None where they cannot be held.
 
         Raises:
             ValueError: `on_device` asks for what the device cannot do.
@@ -88,7 +103,18 @@ class Augmentation:
         from .gpu.augmentation import missing_for_kernels
         from .gpu.decoding import decodes
         from .gpu.planning import in_batches
+        from .gpu.shifting import HELD_BYTES
 
+        if self.on_device == "everything":
+            if num_bytes is None:
+                raise ValueError("on_device 'everything' needs an image size, and no stream; use 'nothing'")
+            if num_bytes > HELD_BYTES:
+                gib = f"{num_bytes / 2**30:.1f} GiB of images, more than {HELD_BYTES / 2**30:g}"
+                raise ValueError(f"on_device 'everything' would hold {gib}; use 'nothing'")
+            return self
+        fits = num_bytes is not None and num_bytes <= HELD_BYTES
+        if self.on_device == "auto" and device.type == "cuda" and self.only_shifted and fits:
+            return replace(self, on_device="everything")
         missing = missing_for_kernels(device)
         if self.on_device != "auto":
             if self.on_device != "nothing" and missing:

@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..data.batches import EpochOrder, EvalBatches, TrainBatches
+from ..data.gpu.shifting import Shifting
+from ..data.held import HeldBatches
 from ..data.prefetch import made_ahead, moved
 from ..data.samples import ImageData
 from .plan import Plan
@@ -38,12 +40,19 @@ class Feed:
         test_workers = 0 if settings.in_memory else plan.workers
         self.plan = plan
         self.device = accelerator.device
-        self.train = TrainBatches(data.train, transform, workers=plan.workers, **order, **options)
+        self.train: TrainBatches | HeldBatches
+        if isinstance(remainder, Shifting):
+            held = {name: options[name] for name in ("batch_size", "rank", "world_size")}
+            held |= {"seed": settings.seed, "workers": test_workers}
+            self.train = HeldBatches(data.train, transform, remainder.to(self.device), **held)
+            remainder = None
+        else:
+            self.train = TrainBatches(data.train, transform, workers=plan.workers, **order, **options)
         options |= {"workers": test_workers}
-        self.test = EvalBatches(data.test, test_transform, **options)
+        self.test = EvalBatches(data.test, test_transform, keep=data.val is None, **options)
         self.val = self.test
         if data.val is not None:
-            self.val = EvalBatches(data.val, test_transform, **options)
+            self.val = EvalBatches(data.val, test_transform, keep=True, **options)
         self.to_device = remainder.to(self.device) if remainder else partial(moved, self.device)
         # Without workers, batches draw from the generators of this process, and so does the step.
         self.in_background = remainder is not None and self.device.type == "cuda" and plan.workers > 0
@@ -71,7 +80,7 @@ class Feed:
         The batches are kept, on the CPU, for the `epoch` that follows; `stop` ends it early. It is not
         measured where two batches of each worker are more than KEPT_BYTES.
         """
-        if not self.plan.workers:
+        if not self.plan.workers or isinstance(self.train, HeldBatches):
             return None
         batches, kept = self.epoch(epoch, update), []
 

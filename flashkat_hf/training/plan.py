@@ -50,8 +50,16 @@ class Plan:
         }
 
 
-def resolve(settings: Settings, accelerator: Accelerator, selection: Selection = ON_THE_TEST_IMAGES) -> Plan:
-    """Return the plan of a run, if its batches can be shared out; the settings stay as they are."""
+def resolve(
+    settings: Settings,
+    accelerator: Accelerator,
+    selection: Selection = ON_THE_TEST_IMAGES,
+    data: ImageData | None = None,
+) -> Plan:
+    """Return the plan of a run, if its batches can be shared out; the settings stay as they are.
+
+    Without data, which are not read yet, it says nothing of what depends on them.
+    """
     micro_batch, accumulate = micro_batches(settings, accelerator.num_processes, accumulation())
     told, mode = dynamo()
     kinds = DistributedType.NO, DistributedType.MULTI_GPU
@@ -65,7 +73,8 @@ def resolve(settings: Settings, accelerator: Accelerator, selection: Selection =
             f"accelerate's dynamo_mode {mode} is for a compiled run, which this is not; --compile true"
         )
     settings = copy.deepcopy(settings)
-    settings.augmentation = settings.augmentation.resolved(accelerator.device, settings.in_memory)
+    num_bytes = 0 if data is None else held_bytes(settings, data)
+    settings.augmentation = settings.augmentation.resolved(accelerator.device, settings.in_memory, num_bytes)
     return Plan(
         settings=settings,
         num_processes=accelerator.num_processes,
@@ -80,6 +89,13 @@ def resolve(settings: Settings, accelerator: Accelerator, selection: Selection =
         graphed=serve and settings.cuda_graphs,
         selection=selection,
     )
+
+
+def held_bytes(settings: Settings, data: ImageData) -> int | None:
+    """Return the bytes of all training images at the model's size; None if that, or they, are not known."""
+    if settings.image_size is None or not isinstance(data.train, Examples):
+        return None
+    return 3 * settings.image_size**2 * len(data.train)
 
 
 def micro_batches(settings: Settings, num_processes: int, told: int | None = None) -> tuple[int, int]:

@@ -94,7 +94,7 @@ def _train(
     resuming = settings.resume and folder.settings.exists()
     if settings.time and resuming:
         settings = folder.with_epochs(settings)
-    plan = resolve(settings, accelerator, selection)
+    plan = resolve(settings, accelerator, selection, data)
     checkpoints = Checkpoints(folder.checkpoints, settings.keep_checkpoints)
     earlier = folder.compare(plan.describe(data)) if resuming else {}
     if resuming and folder.summary.exists():

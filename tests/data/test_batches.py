@@ -141,6 +141,20 @@ def test_an_epoch_has_every_image_once_less_the_last_incomplete_batch(data, worl
     ]
 
 
+@pytest.mark.parametrize(("keep", "room", "calls"), [(True, 40, 10), (True, 39, 20), (False, 40, 20)])
+def test_a_second_evaluation_reads_nothing(folder, keep, room, calls, monkeypatch):
+    """Where the batches fit; a pass that ended early does not count."""
+    monkeypatch.setattr("flashkat_hf.data.batches.KEPT_BYTES", room + 10 * 8)  # pixels, and labels
+    counted, split = Counted(), folder.test
+    batches = EvalBatches(split, counted, batch_size=4, keep=keep)
+    next(iter(batches))["labels"] = None
+    counted.calls.value = 0
+    first, second = list(batches), list(batches)
+    assert equal(first, second)
+    assert sum(len(batch["labels"]) for batch in second) == len(split)
+    assert counted.calls.value == calls
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_evaluation_has_every_image_once_over_all_processes(data, world_size):
     batches = [

@@ -105,6 +105,27 @@ def test_a_signal_saves_and_ends_the_run_and_it_goes_on_to_the_bit(run, monkeypa
     assert not checkpoint.exists()
 
 
+def test_images_on_the_device_go_on_to_the_bit(tmp_path, monkeypatch):
+    """Where small images are read once, shifted and mirrored for whole batches."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    images = make_images(tmp_path / "images")
+
+    def run(name: str, **others) -> Path:
+        settings = small_run(images, tmp_path / name, image_size=24, patch_size=8, **others)
+        settings.augmentation = Augmentation("shifts", rand_augment=None, erasing=0.0, on_device="everything")
+        train(settings)
+        return tmp_path / name
+
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        after_step(patch, 4, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            run("stopped")
+    stopped = run("stopped", resume=True)
+    assert metrics(stopped) == metrics(whole)
+    assert all(torch.equal(tensor, weights(stopped)[key]) for key, tensor in weights(whole).items())
+
+
 def test_a_signal_at_the_last_update_leaves_the_evaluation_to_be_done(run, monkeypatch):
     whole = run("whole")
     with monkeypatch.context() as patch:
