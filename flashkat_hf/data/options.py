@@ -109,8 +109,8 @@ class Augmentation:
             if num_bytes is None:
                 raise ValueError("on_device 'everything' needs an image size, and no stream; use 'nothing'")
             if num_bytes > HELD_BYTES:
-                gib = f"{num_bytes / 2**30:.1f} GiB of images, more than {HELD_BYTES / 2**30:g}"
-                raise ValueError(f"on_device 'everything' would hold {gib}; use 'nothing'")
+                size = f"{num_bytes / 2**30:.1f}"
+                raise ValueError(f"on_device 'everything' would hold {size} GiB, more than 1; use 'nothing'")
             return self
         fits = num_bytes is not None and num_bytes <= HELD_BYTES
         if self.on_device == "auto" and device.type == "cuda" and self.only_shifted and fits:

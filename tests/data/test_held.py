@@ -111,7 +111,7 @@ def test_what_is_held_and_what_is_not():
         assert other.resolved(cuda, in_memory=True, num_bytes=num_bytes).on_device == "nothing"
     with pytest.raises(ValueError, match=r"needs an image size, and no stream; use 'nothing'"):
         EVERYTHING.resolved(cpu, in_memory=False)
-    with pytest.raises(ValueError, match=r"would hold 2\.5 GiB of images, more than 1; use 'nothing'"):
+    with pytest.raises(ValueError, match=r"would hold 2\.5 GiB, more than 1; use 'nothing'"):
         EVERYTHING.resolved(cpu, in_memory=False, num_bytes=5 * 2**29)
     with pytest.raises(ValueError, match="knows shifts and mirror images alone"):
         Augmentation(on_device="everything")
