@@ -1,4 +1,4 @@
-"""The operator `rational`: it checks its arguments, picks the kernel and by_formulas."""
+"""The operator `rational`: it checks its arguments, and calls the kernel or the formula."""
 
 import torch
 from torch import Tensor

@@ -8,8 +8,7 @@ with one pair of rows (a, b) for each group of neighbouring channels. Three fact
 1. Each term of Q is made positive, so Q >= 1 and there is no pole. The paper's 1 + |b_1 x + ... + b_4 x^4| is
    another function; coefficients are only right for the form that they were fitted to.
 2. The sign of zero counts as +1, for x and for b: the identity starts with b = 0 and must still learn, and
-   `torch.abs`
-   has a zero gradient there.
+   `torch.abs` has a zero gradient there.
 3. Coefficient gradients add up millions of terms: in float32 (float64 for float64 input), block by block.
 
 Beside it stand what the fused kernels compute: the rational with its neighbours, and the attention.
