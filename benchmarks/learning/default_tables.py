@@ -7,7 +7,12 @@ DATA = {
     "fashion4000": "Fashion-MNIST, 4,000 images",
     "fashion60000": "Fashion-MNIST, all 60,000",
 }
-NAMES = {"flashkat": "FlashKAT", "vit": "ViT (timm)", "converted": "ViT, converted"}
+NAMES = {
+    "flashkat": "FlashKAT",
+    "vit": "ViT (timm)",
+    "released": "FlashKAT, released start",
+    "converted": "ViT, converted",
+}
 
 
 def _error(values: list[float]) -> float:

@@ -6,8 +6,8 @@
 The same command again goes on where it was stopped. Data: scikit-learn's digits, and Fashion-MNIST with
 4,000 or all 60,000 training pictures (`fashion_mnist.py` says where they come from; `--source` is a folder of
 its files). A run is one of a user's, `flashkat finetune --data FOLDER --seed SEED`, in a process of its own,
-timed from its start to its end; the ViT is timm's, by the same rule. Of the test pictures nothing is seen
-before the end.
+timed from its start to its end; the ViT is timm's, by the same rule, and "released" a FlashKAT that starts as
+the released ones did. Of the test pictures nothing is seen before the end.
 
 `seconds` is wall time. `process_seconds` is the time that the training process, which has one thread for each
 of `threads`, had on the cores, over their number: on a machine that others use too, what `seconds` would be,
@@ -31,7 +31,7 @@ from .default_tables import defaults_table
 from .fashion_mnist import write_folder
 
 PICTURES = {"digits": None, "fashion4000": 4000, "fashion60000": None}  # training pictures, where not all
-MODELS = ("flashkat", "vit")
+MODELS = ("flashkat", "vit", "released")
 NAMES = (
     "top1 num_test_images selection_top1 num_selection_images num_train_images best_epoch epochs steps "
     "batch_size image_size precision seed images_per_second data_images_per_second step_images_per_second "
@@ -45,7 +45,9 @@ class Arguments:
     data: list[str] = field(
         default_factory=lambda: ["digits", "fashion4000"], metadata={"help": f"of {', '.join(PICTURES)}"}
     )
-    models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": "of flashkat, vit"})
+    models: list[str] = field(
+        default_factory=lambda: list(MODELS), metadata={"help": f"of {', '.join(MODELS)}"}
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of the runs"})
     source: Path | None = field(default=None, metadata={"help": "folder of Fashion-MNIST's four files"})
     folders: Path = field(default=Path("runs/fashion"), metadata={"help": "where image folders are made"})
@@ -85,10 +87,8 @@ def run(model: str, data: str, folder: Path | None, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as output:
         flags = [
             *(["--data", str(folder)] if folder else []),
-            "--seed",
-            str(seed),
-            "--output",
-            f"{output}/run",
+            *(["--initializer", "trunc_normal"] if model == "released" else []),
+            *("--seed", str(seed), "--output", f"{output}/run"),
         ]
         summary = train(parse(flags), build=build_vit if model == "vit" else None)
         settings = json.loads(Path(output, "run", "settings.json").read_text())

@@ -180,6 +180,11 @@ class EvalBatches:
             raise TypeError("a stream does not know its number of batches")
         return self.num_batches
 
+    def keeps(self, batch: Batch) -> bool:
+        """Tell by one of the batches whether all of them are kept."""
+        size = sum(tensor.nbytes for tensor in batch.values())
+        return self.keep and self.num_batches is not None and self.num_batches * size <= KEPT_BYTES
+
     def __iter__(self) -> Iterator[Batch]:
         if self.kept:
             yield from map(dict, self.kept)

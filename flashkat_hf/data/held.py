@@ -1,6 +1,6 @@
 """Training batches of small images that are read once and then lie on the device, decoded."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import torch
@@ -69,7 +69,9 @@ class HeldBatches:
         Raises:
             DataError: an image cannot be read, and the split does not skip such.
         """
-        images, labels = self.held = self.held or self._read()
+        self.read()
+        assert self.held is not None
+        images, labels = self.held
         draws = self.shifting.draws(self.seed, epoch, len(labels))
         self.position.set(epoch, start)
         for keys in islice(self.position, self.num_batches - start):
@@ -80,8 +82,16 @@ class HeldBatches:
     def close(self) -> None:
         """Do nothing: the worker processes have ended when all images are read."""
 
-    def _read(self) -> tuple[Tensor, Tensor]:
-        """Return all images, `(images, height, width, channels)` uint8 on the device, and their labels."""
+    def read(self, stop: Callable[[], int] = lambda: 0) -> None:
+        """Read all images, unless they are held or `stop` ends it early: then nothing is held.
+
+        What is held is `(images, height, width, channels)` uint8 on the device, and the labels on the CPU.
+
+        Raises:
+            DataError: as `epoch`.
+        """
+        if self.held is not None:
+            return
         count, device = len(self.split), self.shifting.mean.device
         numbers = torch.arange(count).split(READ_AT_ONCE)
         keys = [[(0, number, number) for number in part.tolist()] for part in numbers]
@@ -93,6 +103,8 @@ class HeldBatches:
         options = {"desc": "reading images", "unit": "image", "delay": 2, "disable": self.rank > 0}
         with extra("tqdm").tqdm(total=count, **options) as bar:
             for part, batch in zip(numbers, checked(loader, self.corrupt), strict=True):
+                if stop():
+                    return
                 pixels = batch["pixel_values"].permute(0, 2, 3, 1)
                 if images is None:
                     images = torch.empty(count, *pixels.shape[1:], dtype=torch.uint8, device=device)
@@ -100,4 +112,4 @@ class HeldBatches:
                 labels[part] = batch["labels"]
                 bar.update(len(part))
         assert images is not None
-        return images, labels
+        self.held = images, labels

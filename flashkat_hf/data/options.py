@@ -72,8 +72,11 @@ class Augmentation:
             _check_rand_augment(self.rand_augment)
         if self.on_device == "decoding" and self.moved:
             raise ValueError(f"on_device 'decoding' does not know the crop {self.crop!r}; use 'augmentation'")
-        if self.on_device == "everything" and not (self.crop == "auto" or self.only_shifted):
-            raise ValueError("on_device 'everything' knows shifts and mirror images alone; use 'nothing'")
+        if self.on_device == "everything" and self.beside_shifts:
+            raise ValueError(
+                "on_device 'everything' knows the crop 'shifts' and mirror images, "
+                f"not {self.beside_shifts}; use 'auto'"
+            )
         if self.on_device in ("augmentation", "decoding") and self.color_jitter:
             raise ValueError(f"on_device {self.on_device!r} does not know color_jitter; use 'nothing'")
 
@@ -83,9 +86,11 @@ class Augmentation:
         return self.crop in ("moves", "shifts")
 
     @property
-    def only_shifted(self) -> bool:
-        """Return True if images are shifted and mirrored, and nothing else is done to them."""
-        return self.crop == "shifts" and not (self.rand_augment or self.erasing or self.color_jitter)
+    def beside_shifts(self) -> str:
+        """Return the first of what is done to images beside shifting and mirroring them, or nothing."""
+        if self.crop not in ("auto", "shifts"):
+            return f"the crop {self.crop!r}"
+        return next((name for name in ("rand_augment", "erasing", "color_jitter") if getattr(self, name)), "")
 
     def resolved(
         self, device: "torch.device", in_memory: bool, num_bytes: int | None = None
@@ -95,7 +100,7 @@ class Augmentation:
         Args:
             device: of the process.
             in_memory: whether the images lie in memory already.
-            num_bytes: of all images that are trained on, at the model's size; None where they cannot be held.
+            num_bytes: of all images that are trained on, at the model's size; None: they are a stream.
 
         Raises:
             ValueError: `on_device` asks for what the device cannot do.
@@ -107,13 +112,14 @@ class Augmentation:
 
         if self.on_device == "everything":
             if num_bytes is None:
-                raise ValueError("on_device 'everything' needs an image size, and no stream; use 'nothing'")
+                raise ValueError("on_device 'everything' holds all images, but a stream is read; use 'auto'")
             if num_bytes > HELD_BYTES:
                 size = f"{num_bytes / 2**30:.1f}"
-                raise ValueError(f"on_device 'everything' would hold {size} GiB, more than 1; use 'nothing'")
+                raise ValueError(f"on_device 'everything' would hold {size} GiB, more than 1; use 'auto'")
             return self
         fits = num_bytes is not None and num_bytes <= HELD_BYTES
-        if self.on_device == "auto" and device.type == "cuda" and self.only_shifted and fits:
+        only_shifted = self.crop == "shifts" and not self.beside_shifts
+        if self.on_device == "auto" and device.type == "cuda" and only_shifted and fits:
             return replace(self, on_device="everything")
         missing = missing_for_kernels(device)
         if self.on_device != "auto":

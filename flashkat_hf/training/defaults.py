@@ -50,13 +50,14 @@ class Facts:
 
 def facts(settings: Settings, data: ImageData, accelerator: "Accelerator") -> Facts:
     """Return what the rule sees of a run's data and devices."""
+    config = model_config(settings) if settings.model and settings.fit_defaults else None
     share = accelerator.num_processes * (accumulation() or 1) * (settings.micro_batch or 1)
     return Facts(
         num_images=data.train.num_images or 0,
         side=shorter_side(data) if settings.fit_defaults else None,
         gpu=accelerator.device.type == "cuda",
         share=share,
-        width=_width(settings.model) if settings.model and settings.fit_defaults else None,
+        width=config.hidden_size if config else None,
     )
 
 
@@ -133,7 +134,9 @@ def _choose_model(choices: Choices, facts: Facts) -> None:
     text = f"{text}, in some {across} x {across} patches {_device(facts)}"
     choices.choose(text, image_size=-(-wanted // patch) * patch, patch_size=patch)
     choices.choose("learns faster than cls from scratch", pooling="mean")
-    choices.choose("learns better than the released start", initializer="variance_preserving")
+    choices.choose(
+        "learns better than the released start on Fashion-MNIST", initializer="variance_preserving"
+    )
 
 
 def _choose_augmentation(choices: Choices, facts: Facts) -> None:
@@ -200,10 +203,12 @@ def _batch(num_images: int, most: int, share: int) -> int:
     return -(-batch // share) * share
 
 
-def _width(model: str) -> int | None:
-    """Return the channels of a checkpoint, or None; building the model says what is wrong with it."""
+def model_config(settings: Settings) -> FlashKATConfig | None:
+    """Return the config of a run's model, or None; building the model says what is wrong with it."""
     with suppress(Exception):  # the Hub's, transformers' and the config's own have no common class
-        return FlashKATConfig.from_pretrained(model).hidden_size
+        if settings.model:
+            return FlashKATConfig.from_pretrained(settings.model)
+        return FlashKATConfig.from_size(str(settings.size))
     return None
 
 

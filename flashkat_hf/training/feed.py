@@ -74,6 +74,13 @@ class Feed:
         decode = getattr(self.to_device, "decode", None)
         return made_ahead(batches, self.to_device, self.device, self.in_background, decode)
 
+    def hold(self, stop: Callable[[], int]) -> bool:
+        """Read the images that lie on the device, and tell whether there are such; `stop` ends it early."""
+        if not isinstance(self.train, HeldBatches):
+            return False
+        self.train.read(stop)
+        return True
+
     def loading_rate(self, epoch: int, update: int, stop: Callable[[], int]) -> float | None:
         """Return the images per second that workers give while nothing trains, if it is soon known.
 

@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator, DistributedType
 
 from ..data.samples import Examples, ImageData
+from .defaults import model_config
 from .launch import accumulation, dynamo
 from .recipe import Settings
 from .selection import Selection
@@ -73,7 +74,9 @@ def resolve(
             f"accelerate's dynamo_mode {mode} is for a compiled run, which this is not; --compile true"
         )
     settings = copy.deepcopy(settings)
-    num_bytes = 0 if data is None else held_bytes(settings, data)
+    num_bytes = 0
+    if data is not None and not settings.augmentation.beside_shifts:
+        num_bytes = held_bytes(settings, data)
     settings.augmentation = settings.augmentation.resolved(accelerator.device, settings.in_memory, num_bytes)
     return Plan(
         settings=settings,
@@ -92,10 +95,15 @@ def resolve(
 
 
 def held_bytes(settings: Settings, data: ImageData) -> int | None:
-    """Return the bytes of all training images at the model's size; None if that, or they, are not known."""
-    if settings.image_size is None or not isinstance(data.train, Examples):
+    """Return the bytes of all training images at the model's size; None for a stream."""
+    if not isinstance(data.train, Examples):
         return None
-    return 3 * settings.image_size**2 * len(data.train)
+    size = settings.image_size
+    if size is None:
+        config = model_config(settings)
+        size = config.image_size if config else 0
+    height, width = (size, size) if isinstance(size, int) else size
+    return 3 * height * width * len(data.train)
 
 
 def micro_batches(settings: Settings, num_processes: int, told: int | None = None) -> tuple[int, int]:

@@ -34,15 +34,15 @@ def epochs_within(trainer: "Trainer", seconds: float, started: float) -> int:
     Raises:
         ValueError: not one epoch fits; in one line.
     """
-    update, fixed, image = _update_seconds(trainer, seconds), *_evaluation_seconds(trainer)
-    data = trainer.data
-    counts = [split.num_images or 0 for split in (data.val or data.test, data.test)]
+    update, (fixed, image, kept) = _update_seconds(trainer, seconds), _evaluation_seconds(trainer)
+    data, processes = trainer.data, trainer.plan.num_processes
+    chosen_on, test = (split.num_images or 0 for split in (data.val or data.test, data.test))
     epoch = update * trainer.feed.updates_per_epoch
-    evaluation, last = (fixed + image * count / trainer.plan.num_processes for count in counts)
-    evaluation *= trainer.selection.every_epoch
-    last *= trainer.selection.tests_at_the_end
-    spent = time.monotonic() - started
-    milliseconds = [round(1e3 * value) for value in (spent + last, epoch, evaluation)]
+    first, last = (fixed + image * count / processes for count in (chosen_on, test))
+    later = first if kept is None else kept * chosen_on / processes
+    every_epoch, at_the_end = trainer.selection.every_epoch, trainer.selection.tests_at_the_end
+    before = time.monotonic() - started + last * at_the_end + (first - later) * every_epoch
+    milliseconds = [round(1e3 * value) for value in (before, epoch, later * every_epoch)]
     before, epoch, evaluation = (value / 1e3 for value in trainer.agreement.largest(*milliseconds))
     left = SPENT * seconds - before
     every = trainer.settings.evaluate_epochs
@@ -94,15 +94,26 @@ def _update_seconds(trainer: "Trainer", seconds: float) -> float:
     return (now - start) / max(1, number + 1 - max(uncounted, 1))
 
 
-def _evaluation_seconds(trainer: "Trainer") -> tuple[float, float]:
-    """Return the seconds of an evaluation in all, but for its images, and of an image of one process."""
+def _evaluation_seconds(trainer: "Trainer") -> tuple[float, float, float | None]:
+    """Return the seconds of an evaluation but for its images, and of an image of one process.
+
+    The third number is that of an image whose batch was kept from an earlier evaluation, or None: none is.
+    """
     module, times, counts = trainer.model.whole(trainer.model.module), [], []
-    for number in (1, 4):
-        start = time.monotonic()
-        batches = list(islice(trainer.feed.val, number))
+
+    def evaluate(batches: list) -> None:
         measure(module, batches, trainer.accelerator, trainer.task.scores(trainer.accelerator))
         times.append(time.monotonic() - start)
         counts.append(sum(len(batch["labels"]) for batch in batches))
+
+    batches: list = []
+    for number in (1, 4):
+        start = time.monotonic()
+        batches = list(islice(trainer.feed.val, number))
+        evaluate(batches)
+    start = time.monotonic()
+    evaluate(batches)
     more = counts[1] - counts[0]
     image = max(0.0, times[1] - times[0]) / more if more else times[1] / counts[1]
-    return max(0.0, times[1] - counts[1] * image), image
+    kept = times[2] / counts[2] if trainer.feed.val.keeps(batches[0]) else None
+    return max(0.0, times[1] - counts[1] * image), image, kept

@@ -94,6 +94,10 @@ class Trainer:
         self._restore(checkpoint)
         if self.plan.workers:
             self.log.say("reading the first images")
+        if self.feed.hold(lambda: self.signals.number):
+            number = self.agreement.any(self.signals.number)
+            if number:
+                self._stop(number)
         at = self.progress.epoch, self.progress.update
         self.loading_rate = self.feed.loading_rate(*at, lambda: self.signals.number)
         if self.plan.compiled:
@@ -215,11 +219,15 @@ class Trainer:
         self.saved_at = time.monotonic()
 
     def _stop(self, number: int) -> None:
-        self.log.bar.close()
+        if self.log.bar is not None:
+            self.log.bar.close()
         if self.main:
             name = "Ctrl-C" if CODES[number] == 130 else "SIGTERM"
             newest = self.checkpoints.newest()
-            warn(f"{name}: saved after step {self.progress.step} in {newest}; --resume goes on")
+            if newest:
+                warn(f"{name}: saved after step {self.progress.step} in {newest}; --resume goes on")
+            else:
+                warn(f"{name}: nothing is trained yet; --resume begins")
         self.accelerator.end_training()
         raise SystemExit(CODES[number])
 
@@ -242,7 +250,7 @@ class Trainer:
             progress.peak_memory = max(progress.peak_memory, torch.cuda.max_memory_allocated(device))
         line |= evaluated
         if self.settings.skip_corrupt:
-            progress.unreadable = sorted({*progress.unreadable, *gather_object(self.feed.unreadable())})
+            self._note_unreadable()
             line["skipped_images"] = len(progress.unreadable)
         self.log.note(line)
         self._picture_functions()
@@ -285,6 +293,11 @@ class Trainer:
             self._stop(self.agreement.any(self.signals.number))
             raise
 
+    def _note_unreadable(self) -> None:
+        """Note which images could not be read, in all processes."""
+        names = gather_object(self.feed.unreadable())
+        self.progress.unreadable = sorted({*self.progress.unreadable, *names})
+
     def _test_best(self) -> dict[str, Any] | None:
         """Look at the test images with the weights of best/, if they had no part in choosing it."""
         if self.feed.test is self.feed.val:
@@ -319,6 +332,8 @@ class Trainer:
         """Write the last model, the summary and the pictures; then the checkpoints have served."""
         self._write_model("last", self.model.module, self.progress.last, "raw")
         model, summary, test = self.model.whole(self.model.module), None, self._test_best()
+        if self.settings.skip_corrupt:
+            self._note_unreadable()
         if self.main:
             summary = self._summary(self.progress.best, best_weights(self.progress.best, self.score), test)
             write_summary(self.folder.best, summary)

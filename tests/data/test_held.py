@@ -109,9 +109,11 @@ def test_what_is_held_and_what_is_not():
     assert plain.resolved(cpu, in_memory=False, num_bytes=2**20).on_device == "nothing"
     for other, num_bytes in ((plain, 2**30 + 1), (plain, None), (replace(plain, crop="moves"), 0)):
         assert other.resolved(cuda, in_memory=True, num_bytes=num_bytes).on_device == "nothing"
-    with pytest.raises(ValueError, match=r"needs an image size, and no stream; use 'nothing'"):
+    with pytest.raises(ValueError, match=r"holds all images, but a stream is read; use 'auto'"):
         EVERYTHING.resolved(cpu, in_memory=False)
-    with pytest.raises(ValueError, match=r"would hold 2\.5 GiB, more than 1; use 'nothing'"):
+    with pytest.raises(ValueError, match=r"would hold 2\.5 GiB, more than 1; use 'auto'"):
         EVERYTHING.resolved(cpu, in_memory=False, num_bytes=5 * 2**29)
-    with pytest.raises(ValueError, match="knows shifts and mirror images alone"):
-        Augmentation(on_device="everything")
+    given = ("the crop 'random'", {}), ("erasing", {"crop": "shifts", "rand_augment": None})
+    for what, values in given:
+        with pytest.raises(ValueError, match=f"and mirror images, not {what}; use 'auto'"):
+            Augmentation(on_device="everything", **values)

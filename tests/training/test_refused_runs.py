@@ -70,6 +70,10 @@ def test_a_corrupt_image_ends_the_run_unless_told_otherwise(run, tmp_path, capsy
     assert (summary["steps"], summary["skipped_images"]) == (6, 1)
     assert metrics(tmp_path / "skipped")[-1]["skipped_images"] == 1
     assert "left out: 1 images that could not be read" in capsys.readouterr().err
+    other = data / "val" / "green" / "1.png"  # seen once, at the end
+    other.write_bytes(other.read_bytes()[:-200])
+    twice = run("twice", data=data, skip_corrupt=True, holdout=0.25) / "summary.json"
+    assert json.loads(twice.read_text())["skipped_images"] == 2
 
 
 def damage_classes(root: Path) -> None:

@@ -21,6 +21,7 @@ from small_runs import after_step, contents, make_images, metrics, small_run, we
 
 from flashkat_hf.data.augmentation import Augmentation
 from flashkat_hf.data.batches import EvalBatches, TrainBatches
+from flashkat_hf.data.held import HeldBatches
 from flashkat_hf.training import run as assembly
 from flashkat_hf.training import train
 from flashkat_hf.training import trainer as loop
@@ -105,8 +106,18 @@ def test_a_signal_saves_and_ends_the_run_and_it_goes_on_to_the_bit(run, monkeypa
     assert not checkpoint.exists()
 
 
-def test_images_on_the_device_go_on_to_the_bit(tmp_path, monkeypatch):
-    """Where small images are read once, shifted and mirrored for whole batches."""
+def signalled(function):
+    """Return the function with a SIGTERM before each call."""
+
+    def call(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments)
+
+    return call
+
+
+def test_images_on_the_device_go_on_to_the_bit(tmp_path, monkeypatch, capsys):
+    """Where small images are read once, shifted and mirrored for whole batches; a signal ends the reading."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     images = make_images(tmp_path / "images")
 
@@ -121,9 +132,18 @@ def test_images_on_the_device_go_on_to_the_bit(tmp_path, monkeypatch):
         after_step(patch, 4, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit):
             run("stopped")
-    stopped = run("stopped", resume=True)
-    assert metrics(stopped) == metrics(whole)
-    assert all(torch.equal(tensor, weights(stopped)[key]) for key, tensor in weights(whole).items())
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldBatches, "read", signalled(HeldBatches.read))
+        for name, others in (("stopped", {"resume": True}), ("never", {})):
+            with pytest.raises(SystemExit):
+                run(name, **others)
+    said = capsys.readouterr().err
+    assert "SIGTERM: saved after step 4 in " in said
+    assert "SIGTERM: nothing is trained yet; --resume begins" in said
+    for name in ("stopped", "never"):
+        assert metrics(run(name, resume=True)) == metrics(whole)
+        found = weights(tmp_path / name)
+        assert all(torch.equal(tensor, found[key]) for key, tensor in weights(whole).items())
 
 
 def test_a_signal_at_the_last_update_leaves_the_evaluation_to_be_done(run, monkeypatch):

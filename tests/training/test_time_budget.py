@@ -11,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from small_runs import after_step, make_images, metrics, weights
 
+from flashkat_hf.data.samples import Examples
 from flashkat_hf.training import time_budget, train
 from flashkat_hf.training import trainer as loop
 from flashkat_hf.training.recipe import Settings, parse
@@ -38,10 +39,11 @@ def settings_of(folder: Path) -> dict:
     return json.loads((folder / "settings.json").read_text())
 
 
-def test_as_many_epochs_as_fit(trained, monkeypatch):
+@pytest.mark.parametrize(("kept", "epochs"), [(None, 3), (0.05, 7)])
+def test_as_many_epochs_as_fit(trained, monkeypatch, kept, epochs):
     """An update of 1 s, an evaluation of 2 s and 0.5 s an image of one: told, and the clock stands still."""
     monkeypatch.setattr(time_budget, "_update_seconds", lambda *_: 1.0)
-    monkeypatch.setattr(time_budget, "_evaluation_seconds", lambda *_: (2.0, 0.5))
+    monkeypatch.setattr(time_budget, "_evaluation_seconds", lambda *_: (2.0, 0.5, kept))
     clock = time.monotonic()
 
     class Fits(Exception):
@@ -58,7 +60,26 @@ def test_as_many_epochs_as_fit(trained, monkeypatch):
     with pytest.raises(Fits):
         trained("run", time="1m", holdout=0.25, evaluate_epochs=1)
     # 60 x 0.95 = 57 s less 10 before and 5 for the test images leave 42; an epoch is 4 updates and 8 s: 3.5
-    assert found == [3]
+    # where batches are kept, the first evaluation takes 8 s and others 0.6: (42 - 7.4) / 4.6 = 7.5
+    assert found == [epochs]
+
+
+def test_reading_counts_once_where_batches_are_kept(trained, monkeypatch):
+    seen, measured = [], time_budget._evaluation_seconds
+
+    def noted(trainer):
+        seen.append(measured(trainer))
+        return seen[-1]
+
+    def slowly(split, index, getitem=Examples.__getitem__):
+        time.sleep(0.02)
+        return getitem(split, index)
+
+    monkeypatch.setattr(time_budget, "_evaluation_seconds", noted)
+    monkeypatch.setattr(Examples, "__getitem__", slowly)
+    trained("run", time="8s", holdout=0.25)
+    ((_, image, kept),) = seen
+    assert 0 < kept < 0.015 < image
 
 
 def test_the_run_is_the_one_of_so_many_epochs(trained, monkeypatch):
