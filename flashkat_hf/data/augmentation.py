@@ -14,7 +14,7 @@ from ..messages import extra
 from .gpu.augmentation import BatchAugmentation
 from .gpu.evaluation import BatchEvaluation, Evaluation, EvaluationPart, levels_of
 from .gpu.planning import MovedPart, WorkerPart
-from .gpu.shifting import SHIFT, Shifting
+from .gpu.shifting import SHIFT, Shifting, held_size
 from .options import SIGNS, Augmentation
 from .samples import DataError, Transform
 
@@ -39,7 +39,8 @@ def training_transform(processor, augmentation: Augmentation) -> Transform:
     """
     size = (processor.crop_size["height"], processor.crop_size["width"])
     if augmentation.on_device == "everything" and not _done_by_workers(processor, augmentation):
-        return levels_of([_scaled(processor), extra("torchvision.transforms").CenterCrop(size)])
+        center = extra("torchvision.transforms").CenterCrop(held_size(size))  # black beyond the image
+        return levels_of([_scaled(processor), center])
     parts = _timm_transforms(processor, augmentation, size)
     if augmentation.moved:
         parts = _moves(processor, augmentation, size), *parts[1:]
@@ -135,9 +136,9 @@ def batch_transform(processor, augmentation: Augmentation) -> nn.Module | None:
     """
     if _done_by_workers(processor, augmentation):
         return None
-    if augmentation.on_device == "everything":
-        return Shifting(processor.image_mean, processor.image_std, augmentation.flip or 0.0)
     size = (processor.crop_size["height"], processor.crop_size["width"])
+    if augmentation.on_device == "everything":
+        return Shifting(processor.image_mean, processor.image_std, size, augmentation.flip or 0.0)
     return BatchAugmentation(processor.image_mean, processor.image_std, size)
 
 

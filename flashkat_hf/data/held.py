@@ -38,7 +38,7 @@ class HeldBatches:
 
         Args:
             split: `ImageData.train`.
-            transform: from an RGB image to the pixels that are held, `(channels, height, width)` uint8.
+            transform: from an RGB image to the pixels that are held, `(channels, *held_size)` uint8.
             shifting: makes the batches, on its device.
             batch_size: images of one process and micro-batch.
             seed: seed of order and augmentation; the same in every process.
@@ -85,7 +85,7 @@ class HeldBatches:
     def read(self, stop: Callable[[], int] = lambda: 0) -> None:
         """Read all images, unless they are held or `stop` ends it early: then nothing is held.
 
-        What is held is `(images, height, width, channels)` uint8 on the device, and the labels on the CPU.
+        What is held is `(images, *held_size, channels)` uint8 on the device, and the labels on the CPU.
 
         Raises:
             DataError: as `epoch`.

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator, DistributedType
 
+from ..data.gpu.shifting import held_size
 from ..data.samples import Examples, ImageData
 from .defaults import model_config
 from .launch import accumulation, dynamo
@@ -102,7 +103,7 @@ def held_bytes(settings: Settings, data: ImageData) -> int | None:
     if size is None:
         config = model_config(settings)
         size = config.image_size if config else 0
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = held_size((size, size) if isinstance(size, int) else (size[0], size[1]))
     return 3 * height * width * len(data.train)
 
 

@@ -37,15 +37,23 @@ def split(tmp_path_factory):
 
 
 def test_what_torchvision_does(device):
-    """Shifts of whole pixels with black behind, then mirror images, then normalisation, as workers do it."""
-    height, width, mean, std = 40, 60, [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
-    images = torch.randint(256, (3, height, width, 3), dtype=torch.uint8)
+    """Shifts of whole pixels, then the middle, mirror images, normalisation, as workers do it.
+
+    What comes into the picture is black, or the image's own where it is larger.
+    """
+    (height, width), mean, std = (40, 60), [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+    pictures = [
+        torch.randint(256, size, dtype=torch.uint8) for size in ((40, 60, 3), (50, 60, 3), (40, 90, 3))
+    ]
+    images = [Image.fromarray(picture.numpy()) for picture in pictures]
+    shifting = Shifting(mean, std, (height, width), flip=0.5).to(device)
+    held = [functional.pil_to_tensor(functional.center_crop(image, shifting.held_size)) for image in images]
     draws = torch.tensor([[0.0, 0.999, 0.4], [0.5, 0.5, 0.6], [0.9, 0.1, 0.0]])
-    made = Shifting(mean, std, flip=0.5).to(device)(images.to(device), torch.tensor([2, 0, 1]), draws)
+    made = shifting(torch.stack(held).permute(0, 2, 3, 1).to(device), torch.tensor([2, 0, 1]), draws)
     for pixels, number, (down, right, mirrored) in zip(made, (2, 0, 1), draws.tolist(), strict=True):
-        image = Image.fromarray(images[number].numpy())
         shift = [round((2 * right - 1) * SHIFT * width), round((2 * down - 1) * SHIFT * height)]
-        moved = functional.affine(image, 0, shift, 1.0, [0.0, 0.0])
+        moved = functional.affine(images[number], 0, shift, 1.0, [0.0, 0.0])
+        moved = functional.center_crop(moved, [height, width])
         moved = functional.hflip(moved) if mirrored < 0.5 else moved
         expected = functional.normalize(functional.to_tensor(moved), mean, std)
         torch.testing.assert_close(pixels.cpu(), expected, rtol=0, atol=1e-5)

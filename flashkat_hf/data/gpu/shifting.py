@@ -1,5 +1,6 @@
 """Small images that a device holds, all of them: they are shifted, mirrored and normalised there."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,19 +13,25 @@ HELD_BYTES = 2**30  # of all images of a data set
 
 
 class Shifting(nn.Module):
-    """Makes batches of images of one size that are held on the device that it is on.
+    """Makes batches of images that are held, with a border, on the device that it is on.
 
     Args:
         mean: of normalisation, of levels from 0 to 1.
         std: likewise.
+        size: height and width of the result.
         flip: probability of a mirror image.
+
+    Attributes:
+        held_size: height and width of what is held: with what a shift brings into the picture.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], flip: float):
+    def __init__(self, mean: Sequence[float], std: Sequence[float], size: tuple[int, int], flip: float):
         super().__init__()
+        self.size = size
+        self.held_size = held_size(size)
         self.flip = flip
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None])
         self.register_buffer("std", 255 * torch.tensor(std)[:, None, None])
@@ -39,19 +46,25 @@ class Shifting(nn.Module):
         """Return a batch, normalised: `(batch, channels, height, width)` float32.
 
         Args:
-            held: `(images, height, width, channels)` uint8, on the device.
+            held: `(images, *held_size, channels)` uint8, on the device.
             indices: `(batch,)`, of the images of the batch.
             draws: `(batch, 3)`: of the shift down and to the right, up to `SHIFT` of a side in whole pixels,
-                and of mirroring. Where an image has moved away it is black.
+                and of mirroring.
         """
-        height, width = held.shape[1:3]
-        indices, draws = (tensor.to(held.device, non_blocking=True) for tensor in (indices, draws))
-        sides = torch.tensor([height, width], device=held.device)
-        down, right = ((2 * draws[:, :2] - 1) * SHIFT * sides).round().long().unbind(1)
-        rows = torch.arange(height, device=held.device) - down[:, None]
+        (height, width), (held_height, held_width) = self.size, self.held_size
+        shift = (2 * draws[:, :2] - 1) * SHIFT * torch.tensor([height, width])
+        mirrored = draws[:, 2:] < self.flip
+        indices, shift, mirrored = (
+            tensor.to(held.device, non_blocking=True) for tensor in (indices, shift.round().long(), mirrored)
+        )
+        rows = torch.arange(height, device=held.device) + (held_height - height) // 2 - shift[:, :1]
         columns = torch.arange(width, device=held.device).expand(len(indices), -1)
-        columns = torch.where(draws[:, 2:] < self.flip, columns.flip(1), columns) - right[:, None]
-        inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
-        places = rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None]
-        pixels = held[indices[:, None, None], *places] * inside[..., None]
+        columns = torch.where(mirrored, columns.flip(1), columns) + (held_width - width) // 2 - shift[:, 1:]
+        pixels = held[indices[:, None, None], rows[:, :, None], columns[:, None]]
         return (pixels.permute(0, 3, 1, 2).float() - self.mean) / self.std
+
+
+def held_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width that are held of images which are shifted by up to `SHIFT` of a side."""
+    height, width = (side + 2 * math.ceil(SHIFT * side) for side in size)
+    return height, width
