@@ -221,15 +221,18 @@ class EpochOrder:
         self.stop = max(epoch + 1, self.epochs)
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        step = self.batch_size * self.world_size
         for epoch in range(self.epoch, self.stop):
-            generator = torch.Generator().manual_seed(random_integer(self.seed, epoch) >> 1)
-            order = torch.randperm(self.num_images, generator=generator)
-            start = self.start if epoch == self.epoch else 0
-            for batch in range(start * step, self.num_images - step + 1, step):
-                first = batch + self.rank * self.batch_size
-                indices = order[first : first + self.batch_size].tolist()
-                yield [(epoch, position, index) for position, index in enumerate(indices, first)]
+            for first, indices in self.batches(epoch, self.start if epoch == self.epoch else 0):
+                yield [(epoch, position, index) for position, index in enumerate(indices.tolist(), first)]
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield each batch of an epoch from number `start` on: its first position and its indices."""
+        generator = torch.Generator().manual_seed(random_integer(self.seed, epoch) >> 1)
+        order = torch.randperm(self.num_images, generator=generator)
+        step = self.batch_size * self.world_size
+        for batch in range(start * step, self.num_images - step + 1, step):
+            first = batch + self.rank * self.batch_size
+            yield first, order[first : first + self.batch_size]
 
 
 def checked(loader: DataLoader, corrupt: dict[str, str]) -> Iterator[Batch]:

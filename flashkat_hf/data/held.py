@@ -1,7 +1,6 @@
 """Training batches of small images that are read once and then lie on the device, decoded."""
 
 from collections.abc import Callable, Iterator
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -52,7 +51,7 @@ class HeldBatches:
         self.split, self.transform, self.shifting = split, transform, shifting
         self.seed, self.workers, self.rank = seed, workers, rank
         self.num_batches = count_batches(split, batch_size, world_size)
-        self.position = EpochOrder(len(split), batch_size, seed, rank, world_size, 0)
+        self.order = EpochOrder(len(split), batch_size, seed, rank, world_size, 0)
         self.corrupt: dict[str, str] = {}
         self.held: tuple[Tensor, Tensor] | None = None
 
@@ -73,10 +72,8 @@ class HeldBatches:
         assert self.held is not None
         images, labels = self.held
         draws = self.shifting.draws(self.seed, epoch, len(labels))
-        self.position.set(epoch, start)
-        for keys in islice(self.position, self.num_batches - start):
-            _, positions, indices = torch.tensor(keys).unbind(1)
-            pixels = self.shifting(images, indices, draws[positions])
+        for first, indices in self.order.batches(epoch, start):
+            pixels = self.shifting(images, indices, draws[first : first + len(indices)])
             yield {"pixel_values": pixels, "labels": labels[indices].to(images.device, non_blocking=True)}
 
     def close(self) -> None:

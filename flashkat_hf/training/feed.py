@@ -62,7 +62,7 @@ class Feed:
 
     def set_epochs(self, epochs: int) -> None:
         """Say how many epochs the run has, where the settings left it open: workers read ahead."""
-        if isinstance(self.train.position, EpochOrder):
+        if isinstance(self.train, TrainBatches) and isinstance(self.train.position, EpochOrder):
             self.train.position.epochs = epochs
 
     def epoch(self, epoch: int, update: int) -> Generator[dict[str, Tensor], None, None]:
