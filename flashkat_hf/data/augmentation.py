@@ -123,7 +123,7 @@ def _moves(processor, augmentation: Augmentation, size: tuple[int, int]) -> Tran
 
 
 def _scaled(processor) -> "LimitedResize":
-    """Return the resizing of images that are used whole, which is evaluation's."""
+    """Return the resizing of training images that are used whole: to evaluation's size, bicubic."""
     return LimitedResize(_resized(processor), extra("torchvision.transforms").InterpolationMode.BICUBIC)
 
 

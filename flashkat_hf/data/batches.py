@@ -18,7 +18,7 @@ from .workers import Indexed, Streamed, StreamPosition, collate, end_workers, ma
 
 logger = logging.get_logger(__name__)
 Batch = dict[str, Tensor]
-KEPT_BYTES = 2**28  # of evaluation batches that are kept for the next evaluation
+EVALUATION_BYTES = 2**28  # of evaluation batches that are kept for the next evaluation
 
 
 class TrainBatches:
@@ -131,7 +131,7 @@ class EvalBatches:
     """One process's part of a split: all processes together have every image once.
 
     The last batch may be short. With `keep`, the batches of a first complete pass are kept for later ones, if
-    they are at most `KEPT_BYTES`: small images take longer to read than to evaluate.
+    they are at most `EVALUATION_BYTES`: small images take longer to read than to evaluate.
 
     Attributes:
         corrupt: messages on the images that were left out so far, by the image's name; with `skip_corrupt`
@@ -183,24 +183,29 @@ class EvalBatches:
     def keeps(self, batch: Batch) -> bool:
         """Tell by one of the batches whether all of them are kept."""
         size = sum(tensor.nbytes for tensor in batch.values())
-        return self.keep and self.num_batches is not None and self.num_batches * size <= KEPT_BYTES
+        return self.keep and self.num_batches is not None and self.num_batches * size <= EVALUATION_BYTES
 
     def __iter__(self) -> Iterator[Batch]:
         if self.kept:
             yield from map(dict, self.kept)
             return
-        batches, keep, room = [], self.keep, KEPT_BYTES
+        batches, keep, room = [], self.keep, EVALUATION_BYTES
         for batch in checked(self.loader, self.corrupt):
             room -= sum(tensor.nbytes for tensor in batch.values())
             keep = keep and room >= 0
             if keep:
-                batches.append(dict(batch))
+                batches.append({name: _own(tensor) for name, tensor in batch.items()})
             yield batch
         self.kept = batches if keep else []
 
     def close(self) -> None:
         """End the worker processes."""
         end_workers(self.loader)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Return a tensor that holds no shared memory and open file, both scarce, as a worker's does."""
+    return tensor.clone() if tensor.is_shared() else tensor
 
 
 class EpochOrder:

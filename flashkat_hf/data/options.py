@@ -117,9 +117,8 @@ class Augmentation:
                 size = f"{num_bytes / 2**30:.1f}"
                 raise ValueError(f"on_device 'everything' would hold {size} GiB, more than 1; use 'auto'")
             return self
-        fits = num_bytes is not None and num_bytes <= HELD_BYTES
-        only_shifted = self.crop == "shifts" and not self.beside_shifts
-        if self.on_device == "auto" and device.type == "cuda" and only_shifted and fits:
+        shifted, fits = self.crop == "shifts", num_bytes is not None and num_bytes <= HELD_BYTES
+        if self.on_device == "auto" and device.type == "cuda" and shifted and fits and not self.beside_shifts:
             return replace(self, on_device="everything")
         missing = missing_for_kernels(device)
         if self.on_device != "auto":

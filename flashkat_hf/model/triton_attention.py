@@ -208,6 +208,7 @@ def packed_attention_queries_kernel(
     grad_y, one write of a third of grad_qkv.
     """
     block = tl.program_id(0)
+    scale = tl.cast(scale, tl.float32)  # float64 when compiled: docs/notes/float64-arguments.md
     tensors = grad_y_ptr, qkv_ptr, y_ptr, lse_ptr, grad_qkv_ptr, statistics_ptr, rest_ptr, column_ptr
     sizes = num_tokens, num_heads, scale
     if REST == 0 or block < tl.num_programs(0) - 1:
@@ -322,6 +323,7 @@ def packed_attention_keys_kernel(
     Grid (blocks, num_heads, batch). Memory: one read of qkv and grad_y, one write of two thirds of grad_qkv.
     """
     block = tl.program_id(0)
+    scale = tl.cast(scale, tl.float32)  # float64 when compiled, too
     sizes = num_tokens, num_heads, scale
     if REST == 0 or block < tl.num_programs(0) - 1:
         tensors = grad_y_ptr, qkv_ptr, statistics_ptr, grad_qkv_ptr, column_ptr

@@ -37,18 +37,18 @@ class Feed:
         }
         transform, test_transform, remainder = task.transforms(processor, settings.augmentation)
         order = {"epochs": settings.epochs, "seed": settings.seed}
-        test_workers = 0 if settings.in_memory else plan.workers
+        readers = 0 if settings.in_memory else plan.workers
         self.plan = plan
         self.device = accelerator.device
         self.train: TrainBatches | HeldBatches
         if isinstance(remainder, Shifting):
-            held = {name: options[name] for name in ("batch_size", "rank", "world_size")}
-            held |= {"seed": settings.seed, "workers": test_workers}
+            held = {name: value for name, value in options.items() if name != "pin_memory"}
+            held |= {"seed": settings.seed, "workers": readers}
             self.train = HeldBatches(data.train, transform, remainder.to(self.device), **held)
             remainder = None
         else:
             self.train = TrainBatches(data.train, transform, workers=plan.workers, **order, **options)
-        options |= {"workers": test_workers}
+        options |= {"workers": readers}
         self.test = EvalBatches(data.test, test_transform, keep=data.val is None, **options)
         self.val = self.test
         if data.val is not None:

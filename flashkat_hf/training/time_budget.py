@@ -1,6 +1,7 @@
 """`--time`: how many epochs fit, by the speed of updates that change no weight."""
 
 import time
+from collections.abc import Callable
 from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -99,21 +100,18 @@ def _evaluation_seconds(trainer: "Trainer") -> tuple[float, float, float | None]
 
     The third number is that of an image whose batch was kept from an earlier evaluation, or None: none is.
     """
-    module, times, counts = trainer.model.whole(trainer.model.module), [], []
+    module, accelerator = trainer.model.whole(trainer.model.module), trainer.accelerator
 
-    def evaluate(batches: list) -> None:
-        measure(module, batches, trainer.accelerator, trainer.task.scores(trainer.accelerator))
-        times.append(time.monotonic() - start)
-        counts.append(sum(len(batch["labels"]) for batch in batches))
-
-    batches: list = []
-    for number in (1, 4):
+    def timed(read: Callable[[], list]) -> tuple[float, int, list]:
+        """Return the seconds of reading batches and evaluating them, their images, and the batches."""
         start = time.monotonic()
-        batches = list(islice(trainer.feed.val, number))
-        evaluate(batches)
-    start = time.monotonic()
-    evaluate(batches)
-    more = counts[1] - counts[0]
-    image = max(0.0, times[1] - times[0]) / more if more else times[1] / counts[1]
-    kept = times[2] / counts[2] if trainer.feed.val.keeps(batches[0]) else None
-    return max(0.0, times[1] - counts[1] * image), image, kept
+        batches = read()
+        measure(module, batches, accelerator, trainer.task.scores(accelerator))
+        return time.monotonic() - start, sum(len(batch["labels"]) for batch in batches), batches
+
+    short, few, _ = timed(lambda: list(islice(trainer.feed.val, 1)))
+    long, many, batches = timed(lambda: list(islice(trainer.feed.val, 4)))
+    again, *_ = timed(lambda: batches)
+    image = max(0.0, long - short) / (many - few) if many > few else long / many
+    kept = again / many if trainer.feed.val.keeps(batches[0]) else None
+    return max(0.0, long - many * image), image, kept

@@ -94,10 +94,9 @@ class Trainer:
         self._restore(checkpoint)
         if self.plan.workers:
             self.log.say("reading the first images")
-        if self.feed.hold(lambda: self.signals.number):
-            number = self.agreement.any(self.signals.number)
-            if number:
-                self._stop(number)
+        holds = self.feed.hold(lambda: self.signals.number)
+        if holds and (number := self.agreement.any(self.signals.number)):
+            self._stop(number)
         at = self.progress.epoch, self.progress.update
         self.loading_rate = self.feed.loading_rate(*at, lambda: self.signals.number)
         if self.plan.compiled:

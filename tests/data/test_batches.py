@@ -143,8 +143,8 @@ def test_an_epoch_has_every_image_once_less_the_last_incomplete_batch(data, worl
 
 @pytest.mark.parametrize(("keep", "room", "calls"), [(True, 40, 10), (True, 39, 20), (False, 40, 20)])
 def test_a_second_evaluation_reads_nothing(folder, keep, room, calls, monkeypatch):
-    """Where the batches fit; a pass that ended early does not count."""
-    monkeypatch.setattr("flashkat_hf.data.batches.KEPT_BYTES", room + 10 * 8)  # pixels, and labels
+    """The batches of a first whole pass are kept if they fit; those of a pass that ended early are not."""
+    monkeypatch.setattr("flashkat_hf.data.batches.EVALUATION_BYTES", room + 10 * 8)  # pixels, and labels
     counted, split = Counted(), folder.test
     batches = EvalBatches(split, counted, batch_size=4, keep=keep)
     next(iter(batches))["labels"] = None
@@ -153,6 +153,15 @@ def test_a_second_evaluation_reads_nothing(folder, keep, room, calls, monkeypatc
     assert equal(first, second)
     assert sum(len(batch["labels"]) for batch in second) == len(split)
     assert counted.calls.value == calls
+
+
+def test_batches_that_are_kept_hold_no_shared_memory(folder):
+    """A worker's tensors are open files in shared memory, of which a system allows few."""
+    batches = EvalBatches(folder.test, PLAIN, batch_size=4, workers=2, keep=True)
+    first, second = list(batches), list(batches)
+    assert equal(first, second)
+    assert all(tensor.is_shared() for batch in first for tensor in batch.values())
+    assert not any(tensor.is_shared() for batch in second for tensor in batch.values())
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -39,6 +39,8 @@ FLOAT32 = {
 # torch.compile launches these itself and passes numbers in float64, in which nothing is to be computed.
 OPEN = (
     triton_attention.packed_attention_forward_kernel,
+    triton_attention.packed_attention_queries_kernel,
+    triton_attention.packed_attention_keys_kernel,
     triton_norm_rational.add_norm_rational_forward_kernel,
 )
 FLOAT64 = r"\b(add|sub|mul|fma|div|sqrt|rcp|ex2)\.\S*f64"

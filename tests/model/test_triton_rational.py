@@ -9,7 +9,6 @@ from helpers import (
     ROWS,
     SHAPES,
     assert_no_worse,
-    assert_no_worse_than_formula,
     exact_value_and_gradients,
     random_inputs,
     reference_case,
@@ -40,15 +39,24 @@ def test_stored_numbers(case, device):
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradients(shape, rows, dtype, device):
-    assert_no_worse_than_formula(launch, shape, dtype, device, rows)
+    inputs = random_inputs(shape, dtype, device, rows)
+    baseline = value_and_gradients(rational_decomposed, *inputs)
+    for actual, plain, exact in zip(
+        launch(*inputs), baseline, exact_value_and_gradients(*inputs), strict=True
+    ):
+        assert_no_worse(actual, plain, exact)
 
 
 @pytest.mark.parametrize("num_multiprocessors", [1, 3])
 def test_any_number_of_programs_gives_the_gradients(num_multiprocessors, device, monkeypatch):
     """Programs walk over many tiles, in steps of whole rows although a row is no multiple of a tile."""
     monkeypatch.setattr(triton_rational, "num_multiprocessors", lambda device: num_multiprocessors)
-    # 5 x 3 channels a group: a width of 1
-    assert_no_worse_than_formula(launch, (150, 120), torch.float32, device, (1, 8))
+    inputs = random_inputs((150, 120), torch.float32, device)  # 5 x 3 channels a group: a width of 1
+    baseline = value_and_gradients(rational_decomposed, *inputs)
+    for actual, plain, exact in zip(
+        launch(*inputs), baseline, exact_value_and_gradients(*inputs), strict=True
+    ):
+        assert_no_worse(actual, plain, exact)
 
 
 def test_nan_stays_where_it_is(device):

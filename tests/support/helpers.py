@@ -1,7 +1,6 @@
 """Several test files share these: stored reference numbers, gradients, and the bound on errors."""
 
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from flashkat_hf import FlashKATConfig
 from flashkat_hf.conversion.tensor_names import to_flashkat
-from flashkat_hf.model.reference import rational_decomposed, rational_gradients, rational_value
+from flashkat_hf.model.reference import rational_gradients, rational_value
 
 # Kernels by their launchers: on CPU tensors under TRITON_INTERPRET=1, on a GPU otherwise.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -114,37 +113,3 @@ def assert_no_worse(actual: Tensor, baseline: Tensor, exact: Tensor, slack: floa
         allowed = slack * (baseline - exact).abs().max() + torch.finfo(actual.dtype).eps * exact.abs().max()
         error = (actual - exact).abs().max()
         assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
-
-
-def assert_no_worse_than_formula(
-    function: Callable, shape, dtype: torch.dtype, device: str, rows: tuple[int, int], slack: float = 5.0
-) -> None:
-    """`function`'s value and gradients may be `slack` times as far from float64 as the plain formula's.
-
-    The median of three draws of inputs is compared, plus one rounding: a table's gradient is a sum whose
-    terms cancel each other, so that the errors of one draw are luck, the formula's as well as the function's.
-
-    Args:
-        function: of x, numerator, denominator and grad_y, returns y and three gradients.
-        shape: of x.
-        dtype: of x.
-        device: of all tensors.
-        rows: of numerator and denominator.
-        slack: factor between the errors.
-    """
-    errors: list[list[tuple[float, float]]] = [[], [], [], []]  # of y and the gradients, by draw
-    rounding = [0.0] * 4
-    for _ in range(1 if INTERPRETED else 3):  # the interpreter takes a second for each
-        inputs = random_inputs(shape, dtype, device, rows)
-        plain, exact = value_and_gradients(rational_decomposed, *inputs), exact_value_and_gradients(*inputs)
-        for i, (actual, baseline, true) in enumerate(zip(function(*inputs), plain, exact, strict=True)):
-            assert (actual.dtype, actual.shape) == (baseline.dtype, true.shape)
-            if true.numel():
-                scale = true.abs().max().clamp_min(torch.finfo(dtype).tiny)
-                far, baseline_far = ((value - true).abs().max() / scale for value in (actual, baseline))
-                errors[i].append((far.item(), baseline_far.item()))
-                rounding[i] = torch.finfo(actual.dtype).eps
-    for pairs, eps in zip(errors, rounding, strict=True):
-        if pairs:
-            error, baseline = map(statistics.median, zip(*pairs, strict=True))
-            assert error <= slack * baseline + eps, f"error {error:.3g}, the formula's {baseline:.3g}"

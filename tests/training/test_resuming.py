@@ -117,7 +117,7 @@ def signalled(function):
 
 
 def test_images_on_the_device_go_on_to_the_bit(tmp_path, monkeypatch, capsys):
-    """Where small images are read once, shifted and mirrored for whole batches; a signal ends the reading."""
+    """A run whose images lie on the device is ended by SIGTERM, in training and while it reads them."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     images = make_images(tmp_path / "images")
 

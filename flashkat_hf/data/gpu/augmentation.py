@@ -32,8 +32,8 @@ def missing_for_kernels(device: torch.device) -> str | None:
     return None if device.type == "cuda" or interpreted() else "a GPU"
 
 
-class BatchOfCrops(nn.Module):
-    """Makes the pixels of a batch on the device that it is on: JPEG files decoded, cropped and resized.
+class Normalising(nn.Module):
+    """Base of what makes the pixel values of a batch on the device that it is on.
 
     Attributes:
         size: height and width of the result.
@@ -49,6 +49,14 @@ class BatchOfCrops(nn.Module):
         self.size = size
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None])
         self.register_buffer("std", 255 * torch.tensor(std)[:, None, None])
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Return pixel values of levels `(batch, 3, height, width)`, float32."""
+        return (pixels.float() - self.mean) / self.std
+
+
+class BatchOfCrops(Normalising):
+    """Makes the pixels of a batch: JPEG files decoded, cropped and resized."""
 
     def decode(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the batch with its JPEG files decoded, for a thread that runs ahead of the module's calls.

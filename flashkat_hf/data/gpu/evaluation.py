@@ -111,9 +111,6 @@ class BatchEvaluation(BatchOfCrops):
             raise ValueError(f"evaluation in batches needs {missing}")
         return {"pixel_values": self.normalised(self.crops(batch))}
 
-    def normalised(self, pixels: Tensor) -> Tensor:
-        return (pixels.float() - self.mean) / self.std
-
 
 def levels_of(transforms: list[Any]) -> Any:
     """Return transforms of a PIL image that end with its levels, `(3, height, width)` uint8."""

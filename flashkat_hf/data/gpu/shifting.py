@@ -4,37 +4,27 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..seeding import random_integer
+from .augmentation import Normalising
 
 SHIFT = 0.05  # of a side, at most
 HELD_BYTES = 2**30  # of all images of a data set
 
 
-class Shifting(nn.Module):
+class Shifting(Normalising):
     """Makes batches of images that are held, with a border, on the device that it is on.
-
-    Args:
-        mean: of normalisation, of levels from 0 to 1.
-        std: likewise.
-        size: height and width of the result.
-        flip: probability of a mirror image.
 
     Attributes:
         held_size: height and width of what is held: with what a shift brings into the picture.
+        flip: probability of a mirror image.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, mean: Sequence[float], std: Sequence[float], size: tuple[int, int], flip: float):
-        super().__init__()
-        self.size = size
+        super().__init__(mean, std, size)
         self.held_size = held_size(size)
         self.flip = flip
-        self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", 255 * torch.tensor(std)[:, None, None])
 
     @staticmethod
     def draws(seed: int, epoch: int, count: int) -> Tensor:
@@ -61,7 +51,7 @@ class Shifting(nn.Module):
         columns = torch.arange(width, device=held.device).expand(len(indices), -1)
         columns = torch.where(mirrored, columns.flip(1), columns) + (held_width - width) // 2 - shift[:, 1:]
         pixels = held[indices[:, None, None], rows[:, :, None], columns[:, None]]
-        return (pixels.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        return self.normalised(pixels.permute(0, 3, 1, 2))
 
 
 def held_size(size: tuple[int, int]) -> tuple[int, int]:
