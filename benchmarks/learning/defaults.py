@@ -7,7 +7,8 @@ The same command again goes on where it was stopped. Data: scikit-learn's digits
 4,000 or all 60,000 training pictures (`fashion_mnist.py` says where they come from; `--source` is a folder of
 its files). A run is one of a user's, `flashkat finetune --data FOLDER --seed SEED`, in a process of its own,
 timed from its start to its end; the ViT is timm's, by the same rule, and "released" a FlashKAT that starts as
-the released ones did. Of the test pictures nothing is seen before the end.
+the released ones did. On a GPU the ViT is compiled, its faster mode. Of the test pictures nothing is seen
+before the end.
 
 `seconds` is wall time. `process_seconds` is the time that the training process, which has one thread for each
 of `threads`, had on the cores, over their number: on a machine that others use too, what `seconds` would be,
@@ -34,8 +35,8 @@ PICTURES = {"digits": None, "fashion4000": 4000, "fashion60000": None}  # traini
 MODELS = ("flashkat", "vit", "released")
 NAMES = (
     "top1 num_test_images selection_top1 num_selection_images num_train_images best_epoch epochs steps "
-    "batch_size image_size precision seed images_per_second data_images_per_second step_images_per_second "
-    "device versions commit"
+    "batch_size image_size precision compiled seed images_per_second data_images_per_second "
+    "step_images_per_second device versions commit"
 )
 
 
@@ -88,6 +89,7 @@ def run(model: str, data: str, folder: Path | None, seed: int) -> dict:
         flags = [
             *(["--data", str(folder)] if folder else []),
             *(["--initializer", "trunc_normal"] if model == "released" else []),
+            *(["--compile", "true"] if model == "vit" and torch.cuda.is_available() else []),
             *("--seed", str(seed), "--output", f"{output}/run"),
         ]
         summary = train(parse(flags), build=build_vit if model == "vit" else None)

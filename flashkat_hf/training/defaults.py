@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SMALL = 64  # pixels: images whose shorter side is at most that are used whole
 LOOKED_AT = 64  # images whose size is read
-SEEN_ON_CPU, SEEN_ON_GPU = 280_000, 3_500_000  # images that a run trains on, over all epochs
+SEEN_ON_CPU, SEEN_ON_GPU = 280_000, 8_000_000  # images that a run trains on, over all epochs
 MANY = 20_000  # images from which a GPU trains a larger model, in larger batches
 EPOCHS = 10, 150  # the fewest and the most
 RATE_TIMES_WIDTH, WIDEST = 0.128, 768  # of checkpoints: 2e-3 for 64 channels, falling with their number
