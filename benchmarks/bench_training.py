@@ -4,6 +4,8 @@
     python benchmarks/bench_training.py --output $R                                    # all GPUs of this host
     python benchmarks/bench_training.py --append --output $R --size base --batch_size 256
     python benchmarks/bench_training.py --append --output $R --cases "synthetic fsdp2" --processes 2
+    python benchmarks/bench_training.py --append --output $R --size 1280x32 --batch_size 64 --processes 2 \
+        --cases synthetic "synthetic fsdp2"                                            # ViT-Huge's shape
     python benchmarks/bench_training.py --size micro --batch_size 8 --images 64 --output /dev/null  # on a CPU
 
 Each case is a run of its own, a JSON line, and a row of the table:
@@ -21,6 +23,7 @@ after it, which is timed, too.
 import hashlib
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -28,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -38,7 +41,8 @@ from PIL import Image
 from timed_run import UPDATE, after_update
 from transformers import AutoModelForImageClassification, HfArgumentParser
 
-import flashkat_hf  # noqa: F401 - registers the model
+from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, make_image_processor
+from flashkat_hf.model.configuration_flashkat import SIZES
 from flashkat_hf.training import feed, train
 from flashkat_hf.training.recipe import parse
 from flashkat_hf.training.trainer import Trainer
@@ -58,7 +62,9 @@ CLASSES = 2  # of bench_data's folder
 @dataclass(frozen=True)
 class Arguments:
     output: Path = field(metadata={"help": "JSON lines are written here"})
-    size: str = field(default="small", metadata={"help": "micro, tiny, small or base"})
+    size: str = field(
+        default="small", metadata={"help": "micro, tiny, small, base, or channels x layers, as 1280x32"}
+    )
     batch_size: int = field(default=512, metadata={"help": "for each GPU"})
     images: int = field(default=2048, metadata={"help": "JPEG files to train on"})
     copies: int = field(default=24, metadata={"help": "names that each file has in the folder"})
@@ -82,8 +88,15 @@ class Arguments:
     folder: str | None = field(default=None, metadata={"help": "likewise"})
     started: float = field(default=0.0, metadata={"help": "likewise: when the launcher began, since 1970"})
     resume: bool = field(default=False, metadata={"help": "likewise"})
+    model: str | None = field(
+        default=None, metadata={"help": "likewise: the folder of a model of channels x layers"}
+    )
 
     def __post_init__(self):
+        if self.size not in SIZES and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size):
+            raise SystemExit(
+                f"--size: {self.size} is none of {', '.join(SIZES)}, nor channels x layers as 1280x32"
+            )
         if unknown := set(self.cases or ()) - set(CASES):
             raise SystemExit(f"--cases: {'; '.join(sorted(unknown))} unknown; known are {'; '.join(CASES)}")
         if impossible := [n for n in self.processes if not 1 <= n <= max(torch.cuda.device_count(), 2)]:
@@ -127,7 +140,8 @@ class Synthetic:
 def work(arguments: Arguments) -> None:
     """Train as one process of a run, and note beside its folder how long it took to begin and to save."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    flags = ["--data", str(arguments.data), "--output", str(arguments.folder), "--size", arguments.size]
+    flags = ["--data", str(arguments.data), "--output", str(arguments.folder)]
+    flags += ["--model", arguments.model] if arguments.model else ["--size", arguments.size]
     flags += ["--batch_size", str(arguments.batch_size * world), "--epochs", str(arguments.epochs)]
     flags += ["--warmup_epochs", "0", "--evaluate_epochs", str(arguments.epochs)]
     flags += ["--checkpoint_minutes", "1000", *(["--resume"] if arguments.resume else [])]
@@ -158,7 +172,7 @@ def command(case: str, processes: int, data: str, folder: Path, arguments: Argum
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     words = [sys.executable, *(launch if processes > 1 else []), __file__, "--case", case]
     words += ["--data", data, "--folder", str(folder), "--output", os.devnull]
-    for name in ("size", "batch_size", "steps", "epochs", "on_device", "workers"):
+    for name in ("size", "model", "batch_size", "steps", "epochs", "on_device", "workers"):
         if (value := getattr(arguments, name)) is not None:
             words += [f"--{name}", str(value)]
     return [*words, "--started", str(time.time())]
@@ -226,6 +240,18 @@ def check_resuming(case: str, processes: int, data: str, arguments: Arguments) -
     }
 
 
+def save_model(size: str, folder: str) -> str:
+    """Save a fresh model of channels x layers, with heads of 64 channels; return the folder."""
+    width, layers = map(int, size.split("x"))
+    config = FlashKATConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_labels=CLASSES
+    )
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        FlashKATForImageClassification(config).save_pretrained(folder)
+    make_image_processor(config.image_size).save_pretrained(folder)
+    return folder
+
+
 def described(case: str, processes: int, arguments: Arguments) -> dict:
     """Return what names a result."""
     sizes = {"size": arguments.size, "batch_size": arguments.batch_size}
@@ -240,6 +266,7 @@ def main(arguments: Arguments) -> None:
     results = []
     with (
         tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory() as model,
         arguments.output.open("a" if arguments.append else "w") as lines,
     ):
         reads = {case for case, _ in runs} & {"jpeg", "resume"}
@@ -249,6 +276,8 @@ def main(arguments: Arguments) -> None:
         make_folder(
             Path(folder), Photographs(arguments.output, images, copies, batch_size=arguments.batch_size)
         )
+        if arguments.size not in SIZES:
+            arguments = replace(arguments, model=save_model(arguments.size, model))
         for case, number in runs:
             function = check_resuming if case == "resume" else measure
             results.append(function(case, number, folder, arguments))

@@ -36,7 +36,7 @@ def defaults_table(results: list[dict]) -> str:
         spread = f" ± {_error(accuracies):.2%}" if len(runs) > 1 else ""
         seconds = max(each["seconds"] for each in runs)
         busy = max(each["process_seconds"] for each in runs)
-        time = f"{seconds:.0f} s, {busy:.0f} s of the process"
+        time = f"{seconds:.0f} s" + f", {busy:.0f} s of the process" * (runs[0]["device"] == "CPU")
         cells = [DATA[data], NAMES[model], f"{mean(accuracies):.2%}{spread}", str(len(runs))]
         rows.append("| " + " | ".join([*cells, str(runs[0]["epochs"]), time]) + " |")
     return "\n".join([*rows, "", f"{_measured(results)}; `benchmarks/learning/defaults.py`."])

@@ -10,9 +10,9 @@ timed from its start to its end; the ViT is timm's, by the same rule, and "relea
 the released ones did. On a GPU the ViT is compiled, its faster mode. Of the test pictures nothing is seen
 before the end.
 
-`seconds` is wall time. `process_seconds` is the time that the training process, which has one thread for each
-of `threads`, had on the cores, over their number: on a machine that others use too, what `seconds` would be,
-if reading (in processes of their own) is not what training waits for.
+`seconds` is wall time. On a CPU, `process_seconds` is the time that the training process, with one thread
+for each of `threads`, had on the cores, over their number: on a machine that others use too, what `seconds`
+would be, if reading (in processes of their own) is not what training waits for.
 """
 
 import json
