@@ -45,6 +45,7 @@ class Settings:
     precision: str = field(default="bf16", metadata={"help": "of autocast, as accelerate names it, or no"})
     decoders: str = field(default="gpu,workers", metadata={"help": "who decodes, with commas between"})
     output: Path = field(default=RESULTS, metadata={"help": "file that a line is added to"})
+    commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
 
     def __post_init__(self):
         if not torch.cuda.is_available():
@@ -132,7 +133,7 @@ def main(settings: Settings) -> None:
     for name in ("model_graphed", "gpu_decoder", *(f"predict_{decoder}" for decoder in decoders)):
         share = row[name] / row["bound"]
         print(f"{name:16} {row[name]:8} pictures/s  {share:6.2f} of the lesser of model and decoder")
-    row |= {"gpu": torch.cuda.get_device_name(), "cores": cores(), **versions(), "commit": commit()}
+    row |= {"gpu": torch.cuda.get_device_name(), "cores": cores(), **versions(), "commit": settings.commit or commit()}
     with settings.output.open("a") as file:
         file.write(json.dumps(row) + "\n")
 

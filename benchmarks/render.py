@@ -231,6 +231,7 @@ def data_table(results: list[dict]) -> str:
 TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     ("README.md", "cells_picture", "cells", picture("docs/cells.png", CELLS)),
     ("docs/index.md", "defaults", "defaults", default_tables.defaults_table),
+    ("docs/index.md", "defaults_gpu", "defaults_gpu", default_tables.defaults_table),
     ("docs/training.md", "digits", "digits", digits_table),
     ("docs/training.md", "digits_224", "digits_224", digits_table),
     ("docs/calibration.md", "conversion", "conversion", conversion_table),
