@@ -133,7 +133,12 @@ def main(settings: Settings) -> None:
     for name in ("model_graphed", "gpu_decoder", *(f"predict_{decoder}" for decoder in decoders)):
         share = row[name] / row["bound"]
         print(f"{name:16} {row[name]:8} pictures/s  {share:6.2f} of the lesser of model and decoder")
-    row |= {"gpu": torch.cuda.get_device_name(), "cores": cores(), **versions(), "commit": settings.commit or commit()}
+    row |= {
+        "gpu": torch.cuda.get_device_name(),
+        "cores": cores(),
+        **versions(),
+        "commit": settings.commit or commit(),
+    }
     with settings.output.open("a") as file:
         file.write(json.dumps(row) + "\n")
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count, islice
@@ -16,6 +17,8 @@ from .samples import DataError, Examples, Partition, Sample, Stream, Transform, 
 from .seeding import seeded
 
 MOST_CORRUPT = 1000  # images in a row of a stream
+
+_made_last: deque[dict[str, Any]] = deque(maxlen=1)  # of a worker process: its last batch
 
 
 class Indexed(Dataset):
@@ -152,7 +155,11 @@ def _transformed(sample: Sample, transform: Transform) -> Any:
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return a batch of the items that could be read, and the messages on the others."""
+    """Return a batch of the items that could be read, and the messages on the others.
+
+    A worker process keeps it until it has made the next one: then the main process has copied it to pinned
+    memory, and does not stand still to free it (docs/notes/shared-memory.md).
+    """
     corrupt = {name: message for item in items for name, message in item.pop("corrupt").items()}
     items = [item for item in items if item]
     packed = {}
@@ -163,7 +170,10 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
             storage = torch.UntypedStorage._new_shared(sum(map(len, files)), device="cpu")
             out = torch.empty(0, dtype=torch.uint8).set_(storage)
         packed["pixel_values"] = torch.cat(files, out=out)
-    return {**(default_collate(items) if items else {}), **packed, "corrupt": corrupt}
+    batch = {**(default_collate(items) if items else {}), **packed, "corrupt": corrupt}
+    if get_worker_info():
+        _made_last.append(batch)
+    return batch
 
 
 def make_loader(

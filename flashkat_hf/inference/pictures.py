@@ -110,12 +110,26 @@ def of_files(files: Sequence[str], part: int, source: str, options: dict[str, An
     return Pictures(examples, None, digest.hexdigest(), -(-len(files) // part))
 
 
-class Reader(IterableDataset):
-    """Batches of some parts, one part after the other in each worker process.
+class ReadBatch(dict[str, Any]):
+    """A batch that was read: `{"part", "last", "names", "labels", "errors", "inputs"}`.
 
-    A batch is `{"part", "last", "names", "labels", "errors", "inputs"}`: `errors` has None for pictures that
-    could be read, and `inputs` has what the transform made of those, collated, or is None.
+    `errors` has None for pictures that could be read, and `inputs` has what the transform made of those,
+    collated, or is None.
     """
+
+    def pin_memory(self) -> "ReadBatch":
+        """Return the batch with its pixels or files in pinned memory.
+
+        A `DataLoader` would look at each name, label and error, too.
+        """
+        inputs = self["inputs"]
+        if inputs is not None:
+            inputs = {**inputs, "pixel_values": inputs["pixel_values"].pin_memory()}
+        return ReadBatch(self, inputs=inputs)
+
+
+class Reader(IterableDataset):
+    """Batches of some parts, one part after the other in each worker process, each a `ReadBatch`."""
 
     def __init__(self, pictures: Pictures, parts: Sequence[int], transform: Transform, batch_size: int):
         self.pictures = pictures
@@ -123,14 +137,14 @@ class Reader(IterableDataset):
         self.transform = transform
         self.batch_size = batch_size
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[ReadBatch]:
         info = get_worker_info()
         for part in self.parts[info.id :: info.num_workers] if info else self.parts:
             samples = self.pictures.samples(part)
             batch = list(islice(samples, self.batch_size))
             while True:
                 following = list(islice(samples, self.batch_size))
-                yield {"part": part, "last": not following, **self.read(batch)}
+                yield ReadBatch(self.read(batch), part=part, last=not following)
                 if not following:
                     break
                 batch = following

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+import weakref
 from collections import Counter
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from flashkat_hf.data.augmentation import SIGNS, Augmentation, training_transfor
 from flashkat_hf.data.batches import EvalBatches, TrainBatches
 from flashkat_hf.data.samples import DataError, Examples
 from flashkat_hf.data.seeding import seeded
+from flashkat_hf.data.workers import collate
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*use of fork:DeprecationWarning"
@@ -153,6 +155,17 @@ def test_a_second_evaluation_reads_nothing(folder, keep, room, calls, monkeypatc
     assert equal(first, second)
     assert sum(len(batch["labels"]) for batch in second) == len(split)
     assert counted.calls.value == calls
+
+
+@pytest.mark.parametrize("worker", [True, False])
+def test_a_worker_keeps_its_last_batch(worker, monkeypatch):
+    """Then the main process, which has copied it by the next one, is not the one that frees its memory."""
+    monkeypatch.setattr("flashkat_hf.data.workers.get_worker_info", lambda: object() if worker else None)
+    items = [[{"pixel_values": torch.zeros(1, 2, 2), "corrupt": {}}] for _ in range(2)]
+    made = [weakref.ref(collate(items[0])["pixel_values"])]
+    assert (made[0]() is not None) == worker
+    made.append(weakref.ref(collate(items[1])["pixel_values"]))
+    assert [reference() is not None for reference in made] == [False, worker]
 
 
 def test_batches_that_are_kept_hold_no_shared_memory(folder):
