@@ -90,7 +90,7 @@ def measured(rows: Sequence[dict]) -> str:
         f"torch {row['torch']}, timm {row['timm']}, commit {row['commit'][:7]}" for row in rows
     )
     seconds = [row["seconds"] for row in rows if "seconds" in row]
-    each = f"; {mean(seconds):.0f} s a run" if seconds else ""
+    each = f"; {mean(seconds):.3g} s a run" if seconds else ""
     return f"{'; '.join(versions)}{each}; `python -m benchmarks.learning`."
 
 
