@@ -93,10 +93,10 @@ class Arguments:
     )
 
     def __post_init__(self):
-        if self.size not in SIZES and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.size):
-            raise SystemExit(
-                f"--size: {self.size} is none of {', '.join(SIZES)}, nor channels x layers as 1280x32"
-            )
+        shape = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", self.size)
+        if self.size not in SIZES and (not shape or int(shape[1]) % 64):
+            known = f"{', '.join(SIZES)}, nor channels (a multiple of 64) x layers, as 1280x32"
+            raise SystemExit(f"--size: {self.size} is none of {known}")
         if unknown := set(self.cases or ()) - set(CASES):
             raise SystemExit(f"--cases: {'; '.join(sorted(unknown))} unknown; known are {'; '.join(CASES)}")
         if impossible := [n for n in self.processes if not 1 <= n <= max(torch.cuda.device_count(), 2)]:

@@ -315,6 +315,7 @@ def main() -> None:
         update(document, render((ROOT / document).read_text(), *table))
     plot.update(check="--check" in sys.argv)
     paper_page.update(ROOT, check="--check" in sys.argv)
+    print("the documents are as the results files have it")
 
 
 if __name__ == "__main__":

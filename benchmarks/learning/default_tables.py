@@ -39,7 +39,10 @@ def defaults_table(results: list[dict]) -> str:
         time = f"{seconds:.0f} s" + f", {busy:.0f} s of the process" * (runs[0]["device"] == "CPU")
         cells = [DATA[data], NAMES[model], f"{mean(accuracies):.2%}{spread}", str(len(runs))]
         rows.append("| " + " | ".join([*cells, str(runs[0]["epochs"]), time]) + " |")
-    return "\n".join([*rows, "", f"{_measured(results)}; `benchmarks/learning/defaults.py`."])
+    text = f"{_measured(results)}; `benchmarks/learning/defaults.py`."
+    if results[0]["device"] == "CPU":
+        text = f'"Of the process" is what training had of its cores, which other work shared. {text}'
+    return "\n".join([*rows, "", text])
 
 
 def checkpoints_table(results: list[dict]) -> str:

@@ -241,7 +241,11 @@ class EpochOrder:
 
 
 def checked(loader: DataLoader, corrupt: dict[str, str]) -> Iterator[Batch]:
-    """Yield a loader's batches; messages on corrupt images are said once and noted in `corrupt`."""
+    """Yield a loader's batches; messages on corrupt images are said once and noted in `corrupt`.
+
+    Raises:
+        DataError: in one line: an image cannot be read, or batches do not fit into shared memory.
+    """
     try:
         for batch in loader:
             for name, message in batch.pop("corrupt", {}).items():
@@ -252,3 +256,10 @@ def checked(loader: DataLoader, corrupt: dict[str, str]) -> Iterator[Batch]:
                 yield batch
     except DataError as error:  # a worker's error carries its traceback in front of the message
         raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
+    except RuntimeError as error:
+        if "unable to allocate shared memory" not in str(error) and "Bus error" not in str(error):
+            raise
+        raise DataError(
+            "the batches of the worker processes do not fit into shared memory (/dev/shm): give a container "
+            "more of it (docker run --shm-size=8g), or take fewer --workers; 0 needs none"
+        ) from error

@@ -18,7 +18,7 @@ from .seeding import seeded
 
 MOST_CORRUPT = 1000  # images in a row of a stream
 
-_made_last: deque[dict[str, Any]] = deque(maxlen=1)  # of a worker process: its last batch
+_last_files: deque[dict[str, Any]] = deque(maxlen=1)  # of a worker process: its last batch of files
 
 
 class Indexed(Dataset):
@@ -157,8 +157,9 @@ def _transformed(sample: Sample, transform: Transform) -> Any:
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return a batch of the items that could be read, and the messages on the others.
 
-    A worker process keeps it until it has made the next one: then the main process has copied it to pinned
-    memory, and does not stand still to free it (docs/notes/shared-memory.md).
+    A worker process keeps a batch of encoded files until it has made the next one: then the main process,
+    which decodes them, has copied them to pinned memory, and does not stand still to free them
+    (docs/notes/shared-memory.md).
     """
     corrupt = {name: message for item in items for name, message in item.pop("corrupt").items()}
     items = [item for item in items if item]
@@ -171,8 +172,9 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
             out = torch.empty(0, dtype=torch.uint8).set_(storage)
         packed["pixel_values"] = torch.cat(files, out=out)
     batch = {**(default_collate(items) if items else {}), **packed, "corrupt": corrupt}
-    if get_worker_info():
-        _made_last.append(batch)
+    # by the other strategy the memory would outlive a worker that ends at once
+    if packed and get_worker_info() and torch.multiprocessing.get_sharing_strategy() == "file_descriptor":
+        _last_files.append(batch)
     return batch
 
 

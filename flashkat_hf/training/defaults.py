@@ -130,9 +130,10 @@ def _choose_model(choices: Choices, facts: Facts) -> None:
     wanted = choices.get("image_size") or max(side, 16)
     across = 14 if wanted > SMALL else 7 if facts.gpu else 4  # patches
     patch = choices.get("patch_size") or _patch(wanted, -(-wanted // across), bool(choices.get("image_size")))
+    across = -(-wanted // patch)
     text = "images" if facts.side is None else f"images of {facts.side} pixels"
-    text = f"{text}, in some {across} x {across} patches {_device(facts)}"
-    choices.choose(text, image_size=-(-wanted // patch) * patch, patch_size=patch)
+    text = f"{text}, {across} x {across} patches {_device(facts)}"
+    choices.choose(text, image_size=across * patch, patch_size=patch)
     choices.choose("learns faster than cls from scratch", pooling="mean")
     choices.choose(
         "learns better than the released start on Fashion-MNIST", initializer="variance_preserving"
@@ -161,18 +162,18 @@ def _choose_training(choices: Choices, facts: Facts) -> None:
     given = choices.get("batch_size") or pair
     if fresh and facts.num_images >= pair and not given % pair and not (choices.get("micro_batch") or 0) % 2:
         choices.choose(
-            "images and their labels are mixed in pairs, from which few teach more",
+            "images and their labels are mixed in pairs, so that few images teach more",
             mixup=0.8,
             cutmix=1.0,
             mix_probability=0.8,
         )
     mixed = choices.get("mixup") or choices.get("cutmix")
     batch = _batch(facts.num_images, 512 if facts.gpu and many else 32, pair if mixed else facts.share)
-    choices.choose("ten updates an epoch or more", batch_size=batch)
+    choices.choose("about a tenth of the images, within limits", batch_size=batch)
     if not choices.settings.time:
         seen = SEEN_ON_GPU if facts.gpu else SEEN_ON_CPU
         epochs = max(EPOCHS[0], min(EPOCHS[1], round(seen / max(1, facts.num_images))))
-        reason = f"{seen:,} images are trained on, each {EPOCHS[0]} to {EPOCHS[1]} times; --time sets minutes"
+        reason = f"{EPOCHS[0]} to {EPOCHS[1]}, for {seen:,} images over all epochs; --time sets minutes"
         choices.choose(reason, epochs=epochs)
         choices.choose("", evaluate_epochs=evaluations_apart(choices.get("epochs")))
     if fresh:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from flashkat_hf.data import open_data
 from flashkat_hf.data.augmentation import SIGNS, Augmentation, training_transform
-from flashkat_hf.data.batches import EvalBatches, TrainBatches
+from flashkat_hf.data.batches import EvalBatches, TrainBatches, checked
 from flashkat_hf.data.samples import DataError, Examples
 from flashkat_hf.data.seeding import seeded
 from flashkat_hf.data.workers import collate
@@ -157,15 +157,36 @@ def test_a_second_evaluation_reads_nothing(folder, keep, room, calls, monkeypatc
     assert counted.calls.value == calls
 
 
-@pytest.mark.parametrize("worker", [True, False])
-def test_a_worker_keeps_its_last_batch(worker, monkeypatch):
+@pytest.mark.parametrize(
+    ("worker", "shape", "strategy", "keeps"),
+    [
+        (True, (5,), "file_descriptor", True),  # a file's bytes
+        (False, (5,), "file_descriptor", False),
+        (True, (1, 2, 2), "file_descriptor", False),  # pixels
+        (True, (5,), "file_system", False),  # a worker's end would not free them
+    ],
+)
+def test_a_worker_keeps_its_last_batch_of_files(worker, shape, strategy, keeps, monkeypatch):
     """Then the main process, which has copied it by the next one, is not the one that frees its memory."""
     monkeypatch.setattr("flashkat_hf.data.workers.get_worker_info", lambda: object() if worker else None)
-    items = [[{"pixel_values": torch.zeros(1, 2, 2), "corrupt": {}}] for _ in range(2)]
+    monkeypatch.setattr(torch.multiprocessing, "get_sharing_strategy", lambda: strategy)
+    items = [[{"pixel_values": torch.zeros(shape, dtype=torch.uint8), "corrupt": {}}] for _ in range(2)]
     made = [weakref.ref(collate(items[0])["pixel_values"])]
-    assert (made[0]() is not None) == worker
+    assert (made[0]() is not None) == keeps
     made.append(weakref.ref(collate(items[1])["pixel_values"]))
-    assert [reference() is not None for reference in made] == [False, worker]
+    assert [reference() is not None for reference in made] == [False, keeps]
+
+
+@pytest.mark.parametrize("problem", ["unable to allocate shared memory(shm) for file </t>", "Bus error"])
+def test_full_shared_memory_is_one_line(problem):
+    """As Docker's 64 MiB soon are."""
+
+    def loader():
+        raise RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\nTraceback ...\n{problem}")
+        yield
+
+    with pytest.raises(DataError, match=r"do not fit into shared memory \(/dev/shm\).*--workers"):
+        list(checked(loader(), {}))
 
 
 def test_batches_that_are_kept_hold_no_shared_memory(folder):
