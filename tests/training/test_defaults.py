@@ -141,7 +141,9 @@ def test_how_the_epoch_is_chosen(per_class, holdout, kind):
     assert selection.kind == kind
     assert (found.val is not None) == (kind == "held-out")
     third = replace(data, val=Examples(["z"], [0]))
-    assert select(Settings(holdout=holdout), third)[1].kind == "val"
+    selection = select(Settings(holdout=holdout), third)[1]
+    assert selection.kind == "val"
+    assert ("--holdout is not needed" in selection.reason) == bool(holdout)
 
 
 def small(images: Path, output: Path, **others) -> Settings:
