@@ -127,8 +127,8 @@ def test_bad_input_is_one_line(arguments, message, tmp_path):
 
 
 def test_a_broken_results_file_is_named(tmp_path):
-    (tmp_path / "r.jsonl").write_text("{\n")
-    with pytest.raises(SystemExit, match=r"--output: .*r\.jsonl cannot be read"):
+    (tmp_path / "r.jsonl").write_text('{"data": "digits"}\n{\n')
+    with pytest.raises(SystemExit, match=r"--output: line 2 of .*r\.jsonl is no JSON; remove it"):
         main(["--output", str(tmp_path / "r.jsonl"), "--data", "digits", "--device", "cpu", "--commit", "c"])
 
 

@@ -39,8 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     bench.stage(stage)
                     passed = time.monotonic() - start
                     print(f"# {bench.place['data']}, {stage}: done after {passed:.0f} s", flush=True)
-        except OutOfTime:
-            print("# the time is over; the same command goes on from here", flush=True)
+        except (OutOfTime, KeyboardInterrupt) as end:
+            why = "the time is over" if isinstance(end, OutOfTime) else "interrupted"
+            print(f"# {why}; the same command goes on from here", flush=True)
             return
     if failures := [failure for bench in benches for failure in bench.failures]:
         raise SystemExit(f"{len(failures)} failed: {'; '.join(failures)}")
@@ -56,9 +57,16 @@ def earlier(settings: Settings) -> list[dict]:
     if not settings.output.exists():
         return []
     try:
-        return [json.loads(line) for line in settings.output.read_text().splitlines()]
+        lines = settings.output.read_text().splitlines()
     except (OSError, ValueError) as error:
         raise SystemExit(f"--output: {settings.output} cannot be read: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise SystemExit(f"--output: line {number} of {settings.output} is no JSON; remove it") from error
+    return rows
 
 
 if __name__ == "__main__":

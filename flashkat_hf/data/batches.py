@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .samples import DataError, Examples, Partition, Stream, Transform
 from .seeding import random_integer
-from .workers import Indexed, Streamed, StreamPosition, collate, end_workers, make_loader
+from .workers import Indexed, Streamed, StreamPosition, collate, delivered, end_workers, make_loader
 
 logger = logging.get_logger(__name__)
 Batch = dict[str, Tensor]
@@ -109,6 +109,7 @@ class TrainBatches:
 
     def close(self) -> None:
         """End the worker processes."""
+        self.ahead, self.following = iter(()), None
         end_workers(self.loader)
 
 
@@ -244,10 +245,10 @@ def checked(loader: DataLoader, corrupt: dict[str, str]) -> Iterator[Batch]:
     """Yield a loader's batches; messages on corrupt images are said once and noted in `corrupt`.
 
     Raises:
-        DataError: in one line: an image cannot be read, or batches do not fit into shared memory.
+        DataError: in one line: an image cannot be read, or as `delivered`.
     """
     try:
-        for batch in loader:
+        for batch in delivered(loader):
             for name, message in batch.pop("corrupt", {}).items():
                 if name not in corrupt:
                     corrupt[name] = message
@@ -256,10 +257,3 @@ def checked(loader: DataLoader, corrupt: dict[str, str]) -> Iterator[Batch]:
                 yield batch
     except DataError as error:  # a worker's error carries its traceback in front of the message
         raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
-    except RuntimeError as error:
-        if "unable to allocate shared memory" not in str(error) and "Bus error" not in str(error):
-            raise
-        raise DataError(
-            "the batches of the worker processes do not fit into shared memory (/dev/shm): give a container "
-            "more of it (docker run --shm-size=8g), or take fewer --workers; 0 needs none"
-        ) from error

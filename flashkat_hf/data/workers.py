@@ -191,6 +191,23 @@ def make_loader(
     return DataLoader(dataset, generator=torch.Generator(), **options)
 
 
+def delivered(loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield a loader's batches.
+
+    Raises:
+        DataError: in one line: the batches of its worker processes do not fit into shared memory.
+    """
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "unable to allocate shared memory" not in str(error) and "Bus error" not in str(error):
+            raise
+        raise DataError(
+            "the batches of the worker processes do not fit into shared memory (/dev/shm): give a container "
+            "more of it (docker run --shm-size=8g), or take fewer --workers; 0 needs none"
+        ) from error
+
+
 def end_workers(loader: DataLoader) -> None:
     """End a loader's worker processes; left to the interpreter's exit, PyTorch waits 5 seconds for each."""
     if (workers := getattr(loader, "_iterator", None)) is not None:

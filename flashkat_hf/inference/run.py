@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.hub_datasets import DatasetStream
-from ..data.workers import end_workers, make_loader
+from ..data.workers import delivered, end_workers, make_loader
 from ..messages import extra
 from ..training.progress import progress_bar
 from .inputs import Inputs
@@ -95,7 +95,7 @@ def run(
     writer, written = ThreadPoolExecutor(1, "rows"), deque[Future[None]]()
     with bar, writer:
         try:
-            with closing(inputs.batches(loader if own else ())) as batches:
+            with closing(inputs.batches(delivered(loader) if own else ())) as batches:
                 for batch, pixels in batches:
                     pending = None if pixels is None else Pending(question.compute(pixels))
                     written.append(writer.submit(write, batch, pending))

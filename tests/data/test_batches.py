@@ -102,6 +102,15 @@ def test_the_next_epochs_batches_are_made_while_one_ends(folder):
         assert (transform.calls.value > number) == made_ahead
 
 
+def test_closing_leaves_no_open_generator(folder):
+    """Of one the interpreter would complain when it ends."""
+    batches = training(folder.train, workers=1)
+    next(batches.epoch(0))
+    ahead = weakref.ref(batches.ahead)
+    batches.close()
+    assert ahead() is None
+
+
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="Linux says who has sent a signal")
 def test_workers_end_by_their_own_process_alone(data):
     """Batch systems may signal every process of a job; the main one has still to save."""
