@@ -69,27 +69,8 @@ class NvImageCodecDecoder:
         return DecodedImages.of([torch.from_dlpack(image).contiguous() for image in images])
 
 
-class InTurn:
-    """Two of our decoders, each with a stream: one is given files while the other still decodes."""
-
-    def __init__(self, device: torch.device):
-        self.decoders = [(HardwareDecoder(device), torch.cuda.Stream(device, priority=-1)) for _ in range(2)]
-
-    def __call__(self, files: EncodedFiles) -> DecodedImages:
-        decoder, stream = self.decoders[0]
-        self.decoders.reverse()
-        stream.synchronize()  # its files before these
-        with torch.cuda.stream(stream):
-            images = decoder.submit(files)
-        torch.cuda.current_stream().wait_stream(stream)
-        for memory in images.memory:
-            memory.record_stream(torch.cuda.current_stream())
-        return images
-
-
 DECODERS: dict[str, Callable[[torch.device], Decoder]] = {
     "nvjpeg": HardwareDecoder,  # what training uses
-    "nvjpeg, two in turn": InTurn,
     "torchvision": TorchvisionDecoder,  # for files that it refuses
     "torchcodec": TorchcodecDecoder,
     "nvimgcodec": NvImageCodecDecoder,

@@ -408,6 +408,12 @@ def test_cases_that_are_unknown_or_cannot_run(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit, match="--cases: png unknown; known are synthetic; jpeg; synthetic fsdp2"):
         training_arguments(tmp_path, cases=["jpeg", "png"])
+    for size in ("huge", "65x3", "64x0"):
+        with pytest.raises(
+            SystemExit, match=rf"--size: {size} is none of micro, .*a multiple of 64\) x layers"
+        ):
+            training_arguments(tmp_path, size=size)
+    assert training_arguments(tmp_path, size="1280x32", processes=[1]).size == "1280x32"
     with pytest.raises(SystemExit, match="--processes: 4; there are 0 GPUs"):
         training_arguments(tmp_path, processes=[1, 4])
     with pytest.raises(SystemExit, match="--cases: resume needs several processes; --processes 1"):

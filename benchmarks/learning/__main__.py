@@ -39,10 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     bench.stage(stage)
                     passed = time.monotonic() - start
                     print(f"# {bench.place['data']}, {stage}: done after {passed:.0f} s", flush=True)
-        except (OutOfTime, KeyboardInterrupt) as end:
-            why = "the time is over" if isinstance(end, OutOfTime) else "interrupted"
-            print(f"# {why}; the same command goes on from here", flush=True)
+        except OutOfTime:
+            print("# the time is over; the same command goes on from here", flush=True)
             return
+        except KeyboardInterrupt:
+            raise SystemExit("interrupted; the same command goes on from here") from None
     if failures := [failure for bench in benches for failure in bench.failures]:
         raise SystemExit(f"{len(failures)} failed: {'; '.join(failures)}")
     print("# nothing is missing", flush=True)

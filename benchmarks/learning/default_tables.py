@@ -29,6 +29,7 @@ def _measured(results: list[dict]) -> str:
 
 def defaults_table(results: list[dict]) -> str:
     """Return a row for each data set and model: test accuracy, its standard error, and the longest time."""
+    on_cpu = results[0]["device"] == "CPU"
     rows = ["| data | model | test accuracy | seeds | epochs | longest run |", "|---" * 6 + "|"]
     for data, model in dict.fromkeys((each["data"], each["model"]) for each in results):
         runs = [each for each in results if (each["data"], each["model"]) == (data, model)]
@@ -36,11 +37,11 @@ def defaults_table(results: list[dict]) -> str:
         spread = f" ± {_error(accuracies):.2%}" if len(runs) > 1 else ""
         seconds = max(each["seconds"] for each in runs)
         busy = max(each["process_seconds"] for each in runs)
-        time = f"{seconds:.0f} s" + f", {busy:.0f} s of the process" * (runs[0]["device"] == "CPU")
+        time = f"{seconds:.0f} s" + f", {busy:.0f} s of the process" * on_cpu
         cells = [DATA[data], NAMES[model], f"{mean(accuracies):.2%}{spread}", str(len(runs))]
         rows.append("| " + " | ".join([*cells, str(runs[0]["epochs"]), time]) + " |")
     text = f"{_measured(results)}; `benchmarks/learning/defaults.py`."
-    if results[0]["device"] == "CPU":
+    if on_cpu:
         text = f'"Of the process" is what training had of its cores, which other work shared. {text}'
     return "\n".join([*rows, "", text])
 

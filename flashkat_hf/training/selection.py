@@ -49,7 +49,7 @@ def select(settings: Settings, data: ImageData) -> tuple[ImageData, Selection]:
     """Return the data with the images on which the best epoch is chosen, and how it is."""
     once = "the test images are looked at once, at the end"
     if data.val is not None:
-        unused = "; --holdout is not needed" if settings.holdout else ""
+        unused = "; --holdout is not used" if settings.holdout else ""
         return data, Selection("val", f"the epoch is chosen on the third folder's images{unused}; {once}")
     fraction = HOLDOUT if settings.holdout is None else settings.holdout
     if not fraction:

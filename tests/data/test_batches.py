@@ -103,7 +103,7 @@ def test_the_next_epochs_batches_are_made_while_one_ends(folder):
 
 
 def test_closing_leaves_no_open_generator(folder):
-    """Of one the interpreter would complain when it ends."""
+    """The interpreter complains of an open generator when it ends."""
     batches = training(folder.train, workers=1)
     next(batches.epoch(0))
     ahead = weakref.ref(batches.ahead)
@@ -188,7 +188,7 @@ def test_a_worker_keeps_its_last_batch_of_files(worker, shape, strategy, keeps, 
 
 @pytest.mark.parametrize("problem", ["unable to allocate shared memory(shm) for file </t>", "Bus error"])
 def test_full_shared_memory_is_one_line(problem):
-    """As Docker's 64 MiB soon are."""
+    """Docker gives a container 64 MiB of shared memory, which a few batches fill."""
 
     def loader():
         raise RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\nTraceback ...\n{problem}")

@@ -161,6 +161,15 @@ def test_a_killed_run_goes_on(ask, folder, monkeypatch):
     assert ask("predict", folder, "--top-k", "1", "--batch-size", "2", "--overwrite") == whole
 
 
+def test_full_shared_memory_is_one_line(ask, folder, monkeypatch):
+    def full(reader, samples):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
+
+    monkeypatch.setattr(pictures.Reader, "read", full)
+    with pytest.raises(ValueError, match=r"do not fit into shared memory \(/dev/shm\)"):
+        ask("predict", folder)
+
+
 def test_two_processes(ask, folder, model_folder, tmp_path):
     """Run by accelerate's launcher as a user would; each process writes parts of its own."""
     alone = ask("embed", folder, output="alone.parquet")

@@ -37,7 +37,6 @@ class HardwareDecoder:
         self.library = _library()
         self.handle = c_void_p()
         self.state = c_void_p()
-        self.arguments: tuple[numpy.ndarray, ...] = ()  # of the call under way: nvJPEG may read them late
         for name, types in ARGUMENTS.items():
             getattr(self.library, name).argtypes = types
         with torch.cuda.device(device):
@@ -47,19 +46,8 @@ class HardwareDecoder:
     def __call__(self, files: EncodedFiles) -> DecodedImages:
         """Decode files into one block of memory, and wait for it.
 
-        Raises:
-            RuntimeError: as `submit`.
-        """
-        images = self.submit(files)
-        torch.cuda.current_stream(self.device).synchronize()  # nvJPEG's own memory is used again by the next
-        return images
-
-    def submit(self, files: EncodedFiles) -> DecodedImages:
-        """Begin to decode files into one block of memory, on the current stream.
-
-        The files, and this decoder, must be left alone until the stream has come so far. The threads of a
-        process take turns in Python, and each call from it may have to wait for its turn: there are few of
-        them here, and none for each file.
+        The threads of a process take turns in Python, and each call from it may have to wait for its turn:
+        there are few of them here, and none for each file.
 
         Raises:
             RuntimeError: a file is of a kind that the decoders do not know (progressive, ...), or broken.
@@ -75,12 +63,12 @@ class HardwareDecoder:
         images[:, :3] = addresses[:, None] + planes[:, None] * numpy.arange(3)
         images[:, 4:7] = widths[:, None]
         encoded = numpy.stack((files.data.data_ptr() + files.start.numpy(), files.length.numpy()))
-        self.arguments = images, encoded
         stream = torch.cuda.current_stream(self.device)
         with torch.cuda.device(self.device):
             self._call("nvjpegDecodeBatchedInitialize", self.handle, self.state, len(planes), 1, RGB)
             pointers = *(row.ctypes.data for row in encoded), images.ctypes.data, stream.cuda_stream
             self._call("nvjpegDecodeBatched", self.handle, self.state, *pointers)
+        stream.synchronize()  # nvJPEG's own memory is used again by the next call
         return DecodedImages(torch.from_numpy(addresses), files.height, files.width, [memory])
 
     def _call(self, name: str, *arguments) -> None:
