@@ -116,15 +116,17 @@ def attention_table(results: list[dict]) -> str:
 
 def predict_table(results: list[dict]) -> str:
     """Return a row for each run of `flashkat predict`: pictures a second, beside its parts."""
+    decoders = "gpu_decoder", "gpu_decoder_beside"
     rows = [
         [
             f"{result['size']}, batch {result['batch_size']}",
-            *(f"{result[name]:,}" for name in ("predict_gpu", "gpu_decoder", "model_graphed")),
-            f"{result['predict_gpu'] / result['bound']:.2f}",
+            *(f"{result[name]:,}" for name in ("predict_gpu", "model_graphed")),
+            *(f"{result[name]:,} ({result['predict_gpu'] / result[name]:.2f})" for name in decoders),
         ]
         for result in results
     ]
-    header = ["JPEG files, pictures/s", "`flashkat predict`", "decoder alone", "model alone", "of the slower"]
+    header = ["JPEG files, pictures/s", "`flashkat predict`", "model alone"]
+    header += [f"decoder {how} (share of it)" for how in ("alone", "beside the model")]
     return table(header, rows) + f"\n\n{on_gpu(results[-1])}; `benchmarks/bench_predict.py`."
 
 

@@ -325,4 +325,5 @@ class _State:
             torch.get_autocast_dtype("cuda"),
             torch.is_grad_enabled(),
         )
-        return [*values, torch.get_float32_matmul_precision()]
+        # get_float32_matmul_precision() raises where both of PyTorch's ways to set it were used
+        return [*values, torch.backends.cuda.matmul.fp32_precision]

@@ -133,6 +133,25 @@ def test_modes_are_noticed():
     assert state.holds()
 
 
+@pytest.mark.parametrize("new", [True, False])
+def test_the_precision_of_products_is_noticed(new):
+    """By whichever of PyTorch's two ways it was set; after the new one, reading by the old one raises."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "ieee"
+        state = _State(make_model())
+        assert state.holds()
+        if new:
+            matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        assert not state.holds()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
+
+
 @needs_gpu
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_model_is_launched(name, capsys):

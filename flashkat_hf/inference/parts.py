@@ -3,15 +3,18 @@
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..files import read_json, replacing, sync, write_text
 from ..messages import extra
 
+GROUP_BYTES = 2**26  # of rows that are joined at once, a row group of the file
+
 
 class Parts:
-    """The folder beside a file in which its parts are made.
+    """The folder beside a file in which its parts are made, in Arrow's format, which is written faster.
 
     A part has its name when it is whole, so every part that is there counts. The plan says of what the parts
     are; a run with another plan does not go on with them.
@@ -44,7 +47,7 @@ class Parts:
         write_text(path, json.dumps(plan))
 
     def path(self, part: int) -> Path:
-        return self.folder / f"{part:08}.parquet"
+        return self.folder / f"{part:08}.arrow"
 
     def missing(self) -> list[int]:
         return [part for part in range(self.num_parts) if not self.path(part).exists()]
@@ -53,7 +56,7 @@ class Parts:
         """Append rows to a part, and give it its name when they are its last ones."""
         new = self.path(part).with_suffix(".new")
         if part not in self.writers:
-            self.writers[part] = extra("pyarrow.parquet").ParquetWriter(new, table.schema)
+            self.writers[part] = extra("pyarrow").ipc.new_file(new, table.schema)
         self.writers[part].write_table(table)
         if last:
             self.writers.pop(part).close()
@@ -62,20 +65,29 @@ class Parts:
 
     def join(self) -> int:
         """Write the file from all parts, a group of rows at a time, and remove them; return its rows."""
-        parquet, rows = extra("pyarrow.parquet"), 0
-        schema = parquet.read_schema(self.path(0))
+        parquet, groups, rows = extra("pyarrow.parquet"), self.groups(), 0
+        first = next(groups)
         with (
             replacing(self.output.absolute(), folder=False) as new,
-            parquet.ParquetWriter(new, schema) as file,
+            parquet.ParquetWriter(new, first.schema) as file,
         ):
-            for table in self.tables(parquet):
-                file.write_table(table)
-                rows += len(table)
+            for group in chain([first], groups):
+                file.write_table(group)
+                rows += len(group)
         shutil.rmtree(self.folder)
         return rows
 
-    def tables(self, parquet: Any) -> Iterator[Any]:
+    def groups(self) -> Iterator[Any]:
+        """Yield the rows of all parts in order; a group ends with the batch by which it has `GROUP_BYTES`."""
+        pyarrow = extra("pyarrow")
+        batches, size, schema = [], 0, None
         for part in range(self.num_parts):
-            with parquet.ParquetFile(self.path(part)) as file:
-                for group in range(file.num_row_groups):
-                    yield file.read_row_group(group)
+            with pyarrow.OSFile(str(self.path(part))) as file, pyarrow.ipc.open_file(file) as reader:
+                for number in range(reader.num_record_batches):
+                    batches.append(reader.get_batch(number))
+                    size += batches[-1].nbytes
+                    if size >= GROUP_BYTES:
+                        yield pyarrow.Table.from_batches(batches)
+                        batches, size = [], 0
+                schema = reader.schema
+        yield pyarrow.Table.from_batches(batches, schema)  # even an empty one says what the columns are
