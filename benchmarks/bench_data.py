@@ -117,8 +117,8 @@ def measure(root: Path, way: str, workers: int, device: torch.device, settings: 
         host_seconds.append(time.thread_time() - before)
         return finished
 
-    steps = getattr(rest, "ahead", ())
-    with closing(made_ahead(endless, make, device, workers > 0, steps)) as ahead:
+    decode = getattr(rest, "decode", None)
+    with closing(made_ahead(endless, make, device, workers > 0, decode)) as ahead:
         for made in ahead:
             pixels = made["pixel_values"]
             count += 1

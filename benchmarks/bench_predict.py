@@ -130,12 +130,7 @@ def rates_of_parts(model: torch.nn.Module, processor: Any, files: list[Path], se
     paths = [str(files[number % len(files)]) for number in range(settings.batch_size)]
     batch = collate([{**worker(Sample(path, 0, path)), "corrupt": {}} for path in paths])
     batch["pixel_values"] = batch["pixel_values"].pin_memory()  # as the command's loader does
-
-    def decode() -> None:
-        made = batch
-        for step in module.ahead:
-            made = step(made)
-
+    decode = partial(module.decode, batch)
     rates = {"model_graphed": rate(partial(forward, pixels), settings.batch_size)}
     rates["gpu_decoder"] = rate(decode, settings.batch_size)
     with beside(partial(forward, pixels)):

@@ -3,7 +3,7 @@
 import functools
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from typing import Any, TypeVar
 
@@ -20,13 +20,14 @@ def made_ahead(
     make: Callable[[Batch], Batch],
     device: torch.device,
     background: bool,
-    ahead: Sequence[Callable[[Any], Any]] = (),
+    decode: Callable[[Batch], Any] | None = None,
 ) -> Generator[Batch, None, None]:
     """Yield what `make` makes of each batch, in order; in the background while the caller uses earlier ones.
 
-    On a GPU the steps `ahead` come before `make`, each in a thread of its own. There, the batches and `make`
-    must draw nothing from this process's global generators. An error of theirs comes where the batch would
-    have come. Close the iterator when it is not read to its end: that ends the threads.
+    On a GPU `decode`, which waits for the GPU more than it works, is applied before `make` in a thread of its
+    own. There, the batches and `make` must draw nothing from this process's global generators. An error of
+    theirs comes where the batch would have come. Close the iterator when it is not read to its end: that ends
+    the threads.
     """
     if not background:
         yield from map(make, batches)
@@ -35,8 +36,8 @@ def made_ahead(
         if device.type != "cuda":
             yield from threads.enter_context(closing(in_background(map(make, batches))))
             return
-        for step in ahead:
-            batches = threads.enter_context(closing(in_background(map(step, batches), depth=1)))
+        if decode is not None:
+            batches = threads.enter_context(closing(in_background(map(decode, batches), depth=1)))
         ready = threads.enter_context(closing(in_background(_on_a_stream(batches, make, _stream(device)))))
         for batch, event in ready:
             current = torch.cuda.current_stream(device)

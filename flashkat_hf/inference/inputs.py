@@ -1,9 +1,8 @@
 """From what workers have read to pixel values on the device, one batch ahead of the model."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from functools import partial
 from typing import Any
 
 import torch
@@ -68,17 +67,17 @@ class Inputs:
                 yield {"batch": batch}
 
         on_gpu = self.device.type == "cuda"
-        ahead = [partial(self._before, step) for step in (self.module.ahead if self.module else ())]
-        with closing(made_ahead(inputs(), self._make, self.device, on_gpu, ahead)) as made:
+        decode = self._decode if self.module is not None else None
+        with closing(made_ahead(inputs(), self._make, self.device, on_gpu, decode)) as made:
             for tensors in made:
                 yield order.popleft(), tensors.get("pixel_values")
 
-    def _before(self, step: Callable[[dict[str, Any]], Any], item: dict[str, Any]) -> dict[str, Any]:
-        inputs = item.get("inputs", item["batch"]["inputs"])
-        if inputs is None:
+    def _decode(self, item: dict[str, Any]) -> dict[str, Any]:
+        inputs = item["batch"]["inputs"]
+        if inputs is None or self.module is None:
             return item
         try:
-            return {**item, "inputs": step(inputs)}
+            return {**item, "inputs": self.module.decode(inputs)}
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # `_make` finds out which file it is

@@ -71,8 +71,8 @@ class Feed:
             batches, self.begun = self.begun[1], None
             return batches
         batches = self.train.epoch(epoch, update * self.plan.accumulate)
-        ahead = getattr(self.to_device, "ahead", ())
-        return made_ahead(batches, self.to_device, self.device, self.in_background, ahead)
+        decode = getattr(self.to_device, "decode", None)
+        return made_ahead(batches, self.to_device, self.device, self.in_background, decode)
 
     def hold(self, stop: Callable[[], int]) -> bool:
         """Read the images that lie on the device, and tell whether there are such; `stop` ends it early."""

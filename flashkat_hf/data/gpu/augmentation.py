@@ -6,13 +6,13 @@ out by Triton kernels. So a batch is the same function of (seed, epoch, position
 operations and their ranges are timm's; pixels differ from PIL's by rounding.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .decoding import PreparedFiles, crop_images, decode_files, prepare_files
+from .decoding import crop_images, decode_files
 from .records import DecodedImages, EncodedCrops, Plan, Windows
 
 try:
@@ -58,38 +58,23 @@ class Normalising(nn.Module):
 class BatchOfCrops(Normalising):
     """Makes the pixels of a batch: JPEG files decoded, cropped and resized."""
 
-    @property
-    def ahead(self) -> tuple[Callable[[dict[str, Any]], dict[str, Any]], ...]:
-        """Steps for threads that run ahead of the module's calls, each in one of its own.
+    def decode(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch with its JPEG files decoded, for a thread that runs ahead of the module's calls.
 
-        The first prepares decoding a batch's JPEG files, the second, which waits for the GPU, decodes them. A
-        batch of large files stays as it is: their images would take too much memory.
+        A batch of large files stays as it is: their images would take too much memory.
         """
-        return self._prepare, self._decode
-
-    def _prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         if "crop" not in batch or batch["pixel_values"].numel() > AHEAD_BYTES:
             return batch
-        return {**batch, "prepared": list(self._prepared(batch))}
+        return {**batch, "decoded": list(self._decoded(batch))}
 
-    def _decode(self, batch: dict[str, Any]) -> dict[str, Any]:
-        prepared = batch.pop("prepared", ())
-        return {**batch, "decoded": list(self._decoded(prepared))} if prepared else batch
-
-    def _decoded(
-        self, groups: Iterable[tuple[Tensor, PreparedFiles]]
-    ) -> Iterator[tuple[Tensor, DecodedImages]]:
-        for chosen, prepared in groups:
-            yield chosen, decode_files(prepared, self.mean.device)
-
-    def _prepared(self, batch: dict[str, Any]) -> Iterator[tuple[Tensor, PreparedFiles]]:
-        """Yield which came as JPEG files, `(batch,)` bool, and these files, `AHEAD_BYTES` at a time."""
+    def _decoded(self, batch: dict[str, Any]) -> Iterator[tuple[Tensor, DecodedImages]]:
+        """Yield numbers and images of what came as JPEG files, `AHEAD_BYTES` of files at a time."""
         crops = EncodedCrops.unpacked(batch["crop"])
-        files, encoded = crops.files(batch["pixel_values"]), crops.height > 0
-        group = files.start // AHEAD_BYTES
-        for number in group[encoded].unique():
-            chosen = encoded & (group == number)
-            yield chosen, prepare_files(files.where(chosen), self.mean.device)
+        files, encoded = crops.files(batch["pixel_values"]), (crops.height > 0).nonzero()[:, 0]
+        group = files.start[encoded] // AHEAD_BYTES
+        for number in group.unique():
+            numbers = encoded[group == number]
+            yield numbers, decode_files(files[numbers], self.mean.device)
 
     def crops(self, batch: dict[str, Any]) -> Tensor:
         """Return the crops of files, and those that workers have made, `(batch, 3, height, width)` uint8."""
@@ -97,11 +82,11 @@ class BatchOfCrops(Normalising):
         count = len(crops.height)
         windows = Windows.unpacked(batch["window"]) if "window" in batch else None
         result = torch.empty(count, 3, *self.size, dtype=torch.uint8, device=device)
-        for chosen, images in batch.get("decoded") or self._decoded(self._prepared(batch)):
-            cropped = crop_images(images, crops.where(chosen), self.size, windows and windows.where(chosen))
-            if len(cropped) == count:
+        for numbers, images in batch.get("decoded") or self._decoded(batch):
+            cropped = crop_images(images, crops[numbers], self.size, windows and windows[numbers])
+            if len(numbers) == count:
                 return cropped
-            result[chosen.nonzero()[:, 0].to(device)] = cropped
+            result[numbers.to(device)] = cropped
         starts = crops.files(data).start.tolist()
         for number in (crops.height == 0).nonzero()[:, 0].tolist():
             pixels = data[starts[number] : starts[number] + crops.length[number]]

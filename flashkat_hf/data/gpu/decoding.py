@@ -11,16 +11,15 @@ import functools
 import io
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ...messages import extra
-from .nvjpeg import HardwareDecoder, Prepared
+from .nvjpeg import HardwareDecoder
 from .records import Crops, DecodedImages, Decoder, EncodedFiles, Windows
 
 try:
@@ -28,7 +27,7 @@ try:
 except ImportError:  # no triton: worker processes do everything, and nothing here is called
     resized_crops = cast(Any, None)
 
-FILES = 64  # that torchvision decodes at once
+FILES = 64  # decoded at once
 CROP_BYTES = 2**28  # of the crops' pixels that are resized at once
 _one_at_a_time = threading.Lock()
 
@@ -51,57 +50,35 @@ class TorchvisionDecoder:
             self.files = parts
 
 
-class PreparedFiles(NamedTuple):
-    """Files that are decoded next.
-
-    Attributes:
-        files: all of them.
-        plain: `(count,)` bool, of which kinds the GPU's own decoders know.
-        prepared: these, if there are any and the GPU has such decoders.
-    """
-
-    files: EncodedFiles
-    plain: Tensor
-    prepared: Prepared | None
-
-
-def prepare_files(files: EncodedFiles, device: torch.device) -> PreparedFiles:
-    """Do what needs no decoder, for a thread that runs ahead of the one that decodes."""
-    hardware, plain = _hardware_decoder(device), files.plain > 0
-    if hardware is None or not plain.any():
-        return PreparedFiles(files, plain, None)
-    with torch.cuda.stream(_decoding_stream(device)):
-        return PreparedFiles(files, plain, hardware.prepare(files.where(plain)))
-
-
-def decode_files(prepared: PreparedFiles, device: torch.device) -> DecodedImages:
+def decode_files(files: EncodedFiles, device: torch.device) -> DecodedImages:
     """Decode JPEG files in whole.
 
     On a GPU its own decoders serve where it has such, and torchvision does the rest, on a stream on which
     nothing else runs: its memory comes back to it when others are done with the images.
     """
-    files, plain, known = prepared
     if device.type != "cuda":
         return TorchvisionDecoder(device)(files)
     stream, hardware = _decoding_stream(device), _hardware_decoder(device)
-    found: list[tuple[Tensor, DecodedImages]] = []
-    with _one_at_a_time, torch.cuda.stream(stream):
-        if hardware is not None and known is not None:
-            with suppress(RuntimeError):  # the other decoder knows the files, or what is wrong with one
-                found.append((plain, hardware.decode(known)))
-        if found and plain.all():
-            return replace(found[0][1], event=stream.record_event())
-        rest = (~plain if found else torch.ones_like(plain)).nonzero()[:, 0]
-        with _unfilled():
-            parts = [part for part in rest.split(FILES) if len(part)]
-            found += [(part, _fallback_decoder(device)(files[part])) for part in parts]
-    address, height, width = (torch.empty(len(plain), dtype=torch.int64) for _ in range(3))
+    address, height, width = (torch.empty(len(files.start), dtype=torch.int64) for _ in range(3))
     memory: list[Tensor] = []
-    for part, images in found:
+
+    def decode(decoder: Decoder, part: Tensor) -> None:
+        images = decoder(files[part])
         address[part] = images.address
         height[part] = images.height
         width[part] = images.width
-        memory += images.memory
+        memory.extend(images.memory)
+
+    refused = torch.ones(len(files.start), dtype=torch.bool)
+    with _one_at_a_time, torch.cuda.stream(stream), _unfilled():
+        for part in _parts(files.plain > 0) if hardware else ():
+            try:
+                decode(cast(Decoder, hardware), part)
+            except RuntimeError:  # the other decoder knows the files, or what is wrong with one
+                continue
+            refused[part] = False
+        for part in _parts(refused):
+            decode(_fallback_decoder(device), part)
     return DecodedImages(address, height, width, memory, stream.record_event())
 
 
@@ -120,13 +97,12 @@ def crop_images(
         `(images, 3, height, width)` uint8.
     """
     images.wait()
-    stops = list(_stops(crops))
-    if len(stops) == 1:
-        return resized_crops(images, crops, size, windows)
-    parts = map(slice, [0, *stops], stops)
-    return torch.cat(
-        [resized_crops(images[part], crops[part], size, windows and windows[part]) for part in parts]
-    )
+    parts, start = [], 0
+    for stop in _stops(crops):
+        part = slice(start, stop)
+        parts.append(resized_crops(images[part], crops[part], size, windows and windows[part]))
+        start = stop
+    return torch.cat(parts)
 
 
 def decodes(device: torch.device) -> bool:
@@ -136,8 +112,7 @@ def decodes(device: torch.device) -> bool:
     data = torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)
     start, length, side = (torch.tensor([number]) for number in (0, len(data), 16))
     try:
-        files = EncodedFiles(start, length, side, side, plain=start, data=data)
-        decode_files(prepare_files(files, device), device)
+        decode_files(EncodedFiles(start, length, side, side, plain=start, data=data), device)
     except (RuntimeError, ValueError):  # built without nvJPEG, or for another kind of GPU
         return False
     return True
@@ -149,9 +124,7 @@ def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @functools.cache
-def _hardware_decoder(device: torch.device) -> HardwareDecoder | None:
-    if device.type != "cuda":
-        return None
+def _hardware_decoder(device: torch.device) -> Decoder | None:
     try:
         return HardwareDecoder(device)
     except (OSError, RuntimeError):  # no nvJPEG, or a GPU without such decoders
@@ -172,6 +145,11 @@ def _unfilled() -> Iterator[None]:
         yield
     finally:
         deterministic.fill_uninitialized_memory = fills
+
+
+def _parts(chosen: Tensor) -> list[Tensor]:
+    """Return the numbers of the chosen files, so many at a time as are decoded at once."""
+    return [part for part in chosen.nonzero()[:, 0].split(FILES) if len(part)]
 
 
 def _stops(crops: Crops) -> Iterator[int]:

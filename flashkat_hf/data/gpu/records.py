@@ -107,10 +107,6 @@ class Columns:
         names = (field.name for field in fields(self) if field.name not in self.shared)
         return replace(self, **{name: getattr(self, name)[index] for name in names})
 
-    def where(self, chosen: Tensor) -> Self:
-        """Return the record of the images that are chosen, `(count,)` bool: itself if all are."""
-        return self if chosen.all() else self[chosen]
-
 
 @dataclass(frozen=True)
 class Crops(Columns):

@@ -54,8 +54,7 @@ def test_crops_of_a_batch_are_torchvisions(limit, bicubic, device, monkeypatch):
         top, left = generator.integers(0, [height - rows + 1, width - columns + 1]).tolist()
         files.append(encoded_picture(seed, (width, height), quality=95))
         windows.append([top, left, rows, columns, bicubic, seed % 2])
-    prepared = decoding.prepare_files(encoded_files(files), torch.device(device))
-    images = decoding.decode_files(prepared, torch.device(device))
+    images = decoding.decode_files(encoded_files(files), torch.device(device))
     for image, (*window, _, mirrored) in zip(images_of(images), windows, strict=True):
         crop = functional.resized_crop(image.double(), *window, [32, 24], mode, antialias=True)
         expected.append((crop.flip(-1) if mirrored else crop).clamp(0, 255))
