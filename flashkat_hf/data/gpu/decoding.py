@@ -11,7 +11,7 @@ import functools
 import io
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...messages import extra
-from .nvjpeg import HardwareDecoder
+from .nvjpeg import HardwareDecoders
 from .records import Crops, DecodedImages, Decoder, EncodedFiles, Windows
 
 try:
@@ -27,7 +27,7 @@ try:
 except ImportError:  # no triton: worker processes do everything, and nothing here is called
     resized_crops = cast(Any, None)
 
-FILES = 64  # decoded at once
+FILES = 64  # that torchvision decodes at once
 CROP_BYTES = 2**28  # of the crops' pixels that are resized at once
 _one_at_a_time = threading.Lock()
 
@@ -53,8 +53,8 @@ class TorchvisionDecoder:
 def decode_files(files: EncodedFiles, device: torch.device) -> DecodedImages:
     """Decode JPEG files in whole.
 
-    On a GPU its own decoders serve where it has such, and torchvision does the rest, on a stream on which
-    nothing else runs: its memory comes back to it when others are done with the images.
+    On a GPU its own decoders serve where it has such, and torchvision does the rest, on streams on which
+    nothing else runs: their memory comes back to them when others are done with the images.
     """
     if device.type != "cuda":
         return TorchvisionDecoder(device)(files)
@@ -71,13 +71,13 @@ def decode_files(files: EncodedFiles, device: torch.device) -> DecodedImages:
 
     refused = torch.ones(len(files.start), dtype=torch.bool)
     with _one_at_a_time, torch.cuda.stream(stream), _unfilled():
-        for part in _parts(files.plain > 0) if hardware else ():
-            try:
-                decode(cast(Decoder, hardware), part)
-            except RuntimeError:  # the other decoder knows the files, or what is wrong with one
-                continue
-            refused[part] = False
-        for part in _parts(refused):
+        plain = (files.plain > 0).nonzero()[:, 0]
+        if hardware is not None and len(plain):
+            with suppress(RuntimeError):  # the other decoder knows the files, or what is wrong with one
+                decode(hardware, plain)
+                refused[plain] = False
+        others = refused.nonzero()[:, 0]
+        for part in others.split(FILES) if len(others) else ():
             decode(_fallback_decoder(device), part)
     return DecodedImages(address, height, width, memory, stream.record_event())
 
@@ -126,7 +126,7 @@ def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
 @functools.cache
 def _hardware_decoder(device: torch.device) -> Decoder | None:
     try:
-        return HardwareDecoder(device)
+        return HardwareDecoders(device)
     except (OSError, RuntimeError):  # no nvJPEG, or a GPU without such decoders
         return None
 
@@ -145,11 +145,6 @@ def _unfilled() -> Iterator[None]:
         yield
     finally:
         deterministic.fill_uninitialized_memory = fills
-
-
-def _parts(chosen: Tensor) -> list[Tensor]:
-    """Return the numbers of the chosen files, so many at a time as are decoded at once."""
-    return [part for part in chosen.nonzero()[:, 0].split(FILES) if len(part)]
 
 
 def _stops(crops: Crops) -> Iterator[int]:

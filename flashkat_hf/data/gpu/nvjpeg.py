@@ -5,17 +5,20 @@ training step. Without that each decoder has a stream in nvJPEG, on which a file
 """
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor, wait
 from ctypes import byref, c_int, c_uint, c_void_p
 from pathlib import Path
 
 import numpy
 import torch
+from torch import Tensor
 
 from ...messages import extra
 from .records import DecodedImages, EncodedFiles
 
 HARDWARE, NO_PIPELINE, RGB = 3, 1, 3  # of nvjpeg.h
 ALIGNMENT = 256  # bytes from one image's place in memory to another's
+THREADS = 2  # that give the decoders files
 ARGUMENTS = {
     "nvjpegCreateEx": (c_int, c_void_p, c_void_p, c_uint, c_void_p),
     "nvjpegJpegStateCreate": (c_void_p, c_void_p),
@@ -24,13 +27,47 @@ ARGUMENTS = {
 }
 
 
-class HardwareDecoder:
-    """The decoders of one device; a `Decoder`.
+class HardwareDecoders:
+    """The decoders of one device, given files by several threads; a `Decoder`.
+
+    nvJPEG copies and launches file by file, in the thread that calls it, which takes longer than decoding.
 
     Raises:
         OSError: there is no nvJPEG.
         RuntimeError: the GPU has no such decoders.
     """
+
+    def __init__(self, device: torch.device):
+        # each with a stream on which nothing else runs
+        self.decoders = [
+            (HardwareDecoder(device), torch.cuda.Stream(device, priority=-1)) for _ in range(THREADS)
+        ]
+        self.threads = ThreadPoolExecutor(THREADS, "nvjpeg")
+
+    def __call__(self, files: EncodedFiles) -> DecodedImages:
+        """Decode files into a block of memory for each thread, and wait for it.
+
+        Raises:
+            RuntimeError: a file is of a kind that the decoders do not know (progressive, ...), or broken.
+        """
+
+        def decode(decoder: HardwareDecoder, stream: torch.cuda.Stream, part: Tensor) -> DecodedImages:
+            with torch.cuda.stream(stream):
+                return decoder(files[part])
+
+        parts = [part for part in torch.arange(len(files.start)).tensor_split(THREADS) if len(part)]
+        tasks = [
+            self.threads.submit(decode, *decoder, part)
+            for decoder, part in zip(self.decoders, parts, strict=False)
+        ]
+        wait(tasks)  # an error in one of them leaves the others at work
+        images = [task.result() for task in tasks]
+        address, memory = torch.cat([part.address for part in images]), [part.memory[0] for part in images]
+        return DecodedImages(address, files.height, files.width, memory)
+
+
+class HardwareDecoder:
+    """nvJPEG's state of one thread that decodes."""
 
     def __init__(self, device: torch.device):
         self.device = device

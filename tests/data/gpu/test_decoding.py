@@ -1,6 +1,8 @@
 """JPEG files decoded on a device: by whom, and what comes out."""
 
 import contextlib
+import threading
+import time
 from unittest import mock
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from data_helpers import encoded_files, encoded_picture, image_file, images_of
 from PIL import Image
 
-from flashkat_hf.data.gpu import decoding
+from flashkat_hf.data.gpu import decoding, nvjpeg
 from flashkat_hf.data.gpu.decoding import TorchvisionDecoder, decode_files, decodes
 from flashkat_hf.data.gpu.records import DecodedImages, EncodedFiles
 
@@ -36,32 +38,78 @@ def test_files_of_all_kinds(device):
             assert (image.cpu().int() - expected.int()).abs().max() <= 4
 
 
-def test_each_decoder_has_its_files(monkeypatch):
-    """Hardware decoders, here libjpeg, get what they may know; torchvision the rest and what they refuse."""
+def in_one_block(files: EncodedFiles) -> DecodedImages:
+    """Decode as the hardware does, but by libjpeg."""
+    images = TorchvisionDecoder(torch.device("cpu"))(files)
+    block = torch.cat([image.flatten() for image in images.memory])
+    lengths = 3 * images.height * images.width
+    addresses = block.data_ptr() + lengths.cumsum(0) - lengths
+    return DecodedImages(addresses, images.height, images.width, [block])
+
+
+@pytest.fixture
+def no_streams(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: mock.Mock(record_event=lambda: None))
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_each_decoder_has_its_files(monkeypatch, no_streams, knows):
+    """Hardware decoders, here libjpeg, get what they may know; torchvision the rest, or all if they refuse."""
     files = [encoded_picture(seed, (61 + seed, 45), progressive=seed % 3 == 0) for seed in range(9)]
     expected, seen = images_of(decoded(files, "cpu")), []
-    on_cpu = TorchvisionDecoder(torch.device("cpu"))
 
     def hardware(files: EncodedFiles) -> DecodedImages:
         seen.append(files.plain.tolist())
-        images = on_cpu(files)
-        if images.width[0] == 61 + 4:
+        if not knows:
             raise RuntimeError("refused")
-        block = torch.cat([image.flatten() for image in images.memory])
-        lengths = 3 * images.height * images.width
-        addresses = block.data_ptr() + lengths.cumsum(0) - lengths
-        return DecodedImages(addresses, images.height, images.width, [block])
+        return in_one_block(files)
 
     monkeypatch.setattr(decoding, "FILES", 2)
     monkeypatch.setattr(decoding, "_hardware_decoder", lambda device: hardware)
-    monkeypatch.setattr(decoding, "_fallback_decoder", lambda device: on_cpu)
-    monkeypatch.setattr(decoding, "_decoding_stream", lambda device: mock.Mock(record_event=lambda: None))
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(decoding, "_fallback_decoder", lambda _: TorchvisionDecoder(torch.device("cpu")))
+    monkeypatch.setattr(decoding, "_decoding_stream", torch.cuda.Stream)
     images = decoded(files, "cuda")
-    assert seen == [[1, 1]] * 3
-    assert len(images.memory) == 2 + 5  # two blocks; the refused two and the progressive three
+    assert seen == [[1] * 6]
+    assert len(images.memory) == (1 + 3 if knows else 9)  # a block and the progressive three, or each alone
     for image, plain in zip(images_of(images), expected, strict=True):
         assert torch.equal(image, plain)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_hardware_decoders_share_files(monkeypatch, no_streams, count):
+    """Each thread has its own decoder and as many files as the next; the images keep their order."""
+    files = [encoded_picture(seed, (61 + seed, 45)) for seed in range(count)]
+    shares = []
+
+    def decode(files: EncodedFiles) -> DecodedImages:
+        shares.append((threading.current_thread().name, len(files.start)))
+        return in_one_block(files)
+
+    monkeypatch.setattr(nvjpeg, "HardwareDecoder", lambda device: decode)
+    images = nvjpeg.HardwareDecoders(torch.device("cuda"))(encoded_files(files))
+    assert sorted(number for _, number in shares) == sorted(filter(None, [count // 2, count - count // 2]))
+    assert all(name.startswith("nvjpeg") for name, _ in shares)
+    for image, plain in zip(images_of(images), images_of(decoded(files, "cpu")), strict=True):
+        assert torch.equal(image, plain)
+
+
+def test_a_refusal_waits_for_the_other_thread(monkeypatch, no_streams):
+    """A decoder that is still at work must not be given other files."""
+    done = []
+
+    def decode(files: EncodedFiles) -> DecodedImages:
+        if files.width[0] == 61:
+            raise RuntimeError("refused")
+        time.sleep(0.2)
+        done.append(True)
+        return in_one_block(files)
+
+    monkeypatch.setattr(nvjpeg, "HardwareDecoder", lambda device: decode)
+    files = encoded_files([encoded_picture(seed, (61 + seed, 45)) for seed in range(2)])
+    with pytest.raises(RuntimeError, match="refused"):
+        nvjpeg.HardwareDecoders(torch.device("cuda"))(files)
+    assert done == [True]
 
 
 @pytest.mark.gpu
