@@ -12,7 +12,7 @@ from pathlib import Path
 
 from learning.figure import accuracies
 from PIL import Image
-from speed_tables import OURS, SIZES, cell_ratios, distinct
+from speed_tables import MODES, OURS, SIZES, cell_ratios, distinct
 
 ROOT = Path(__file__).parent.parent
 COLOURS = {OURS: "#c44e00", "timm ViT": "#4a6fa5", "timm ViT, matrix-product patches": "#7a9cc6"}
@@ -59,7 +59,7 @@ def cells(results: list[dict]):
     from matplotlib.figure import Figure
 
     ratios = cell_ratios(results)
-    modes = distinct(mode for *_, mode in ratios)
+    modes = sorted(distinct(mode for *_, mode in ratios), key=MODES.index)
     batches = sorted({batch for _, _, batch, _ in ratios})
     rows = sorted(
         {(size, pixels) for size, pixels, *_ in ratios}, key=lambda row: (SIZES.index(row[0]), row[1])
@@ -67,7 +67,9 @@ def cells(results: list[dict]):
     figure = Figure(figsize=(0.6 + 3.4 * len(modes), 0.9 + 0.42 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
     for axes, mode in zip(panels, modes, strict=True):
-        found = [[ratios.get((*row, batch, mode), (None, math.nan))[1] for batch in batches] for row in rows]
+        found = [
+            [ratios.get((*row, batch, mode), (None, math.nan, 0))[1] for batch in batches] for row in rows
+        ]
         axes.imshow(found, cmap="PuOr", norm=TwoSlopeNorm(1.0, 0.3, 3.0), aspect="auto")
         for y, line in enumerate(found):
             for x, ratio in enumerate(line):

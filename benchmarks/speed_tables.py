@@ -7,6 +7,7 @@ OURS = "flashkat_hf"
 TOP_KERNELS = 15
 CELL = ("size", "image_size", "batch_size", "mode")
 SIZES = ("tiny", "small", "base")
+MODES = ("eager", "compiled", "graphs")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -30,15 +31,19 @@ def distinct(values: Iterable[Hashable]) -> list:
 
 
 def measured(results: list[dict], script: str) -> str:
-    """Return machine, versions and commit; by provider where results are of several places or commits."""
-    places = defaultdict(list)
+    """Return machine, versions and commits; by provider where these are not the same for all."""
+    commits = defaultdict(set)
     for result in results:
         versions = [f"{name} {result[name]}" for name in ("torch", "triton", "timm") if result.get(name)]
-        parts = [result["machine"], result.get("precision"), *versions, f"commit {result['commit'][:7]}"]
-        places[", ".join(filter(None, parts))].append(result["provider"])
-    if len(places) > 1:
-        places = {f"{'; '.join(distinct(names))}: {place}": names for place, names in places.items()}
-    return f"{'. '.join(places)}. `{script}`"
+        place = ", ".join(filter(None, [result["machine"], result.get("precision"), *versions]))
+        commits[result["provider"], place].add(result["commit"][:7])
+    providers = defaultdict(list)
+    for (provider, place), found in commits.items():
+        providers[f"{place}, commit {', '.join(sorted(found))}"].append(provider)
+    lines = list(providers)
+    if len(lines) > 1:
+        lines = [f"{'; '.join(names)}: {line}" for line, names in providers.items()]
+    return f"{'. '.join(lines)}. `{script}`"
 
 
 def model_table(results: list[dict]) -> str:
@@ -116,18 +121,21 @@ def attention_table(results: list[dict]) -> str:
 
 def predict_table(results: list[dict]) -> str:
     """Return a row for each run of `flashkat predict`: pictures a second, beside its parts."""
-    decoders = "gpu_decoder", "gpu_decoder_beside"
-    rows = [
-        [
-            f"{result['size']}, batch {result['batch_size']}",
-            *(f"{result[name]:,}" for name in ("predict_gpu", "model_graphed")),
-            *(f"{result[name]:,} ({result['predict_gpu'] / result[name]:.2f})" for name in decoders),
-        ]
-        for result in results
-    ]
-    header = ["JPEG files, pictures/s", "`flashkat predict`", "model alone"]
-    header += [f"decoder {how} (share of it)" for how in ("alone", "beside the model")]
-    return table(header, rows) + f"\n\n{on_gpu(results[-1])}; `benchmarks/bench_predict.py`."
+    parts = {
+        "model_graphed": "model alone",
+        "gpu_decoder": "decoder alone",
+        "gpu_decoder_beside": "decoder beside the model",
+    }
+    rows = []
+    for result in results:
+        row = [f"{result['size']}, batch {result['batch_size']}", f"{result['predict_gpu']:,}"]
+        for name in parts:
+            number = result.get(name)
+            row.append(f"{number:,} ({result['predict_gpu'] / number:.2f})" if number else "")
+        rows.append([*row, result["commit"][:7]])
+    header = ["JPEG files, pictures/s", "`flashkat predict`", *parts.values(), "commit"]
+    note = "In brackets: the command's speed over the part's"
+    return table(header, rows) + f"\n\n{note}. {on_gpu(results[-1])}; `benchmarks/bench_predict.py`."
 
 
 def quantization_speed_table(results: list[dict]) -> str:
@@ -160,8 +168,8 @@ def on_gpu(result: dict) -> str:
     return f"{result['gpu']}, {versions}, commit {result['commit'][:7]}"
 
 
-def cell_ratios(results: list[dict]) -> dict[tuple, tuple[dict, float]]:
-    """Return our result of each cell and mode, and how many times as fast it is as the fastest other."""
+def cell_ratios(results: list[dict]) -> dict[tuple, tuple[dict, float, int]]:
+    """Return our result of each cell, its speed over that of the fastest other, and the number of others."""
     cells = defaultdict(dict)
     for result in results:
         cells[tuple(result[key] for key in CELL)][result["provider"]] = result
@@ -169,26 +177,28 @@ def cell_ratios(results: list[dict]) -> dict[tuple, tuple[dict, float]]:
     for cell, found in cells.items():
         others = [result["p10_ms"] for provider, result in found.items() if provider != OURS]
         if OURS in found and others:
-            ratios[cell] = found[OURS], min(others) / found[OURS]["p10_ms"]
+            ratios[cell] = found[OURS], min(others) / found[OURS]["p10_ms"], len(others)
     return ratios
 
 
 def cells_table(results: list[dict]) -> str:
     """Return a row for each size, image size and batch: images/s and times the best ViT, by mode."""
     ratios = cell_ratios(results)
-    modes = distinct(mode for *_, mode in ratios)
+    modes = sorted(distinct(mode for *_, mode in ratios), key=MODES.index)
+    others = [name for name in distinct(result["provider"] for result in results) if name != OURS]
     rows = []
     for cell in sorted(distinct(cell[:3] for cell in ratios), key=lambda cell: (SIZES.index(cell[0]), *cell)):
         row = [f"{cell[0]}, {cell[1]} pixels, batch {cell[2]}"]
         for mode in modes:
-            ours, ratio = ratios.get((*cell, mode), (None, 0.0))
-            row.append(f"{ours['batch_size'] / ours['p10_ms'] * 1e3:,.0f} ({ratio:.2f})" if ours else "")
+            ours, ratio, count = ratios.get((*cell, mode), (None, 0.0, 0))
+            mark = "" if count == len(others) else "\\*"
+            row.append(
+                f"{ours['batch_size'] / ours['p10_ms'] * 1e3:,.0f} ({ratio:.2f}{mark})" if ours else ""
+            )
         rows.append(row)
     task = "training step" if results[0]["task"] == "train" else "inference"
-    others = ", ".join(name for name in distinct(result["provider"] for result in results) if name != OURS)
-    note = (
-        f"Images/s of flashkat_hf, and in brackets how many times as fast it is as the fastest of: {others}; "
-    )
+    note = "Images/s of flashkat_hf, and in brackets how many times as fast it is as the fastest of: "
+    note += f"{', '.join(others)} (\\*: of {others[0]} alone); "
     note += f"10th percentile of turns. {measured(results, 'benchmarks/bench_model.py')}."
     return table([task, *modes], rows) + "\n\n" + note
 
