@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -109,13 +110,13 @@ def beside(call: Callable[[], Any]) -> Iterator[None]:
                 call()
                 event.record()
 
-    thread = threading.Thread(target=repeat)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        task = pool.submit(repeat)
+        try:
+            yield
+        finally:
+            stop.set()
+            task.result()
 
 
 def rates_of_parts(model: torch.nn.Module, processor: Any, files: list[Path], settings: Settings) -> dict:

@@ -326,4 +326,5 @@ class _State:
             torch.is_grad_enabled(),
         )
         # get_float32_matmul_precision() raises where both of PyTorch's ways to set it were used
-        return [*values, torch.backends.cuda.matmul.fp32_precision]
+        precision = str(torch.backends.cuda.matmul.fp32_precision)
+        return [*values, "ieee" if precision == "none" else precision]

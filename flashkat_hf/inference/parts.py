@@ -3,12 +3,12 @@
 import json
 import shutil
 from collections.abc import Iterator
-from itertools import chain
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..files import read_json, replacing, sync, write_text
-from ..messages import extra
+from ..messages import extra, one_line
 
 GROUP_BYTES = 2**26  # of rows that are joined at once, a row group of the file
 
@@ -64,14 +64,19 @@ class Parts:
             new.rename(self.path(part))
 
     def join(self) -> int:
-        """Write the file from all parts, a group of rows at a time, and remove them; return its rows."""
-        parquet, groups, rows = extra("pyarrow.parquet"), self.groups(), 0
-        first = next(groups)
+        """Write the file from all parts, a group of rows at a time, and remove them; return its rows.
+
+        Raises:
+            ValueError: in one line, a part is broken; it is removed.
+        """
+        parquet, rows = extra("pyarrow.parquet"), 0
+        with self._opened(0) as part:
+            schema = part.schema
         with (
             replacing(self.output.absolute(), folder=False) as new,
-            parquet.ParquetWriter(new, first.schema) as file,
+            parquet.ParquetWriter(new, schema) as file,
         ):
-            for group in chain([first], groups):
+            for group in self.groups():
                 file.write_table(group)
                 rows += len(group)
         shutil.rmtree(self.folder)
@@ -79,15 +84,27 @@ class Parts:
 
     def groups(self) -> Iterator[Any]:
         """Yield the rows of all parts in order; a group ends with the batch by which it has `GROUP_BYTES`."""
-        pyarrow = extra("pyarrow")
-        batches, size, schema = [], 0, None
-        for part in range(self.num_parts):
-            with pyarrow.OSFile(str(self.path(part))) as file, pyarrow.ipc.open_file(file) as reader:
-                for number in range(reader.num_record_batches):
-                    batches.append(reader.get_batch(number))
-                    size += batches[-1].nbytes
+        table, batches, size = extra("pyarrow").Table, [], 0
+        for number in range(self.num_parts):
+            with self._opened(number) as part:
+                for batch in map(part.get_batch, range(part.num_record_batches)):
+                    batches.append(batch)
+                    size += batch.nbytes
                     if size >= GROUP_BYTES:
-                        yield pyarrow.Table.from_batches(batches)
+                        yield table.from_batches(batches)
                         batches, size = [], 0
-                schema = reader.schema
-        yield pyarrow.Table.from_batches(batches, schema)  # even an empty one says what the columns are
+        if batches:
+            yield table.from_batches(batches)
+
+    @contextmanager
+    def _opened(self, part: int) -> Iterator[Any]:
+        pyarrow, path = extra("pyarrow"), self.path(part)
+        try:
+            with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_file(file) as reader:
+                yield reader
+        except pyarrow.ArrowInvalid as error:
+            path.unlink()
+            problem = one_line(error)
+            raise ValueError(
+                f"{path} is broken ({problem}): it is removed, and the same command makes it anew"
+            ) from error

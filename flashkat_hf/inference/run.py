@@ -1,6 +1,7 @@
 """A model run over pictures by any number of processes: one row for each picture, whatever happens."""
 
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -133,12 +134,18 @@ def table(
     pyarrow, errors = extra("pyarrow"), batch["errors"]
     made = iter(range(len(errors)))
     places = pyarrow.array([next(made) if error is None else None for error in errors], pyarrow.int64())
-    columns = {"name": pyarrow.array(batch["names"], pyarrow.string())}
+    columns = {"name": strings(batch["names"])}
     if class_names is not None:
         columns["label"] = pyarrow.array([class_names[i] for i in batch["labels"]], pyarrow.string())
     for name, kind in types.items():
         column = values.get(name)
         nothing = pyarrow.nulls(len(errors), kind)
         columns[name] = nothing if column is None else column.cast(kind).take(places)
-    columns["error"] = pyarrow.array(errors, pyarrow.string())
+    columns["error"] = strings(errors)
     return pyarrow.table(columns)
+
+
+def strings(texts: Sequence[str | None]) -> Any:
+    """Return an array of pyarrow; what is not UTF-8, as the name of a file may be, is escaped."""
+    escaped = (text and text.encode("utf-8", "backslashreplace").decode() for text in texts)
+    return extra("pyarrow").array(escaped, extra("pyarrow").string())

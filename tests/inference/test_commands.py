@@ -82,6 +82,19 @@ def test_predictions(ask, folder, model_folder, tmp_path, workers):
     assert set(os.listdir(tmp_path)) <= {"out.parquet", "model"}, "parts are left"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_that_are_not_utf_8(ask, tmp_path):
+    """Each is a row, be the picture readable or not."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    with (folder / os.fsdecode(b"p\xff.png")).open("wb") as file:
+        Image.new("RGB", (40, 40)).save(file, "PNG")
+    (folder / os.fsdecode(b"q\xff.png")).write_text("no picture")
+    rows = {Path(row["name"]).name: row for row in ask("predict", folder, "--top-k", "1")}
+    assert rows["p\\udcff.png"]["labels"]
+    assert "q\\udcff.png" in rows["q\\udcff.png"]["error"]
+
+
 def test_a_decoder_that_is_not_there(ask, folder):
     with pytest.raises(ValueError, match="--decoder gpu needs a GPU"):
         ask("predict", folder, "--decoder", "gpu")
