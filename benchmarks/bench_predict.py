@@ -158,10 +158,10 @@ def main(settings: Settings) -> None:
             short, long = (seconds_of_command(folder, name, decoder, settings) for name in ("short", "long"))
             row[f"predict_{decoder}"] = round(2 * settings.pictures / (long - short))
             row[f"predict_{decoder}_seconds"] = round(long, 1)
-    row["bound"] = min(row["model_graphed"], row["gpu_decoder"])
+    bound = min(row["model_graphed"], row["gpu_decoder"])
     parts = "model_graphed", "gpu_decoder", "gpu_decoder_beside"
     for name in (*parts, *(f"predict_{decoder}" for decoder in decoders)):
-        share = row[name] / row["bound"]
+        share = row[name] / bound
         print(f"{name:18} {row[name]:8} pictures/s  {share:6.2f} of the lesser of model and decoder")
     row |= {
         "gpu": torch.cuda.get_device_name(),

@@ -198,7 +198,9 @@ def cells_table(results: list[dict]) -> str:
         rows.append(row)
     task = "training step" if results[0]["task"] == "train" else "inference"
     note = "Images/s of flashkat_hf, and in brackets how many times as fast it is as the fastest of: "
-    note += f"{', '.join(others)} (\\*: of {others[0]} alone); "
+    marked = any(count < len(others) for *_, count in ratios.values())
+    alone = f" (\\*: of {others[0]} alone)" if marked else ""
+    note += f"{', '.join(others)}{alone}; "
     note += f"10th percentile of turns. {measured(results, 'benchmarks/bench_model.py')}."
     return table([task, *modes], rows) + "\n\n" + note
 

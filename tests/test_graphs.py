@@ -135,7 +135,7 @@ def test_modes_are_noticed():
 
 @pytest.mark.parametrize("new", [True, False])
 def test_the_precision_of_products_is_noticed(new):
-    """By whichever of PyTorch's two ways it was set; after the new one, reading by the old one raises."""
+    """PyTorch has two ways to set the precision; after the newer one, reading it by the older one raises."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:

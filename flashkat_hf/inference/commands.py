@@ -121,7 +121,11 @@ def _options(kind: str, arguments: Sequence[str]) -> argparse.Namespace:
     text = "who decodes JPEG files (default: auto, a GPU that can)"
     parser.add_argument("--decoder", choices=("auto", "workers", "gpu"), default="auto", help=text)
     parser.add_argument("--mixed-precision", action="store_true", help="as accelerate is set")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file, and begin anew")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the file; parts made with other settings are dropped",
+    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     for name, item in DATA_SETTINGS.items():
         if name == "skip_corrupt":  # it always does

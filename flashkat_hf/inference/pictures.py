@@ -103,7 +103,7 @@ def listed(path: Path) -> list[str]:
 def of_files(files: Sequence[str], part: int, source: str, options: dict[str, Any]) -> Pictures:
     if options:
         raise DataError(f"{source} holds pictures alone, which take no {', '.join(options)}")
-    absolute = cache(lambda folder: os.path.join(os.path.abspath(folder), ""))  # it takes some microseconds
+    absolute = cache(lambda folder: os.path.join(os.path.abspath(folder), ""))  # slow, and asked often
     parts = (file.rpartition(os.sep) for file in files)
     paths = (f"{absolute(folder + sep)}{name}" for folder, sep, name in parts)
     digest = hashlib.sha256("\0".join(paths).encode(errors="surrogateescape"))

@@ -54,7 +54,7 @@ def run(
         plan: settings on which rows depend.
         batch_size: pictures in a forward pass.
         workers: processes that read, of each process.
-        overwrite: replace the file, and begin anew.
+        overwrite: replace the file; parts made with other settings are dropped.
         progress: text of the bar; None: no bar.
 
     Returns:
@@ -147,5 +147,6 @@ def table(
 
 def strings(texts: Sequence[str | None]) -> Any:
     """Return an array of pyarrow; what is not UTF-8, as the name of a file may be, is escaped."""
+    pyarrow = extra("pyarrow")
     escaped = (text and text.encode("utf-8", "backslashreplace").decode() for text in texts)
-    return extra("pyarrow").array(escaped, extra("pyarrow").string())
+    return pyarrow.array(escaped, pyarrow.string())

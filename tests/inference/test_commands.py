@@ -84,7 +84,7 @@ def test_predictions(ask, folder, model_folder, tmp_path, workers):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 def test_names_that_are_not_utf_8(ask, tmp_path):
-    """Each is a row, be the picture readable or not."""
+    """A picture with such a name is a row, whether it can be read or not."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     with (folder / os.fsdecode(b"p\xff.png")).open("wb") as file:

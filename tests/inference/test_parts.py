@@ -10,7 +10,7 @@ from flashkat_hf.inference.parts import Parts
 
 @pytest.mark.parametrize(("group_bytes", "groups"), [(2**26, [7]), (50, [4, 3]), (1, [2, 2, 2, 1])])
 def test_rows_keep_their_order(tmp_path, monkeypatch, group_bytes, groups):
-    """Whatever the order in which parts get done; few rows are one group, which readers like."""
+    """Rows come in the data's order, whichever part is done first; few rows are one group."""
     monkeypatch.setattr(module, "GROUP_BYTES", group_bytes)
     output = tmp_path / "out.parquet"
     parts = Parts(output, 3)
@@ -38,7 +38,7 @@ def test_no_rows(tmp_path):
 
 
 def test_a_broken_part_is_made_anew(tmp_path):
-    """As a disk may leave it; the others stay."""
+    """A part that the disk has cut short is named and removed; the other parts stay."""
     output = tmp_path / "out.parquet"
     parts = Parts(output, 2)
     parts.begin({}, overwrite=False)
