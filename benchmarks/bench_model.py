@@ -371,6 +371,7 @@ def measure(settings: Settings, size: str, mode: str, image_size: int, batch_siz
     with beside_others(settings):
         for provider in settings.chosen():
             if gpu:
+                torch._C._cuda_clearCublasWorkspaces()  # each provider allocates, and counts, its own
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()

@@ -47,6 +47,9 @@ class Settings:
     output: Path = field(metadata={"help": "JSON lines are written here"})
     cases: list[str] = field(default_factory=lambda: list(CASES), metadata={"help": ", ".join(CASES)})
     modes: list[str] = field(default_factory=lambda: list(MODES), metadata={"help": "of the Trainer"})
+    batch_sizes: list[int] = field(
+        default_factory=lambda: list(BATCH_SIZES), metadata={"help": "of the Trainer"}
+    )
     size: str = field(default="small", metadata={"help": "tiny, small or base"})
     steps: int = field(
         default=25, metadata={"help": "updates of a turn of the Trainer; the first 5 are not counted"}
@@ -103,7 +106,8 @@ def trainer_runs(settings: Settings) -> Iterator[dict]:
         for mode, options in modes
     ]
     kinds.append(("flashkat_hf", "GraphedTrainer", GraphedTrainer, flashkat, {}))
-    for batch_size in BATCH_SIZES:
+    for batch_size in settings.batch_sizes:
+        torch.compiler.reset()  # else the second batch size is compiled for any size
         models = [make() for *_, make, _ in kinds]
         intervals: list[list[float]] = [[] for _ in kinds]
         for _ in range(settings.turns):
