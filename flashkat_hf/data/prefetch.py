@@ -38,7 +38,9 @@ def made_ahead(
             return
         if decode is not None:
             batches = threads.enter_context(closing(in_background(map(decode, batches), depth=1)))
-        ready = threads.enter_context(closing(in_background(_on_a_stream(batches, make, _stream(device)))))
+        ready = threads.enter_context(
+            closing(in_background(_on_a_stream(batches, make, batch_stream(device))))
+        )
         for batch, event in ready:
             current = torch.cuda.current_stream(device)
             current.wait_event(event)
@@ -63,7 +65,7 @@ def _on_a_stream(
 
 
 @functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def batch_stream(device: torch.device) -> torch.cuda.Stream:
     """Return the device's stream for all epochs: memory is kept for each stream apart.
 
     Its small kernels go before the step's large ones.

@@ -30,7 +30,16 @@ class Images(Dataset):
         return {"pixel_values": torch.randn(3, edge, edge, generator=generator), "labels": index % 5}
 
 
-def trained(kind, folder, resume=None, **changes):
+class Truncated(Images):
+    """Images of which one cannot be read."""
+
+    def __getitem__(self, index: int) -> dict:
+        if index == 11:
+            raise OSError("truncated")
+        return super().__getitem__(index)
+
+
+def trained(kind, folder, resume=None, data=None, **changes):
     """Losses, gradient norms and weights of two epochs of batches of 4, with a smaller last one."""
     options = {
         "output_dir": str(folder),
@@ -48,7 +57,7 @@ def trained(kind, folder, resume=None, **changes):
     config = FlashKATConfig.from_size("micro", num_labels=5, drop_path_rate=0.3)
     model = FlashKATForImageClassification(config)
     arguments = TrainingArguments(**{**options, **changes})
-    trainer = kind(model=model, args=arguments, train_dataset=Images(), eval_dataset=Images())
+    trainer = kind(model=model, args=arguments, train_dataset=data or Images(), eval_dataset=Images())
     trainer.train(resume_from_checkpoint=resume)
     logged = [
         {name: value for name, value in line.items() if "runtime" not in name and "per_second" not in name}
@@ -81,6 +90,15 @@ def test_it_goes_on_from_a_checkpoint(tmp_path):
         GraphedTrainer, tmp_path / "again", str(tmp_path / "whole" / "checkpoint-6"), max_steps=9
     )
     assert all(torch.equal(value, resumed[2][name]) for name, value in whole[2].items())
+
+
+@pytest.mark.gpu
+def test_an_image_that_cannot_be_read_ends_it_where_it_ends_the_stock_trainer(tmp_path):
+    for kind in (GraphedTrainer, Trainer):
+        with pytest.raises(OSError, match="truncated"):
+            trained(kind, tmp_path / kind.__name__, data=Truncated(), save_strategy="steps", save_steps=1)
+    graphed, stock = (sorted(path.name for path in folder.iterdir()) for folder in tmp_path.iterdir())
+    assert graphed == stock != []
 
 
 @pytest.mark.gpu
