@@ -52,6 +52,7 @@ class Settings:
     compiled: bool = field(default=True, metadata={"help": "measure by torch.compile, too"})
     accuracy: bool = field(default=False, metadata={"help": "compare the accuracy on the digits instead"})
     output: Path = field(default=RESULTS, metadata={"help": "file that lines are added to"})
+    commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
 
     def __post_init__(self):
         if unknown := set(self.ways) - {PLAIN, *WAYS}:
@@ -143,7 +144,7 @@ def main(settings: Settings) -> None:
     model = model.eval()
     rows = compare_accuracy(model, processor, settings) if settings.accuracy else measure(model, settings)
     about = {"model": settings.model or settings.size, **versions(), "torchao": version("torchao")}
-    about["commit"] = commit()
+    about["commit"] = settings.commit or commit()
     if torch.cuda.is_available():
         about["gpu"] = torch.cuda.get_device_name()
     with settings.output.open("a") as file:

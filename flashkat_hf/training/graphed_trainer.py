@@ -28,6 +28,7 @@ class GraphedTrainer(Trainer):
     graphed: GraphedStep | None = None
     refused: bool = False
     ahead: "Ahead | None" = None  # the batches of the epoch
+    counted: tuple[list, int] = ([], 0)  # shapes of a batch, and the operations that it takes
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -46,7 +47,8 @@ class GraphedTrainer(Trainer):
         alone = self.args.world_size == 1 and self.args.n_gpu == 1 and self.accelerator.scaler is None
         if self.refused or not alone or self.args.device.type != "cuda":
             return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
+        if not model.training:  # a graph sees by itself whether a part of the model has left this mode
+            model.train()
         batch = dict(self._prepare_inputs(inputs))
         batch["num_items_in_batch"] = num_items_in_batch
         batch["accumulation_steps"] = self.current_gradient_accumulation_steps
@@ -61,6 +63,13 @@ class GraphedTrainer(Trainer):
         if self.ahead is not None:
             self.ahead.fetch()
         return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return the stock trainer's estimate, for which the parameters are counted once for each shape."""
+        shapes = [getattr(value, "shape", None) for value in inputs.values()]
+        if self.counted[0] != shapes:
+            self.counted = shapes, super().floating_point_ops(inputs)
+        return self.counted[1]
 
     def _step(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name != "accumulation_steps"}

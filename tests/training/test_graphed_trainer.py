@@ -31,10 +31,10 @@ class Images(Dataset):
 
 
 class Truncated(Images):
-    """Images of which one cannot be read."""
+    """Images of which one, the sixteenth that is read, cannot be read."""
 
     def __getitem__(self, index: int) -> dict:
-        if index == 11:
+        if index == 1:
             raise OSError("truncated")
         return super().__getitem__(index)
 
