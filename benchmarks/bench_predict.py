@@ -5,8 +5,7 @@
 Files like photographs are made first. The command runs in processes of its own on some pictures and on three
 times as many; the difference counts, which leaves out what happens once: imports, loading, capturing. The
 model's rate is that of replays of its CUDA graph on a batch that is on the GPU, in the same precision; the
-decoder's that of decoding files in pinned memory, without resizing: alone, and beside replays of the graph,
-one after the other in another thread.
+decoder's that of decoding files in pinned memory, without resizing.
 """
 
 import json
@@ -14,11 +13,8 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -97,30 +93,8 @@ def rate(call: Callable[[], None], pictures: int, seconds: float = 5.0) -> float
     return calls * pictures / (time.perf_counter() - start)
 
 
-@contextmanager
-def beside(call: Callable[[], Any]) -> Iterator[None]:
-    """Let another thread repeat a call, so that the GPU always has one of it to do."""
-    stop = threading.Event()
-
-    def repeat() -> None:
-        events = [torch.cuda.Event() for _ in range(2)]
-        while not stop.is_set():
-            for event in events:
-                event.synchronize()
-                call()
-                event.record()
-
-    with ThreadPoolExecutor(1) as pool:
-        task = pool.submit(repeat)
-        try:
-            yield
-        finally:
-            stop.set()
-            task.result()
-
-
 def rates_of_parts(model: torch.nn.Module, processor: Any, files: list[Path], settings: Settings) -> dict:
-    """Return the pictures a second of the model alone, and of the decoder alone and beside the model."""
+    """Return the pictures a second of the model alone and of the decoder alone."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision)
     context = partial(torch.autocast, "cuda", dtype=dtype, enabled=dtype is not None)
     side = model.config.image_size
@@ -134,8 +108,6 @@ def rates_of_parts(model: torch.nn.Module, processor: Any, files: list[Path], se
     decode = partial(module.decode, batch)
     rates = {"model_graphed": rate(partial(forward, pixels), settings.batch_size)}
     rates["gpu_decoder"] = rate(decode, settings.batch_size)
-    with beside(partial(forward, pixels)):
-        rates["gpu_decoder_beside"] = rate(decode, settings.batch_size)
     return {name: round(number) for name, number in rates.items()}
 
 
@@ -159,8 +131,7 @@ def main(settings: Settings) -> None:
             row[f"predict_{decoder}"] = round(2 * settings.pictures / (long - short))
             row[f"predict_{decoder}_seconds"] = round(long, 1)
     bound = min(row["model_graphed"], row["gpu_decoder"])
-    parts = "model_graphed", "gpu_decoder", "gpu_decoder_beside"
-    for name in (*parts, *(f"predict_{decoder}" for decoder in decoders)):
+    for name in ("model_graphed", "gpu_decoder", *(f"predict_{decoder}" for decoder in decoders)):
         share = row[name] / bound
         print(f"{name:18} {row[name]:8} pictures/s  {share:6.2f} of the lesser of model and decoder")
     row |= {

@@ -121,19 +121,13 @@ def attention_table(results: list[dict]) -> str:
 
 def predict_table(results: list[dict]) -> str:
     """Return a row for each run of `flashkat predict`: pictures a second, beside its parts."""
-    parts = {
-        "model_graphed": "model alone",
-        "gpu_decoder": "decoder alone",
-        "gpu_decoder_beside": "decoder beside the model",
-    }
     rows = []
     for result in results:
         row = [f"{result['size']}, batch {result['batch_size']}", f"{result['predict_gpu']:,}"]
-        for name in parts:
-            number = result.get(name)
-            row.append(f"{number:,} ({result['predict_gpu'] / number:.2f})" if number else "")
-        rows.append([*row, result["commit"][:7]])
-    header = ["JPEG files, pictures/s", "`flashkat predict`", *parts.values(), "commit"]
+        for name in ("model_graphed", "gpu_decoder"):
+            row.append(f"{result[name]:,} ({result['predict_gpu'] / result[name]:.2f})")
+        rows.append(row)
+    header = ["JPEG files, pictures/s", "`flashkat predict`", "model alone", "decoder alone"]
     note = "In brackets: the command's speed over the part's"
     return table(header, rows) + f"\n\n{note}. {on_gpu(results[-1])}; `benchmarks/bench_predict.py`."
 
