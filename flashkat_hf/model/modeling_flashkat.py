@@ -119,8 +119,9 @@ class FlashKATDropPath(nn.Module):
     def forward(self, branch: Tensor) -> Tensor:
         if not self.training or self.rate == 0.0:
             return branch
-        keep = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(1 - self.rate)
-        return branch * keep / (1 - self.rate)
+        # by a comparison, since bernoulli_ lets torch.compile make code of its own for each rate, so each block
+        uniform = torch.rand(branch.shape[0], *[1] * (branch.ndim - 1), device=branch.device)
+        return branch * (uniform >= self.rate) / (1 - self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3g}"

@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import micro_config, relative_error, stored_model
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainingArguments
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
@@ -329,6 +330,16 @@ def test_drop_path_grows_linearly_and_drops_whole_samples():
     assert torch.equal(dropped.amin((1, 2)), dropped.amax((1, 2)))
     assert dropped.mean() == pytest.approx(1.0, abs=0.05)
     assert torch.equal(model.layers[4].drop_path.eval()(dropped), dropped)
+
+
+def test_compiled_blocks_share_their_code_whatever_their_rate_of_dropping(device):
+    torch.compiler.reset()
+    code = CompileCounter()
+    model = FlashKATModel(micro_config(num_hidden_layers=12, drop_path_rate=0.1)).to(device).train()
+    for layer in model.layers:
+        layer.compile(backend=code)
+    model(torch.randn(2, 3, 32, 32, device=device))
+    assert code.frame_count == 2  # one drops nothing
 
 
 def test_patch_projection_is_the_convolution(device):
