@@ -124,9 +124,8 @@ def predict_table(results: list[dict]) -> str:
     rows = []
     for result in results:
         row = [f"{result['size']}, batch {result['batch_size']}", f"{result['predict_gpu']:,}"]
-        for name in ("model_graphed", "gpu_decoder"):
-            row.append(f"{result[name]:,} ({result['predict_gpu'] / result[name]:.2f})")
-        rows.append(row)
+        parts = (result[name] for name in ("model_graphed", "gpu_decoder"))
+        rows.append(row + [f"{part:,} ({result['predict_gpu'] / part:.2f})" for part in parts])
     header = ["JPEG files, pictures/s", "`flashkat predict`", "model alone", "decoder alone"]
     note = "In brackets: the command's speed over the part's"
     return table(header, rows) + f"\n\n{note}. {on_gpu(results[-1])}; `benchmarks/bench_predict.py`."

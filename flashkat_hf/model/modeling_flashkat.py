@@ -119,7 +119,7 @@ class FlashKATDropPath(nn.Module):
     def forward(self, branch: Tensor) -> Tensor:
         if not self.training or self.rate == 0.0:
             return branch
-        # by a comparison, since bernoulli_ lets torch.compile make code of its own for each rate, so each block
+        # compared, since bernoulli_ would make torch.compile write code of its own for each block's rate
         uniform = torch.rand(branch.shape[0], *[1] * (branch.ndim - 1), device=branch.device)
         return branch * (uniform >= self.rate) / (1 - self.rate)
 

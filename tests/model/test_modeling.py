@@ -332,6 +332,7 @@ def test_drop_path_grows_linearly_and_drops_whole_samples():
     assert torch.equal(model.layers[4].drop_path.eval()(dropped), dropped)
 
 
+@torch.no_grad()
 def test_compiled_blocks_share_their_code_whatever_their_rate_of_dropping(device):
     torch.compiler.reset()
     code = CompileCounter()
