@@ -191,7 +191,8 @@ def training_table(results: list[dict]) -> str:
         rows.append(f"| {' | '.join(map(str, cells))} |")
     places = []
     for about in measured:
-        mode, versions = "compiled" if about["compiled"] else "CUDA graphs", about["versions"]
+        launched = "not compiled" if "fsdp2" in about["case"] else "CUDA graphs"
+        mode, versions = "compiled" if about["compiled"] else launched, about["versions"]
         places.append(
             f"{about['device']}, {about['precision']}, {mode}, torch {versions['torch']}, accelerate "
             f"{versions['accelerate']}, commit {about['commit'][:7]}"
