@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .messages import warn
 
@@ -254,6 +254,11 @@ def _device(module: nn.Module, batch: Batch) -> torch.device:
         ValueError: there are several devices, or it is no GPU; or what a graph cannot hold.
     """
     name = type(module).__name__
+    for key, value in batch.items():
+        if not isinstance(value, Tensor) and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+            raise ValueError(
+                f"a CUDA graph reads tensors, but {key} of the batch is a {type(value).__name__} of them"
+            )
     tensors = [*module.parameters(), *(value for value in batch.values() if isinstance(value, Tensor))]
     devices = {tensor.device for tensor in tensors}
     if len(devices) != 1 or next(iter(devices)).type != "cuda":

@@ -248,3 +248,9 @@ def test_an_optimisers_update_is_replayed():
 
     assert torch.equal(updated(replaying), updated(lambda call: call))
     assert graphs[0].graph is not None
+
+
+def test_a_batch_with_tensors_inside_of_others_is_refused():
+    batch = {"pixel_values": torch.zeros(1, 3, 32, 32), "labels": [{"boxes": torch.zeros(2, 4)}]}
+    with pytest.raises(ValueError, match="reads tensors, but labels of the batch is a list of them"):
+        flashkat_hf.graphed_step(make_model(), batch)

@@ -120,7 +120,8 @@ class FlashKATDropPath(nn.Module):
         if not self.training or self.rate == 0.0:
             return branch
         # compared, since bernoulli_ would make torch.compile write code of its own for each block's rate
-        uniform = torch.rand(branch.shape[0], *[1] * (branch.ndim - 1), device=branch.device)
+        shape = branch.shape[0], *[1] * (branch.ndim - 1)
+        uniform = torch.rand(shape, dtype=torch.float32, device=branch.device)
         return branch * (uniform >= self.rate) / (1 - self.rate)
 
     def extra_repr(self) -> str:

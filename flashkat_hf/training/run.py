@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, TorchDynamoPlugin, parse_flag_from_env
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.utils import logging
 
 from ..files import read_json
@@ -176,7 +177,12 @@ def make_accelerator(settings: Settings) -> Accelerator:
     trackers: list = list(settings.trackers)
     uncompiled = TorchDynamoPlugin(backend=cast(Any, "no"))  # the plan compiles, as accelerate was told
     options: dict[str, Any] = {"log_with": trackers or None, "dynamo_plugin": uncompiled}
-    return Accelerator(mixed_precision=precision, cpu=cpu, project_config=project, **options)
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu, project_config=project, **options)
+    if accelerator.is_fsdp2:
+        # As without FSDP2, autocast alone decides what is computed in bfloat16: accelerate's policy would
+        # round coefficients, norms, the loss and the sums of gradients, too.
+        cast(Any, accelerator.state.fsdp_plugin).mixed_precision_policy = MixedPrecisionPolicy()
+    return accelerator
 
 
 def without_accelerator() -> bool:

@@ -53,6 +53,8 @@ def runs(tmp_path_factory) -> tuple[Path, list[list[int]]]:
     start = {"size": None, "model": str(folder / "bfloat16"), "eps": 1e-8, "learning_rate": 1e-4}
     jobs.append(job("fsdp-bfloat16", 2, sharded=True, settings={**start, "save_dtype": "bfloat16"}))
     jobs.append(job("fsdp-float32", 2, sharded=True, settings=start))
+    mixed = {"precision": "bf16"}
+    jobs += [job(f"{name}-mixed", 2, sharded=name == "fsdp", settings=mixed) for name in ("ddp", "fsdp")]
     jobs.append(job("ddp-bad", 2, settings={"batch_size": 7}))
     return folder, ended(jobs, CUDA_VISIBLE_DEVICES="")
 
@@ -74,7 +76,7 @@ def ended(jobs: list[dict], **variables: str) -> list[list[int]]:
 def test_how_the_processes_ended(runs):
     """Each of them alike: a signal to one process stops both."""
     stopped = [[0, 0], [143, 143], [0, 0]]
-    assert runs[1] == [[0], [0, 0], [0, 0], [0, 0], *stopped, *stopped, [0, 0], [0, 0], [1, 1]]
+    assert runs[1] == [[0], [0, 0], [0, 0], [0, 0], *stopped, *stopped, *[[0, 0]] * 4, [1, 1]]
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "both"])
@@ -114,6 +116,13 @@ def test_sharded_weights_of_a_bfloat16_checkpoint_learn(runs):
     assert torch.cat(changed).float().mean() > 0.99
     assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
     assert all(torch.equal(half[name], tensor.to(torch.bfloat16)) for name, tensor in whole.items())
+
+
+def test_sharded_weights_are_computed_with_in_the_precision_of_whole_ones(runs):
+    """In bfloat16 what autocast takes there, but not the loss, the coefficients and the gradients' sums."""
+    sharded, whole = (losses(runs[0] / f"{name}-mixed") for name in ("fsdp", "ddp"))
+    assert sharded == pytest.approx(whole, rel=1e-5)
+    assert sharded != pytest.approx(losses(runs[0] / "one"), rel=1e-5)
 
 
 def test_processes_draw_differently(runs):

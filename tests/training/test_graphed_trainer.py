@@ -1,6 +1,7 @@
 """transformers' Trainer with graphs: what the stock trainer gives, bit for bit."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, GraphedTrainer
+from flashkat_hf.training import graphed_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +39,14 @@ class Truncated(Images):
         if index == 1:
             raise OSError("truncated")
         return super().__getitem__(index)
+
+
+class Augmented(Images):
+    """Images with noise of this process's generator."""
+
+    def __getitem__(self, index: int) -> dict:
+        image = super().__getitem__(index)
+        return image | {"pixel_values": image["pixel_values"] + torch.randn(1)}
 
 
 def trained(kind, folder, resume=None, data=None, **changes):
@@ -92,13 +102,62 @@ def test_it_goes_on_from_a_checkpoint(tmp_path):
     assert all(torch.equal(value, resumed[2][name]) for name, value in whole[2].items())
 
 
-@pytest.mark.gpu
-def test_an_image_that_cannot_be_read_ends_it_where_it_ends_the_stock_trainer(tmp_path):
+@pytest.fixture
+def ahead(monkeypatch) -> list:
+    """Let GraphedTrainer go its way without a GPU, by launches for replays; note each batch made ahead."""
+    noted = []
+
+    class Stream:
+        def record_event(self) -> None: ...
+        def wait_event(self, event) -> None: ...
+        def wait_stream(self, stream) -> None:
+            noted.append(stream)
+
+    class Step:
+        warned = False
+
+        def __init__(self, module, batch, step):
+            self.module, self.step = module, step
+
+        def __call__(self, **batch):
+            return self.step(batch)
+
+    monkeypatch.setattr(graphed_trainer, "GraphedStep", Step)
+    monkeypatch.setattr(graphed_trainer, "batch_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(GraphedTrainer, "_may_replay", lambda trainer: True)
+    return noted
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_accumulation_steps": 4},
+        {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2},
+        {"dataloader_num_workers": 1, "max_steps": 9},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("data", [Images, Augmented])
+def test_batches_made_ahead_are_those_of_the_stock_trainer(data, changes, ahead, tmp_path):
+    """Where the images are augmented in this process, none is made ahead, since evaluation draws, too."""
+    changes = {"use_cpu": True, **changes}
+    trainer, *rest = trained(GraphedTrainer, tmp_path / "graphed", data=data(), **changes)
+    assert_alike((trainer, *rest), trained(Trainer, tmp_path / "stock", data=data(), **changes))
+    assert bool(ahead) == (data is Images or "dataloader_num_workers" in changes)
+    assert trainer.ahead is None
+
+
+def test_an_image_that_cannot_be_read_ends_it_where_it_ends_the_stock_trainer(ahead, tmp_path):
+    options = {"data": Truncated(), "save_strategy": "steps", "save_steps": 1, "use_cpu": True}
     for kind in (GraphedTrainer, Trainer):
         with pytest.raises(OSError, match="truncated"):
-            trained(kind, tmp_path / kind.__name__, data=Truncated(), save_strategy="steps", save_steps=1)
+            trained(kind, tmp_path / kind.__name__, **options)
     graphed, stock = (sorted(path.name for path in folder.iterdir()) for folder in tmp_path.iterdir())
     assert graphed == stock != []
+    assert ahead
 
 
 @pytest.mark.gpu
