@@ -128,7 +128,7 @@ def predict_table(results: list[dict]) -> str:
         rows.append(row + [f"{part:,} ({result['predict_gpu'] / part:.2f})" for part in parts])
     header = ["JPEG files, pictures/s", "`flashkat predict`", "model alone", "decoder alone"]
     note = "In brackets: the command's speed over the part's"
-    return table(header, rows) + f"\n\n{note}. {on_gpu(results[-1])}; `benchmarks/bench_predict.py`."
+    return table(header, rows) + f"\n\n{note}. {on_gpu(results)}; `benchmarks/bench_predict.py`."
 
 
 def quantization_speed_table(results: list[dict]) -> str:
@@ -139,7 +139,7 @@ def quantization_speed_table(results: list[dict]) -> str:
         found = [cases.get((way, batch)) for batch in batches]
         rows.append([way, *(f"{r['eager_ms']:.1f} / {r['compiled_ms']:.1f}" if r else "" for r in found)])
     header = ["ms, eager / compiled", *(f"batch {batch}" for batch in batches)]
-    note = f"{results[0]['model']}, {on_gpu(results[-1])}, torchao {results[-1]['torchao']}"
+    note = f"{results[0]['model']}, {on_gpu(results)}, torchao {results[-1]['torchao']}"
     return table(header, rows) + f"\n\n{note}; `benchmarks/bench_quantization.py`."
 
 
@@ -152,13 +152,14 @@ def group_rational_table(results: list[dict]) -> str:
         for case in distinct(each["case"] for each in results)
     ]
     header = ["bandwidth, of a copy's", *(", ".join(column) for column in columns)]
-    return table(header, rows) + f"\n\n{on_gpu(results[-1])}; `benchmarks/bench_group_rational.py`."
+    return table(header, rows) + f"\n\n{on_gpu(results)}; `benchmarks/bench_group_rational.py`."
 
 
-def on_gpu(result: dict) -> str:
-    """Return the GPU, the versions and the commit of a result."""
-    versions = ", ".join(f"{name} {result[name]}" for name in ("torch", "triton"))
-    return f"{result['gpu']}, {versions}, commit {result['commit'][:7]}"
+def on_gpu(results: list[dict]) -> str:
+    """Return the GPU and the versions of results, which are those of the last one, and their commits."""
+    versions = ", ".join(f"{name} {results[-1][name]}" for name in ("torch", "triton"))
+    commits = distinct(result["commit"][:7] for result in results)
+    return f"{results[-1]['gpu']}, {versions}, commit {', '.join(commits)}"
 
 
 def cell_ratios(results: list[dict]) -> dict[tuple, tuple[dict, float, int]]:
