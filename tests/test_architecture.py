@@ -238,6 +238,12 @@ def test_folders():
         assert {name for name in names if f"`{name}`" not in readme} == set(), folder
 
 
+def test_each_file_of_tests_has_a_name_of_its_own():
+    """Else pytest cannot collect the whole tree, as `pytest -m gpu` does."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_a_checkpoint_brings_the_files_of_model():
     assert set(CODE_FILES) == {path.name for path in (PACKAGE / "model").glob("*.py")} - {"__init__.py"}
     unused = [stem for stem in ORDER if not any(name.startswith(stem) for name in CODE_FILES)]

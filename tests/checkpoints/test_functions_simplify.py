@@ -140,21 +140,25 @@ def test_simplified_activation_differentiates_and_compiles(normal):
     assert identity(normal[0]) is normal[0]
 
 
-@pytest.fixture
-def model() -> FlashKATForImageClassification:
+def make_model(groups: int) -> FlashKATForImageClassification:
     """Return a model in which some functions are simple and others are not."""
-    model = FlashKATForImageClassification(
-        micro_config(num_numerator_groups=8, id2label={i: str(i) for i in range(10)})
-    )
+    names = {label: str(label) for label in range(10)}
+    config = micro_config(num_groups=groups, num_numerator_groups=groups, id2label=names)
+    model = FlashKATForImageClassification(config)
     with torch.no_grad():
         for layer in model.flashkat.layers:
             layer.mlp.fc1.weight *= 20
-            layer.mlp.act1.numerator[2:].add_(torch.randn(6, 6), alpha=0.3)
-            layer.mlp.act2.denominator[5:] += 0.7
+            layer.mlp.act1.numerator[2:].add_(torch.randn(groups - 2, 6), alpha=0.3)
+            layer.mlp.act2.denominator[groups - 3 :] += 0.7
         last = model.flashkat.layers[1].mlp.act2  # stays as it is: it bends too often
-        last.numerator.copy_(torch.tensor([0.3, -1, 0, 1, 0, -0.09]).expand(8, 6))
-        last.denominator.copy_(torch.tensor([0, 0, 0, 0.05]).expand(8, 4))
+        last.numerator.copy_(torch.tensor([0.3, -1, 0, 1, 0, -0.09]).expand(groups, 6))
+        last.denominator.copy_(torch.tensor([0, 0, 0, 0.05]).expand(groups, 4))
     return model.eval()
+
+
+@pytest.fixture
+def model() -> FlashKATForImageClassification:
+    return make_model(groups=8)
 
 
 def test_a_simplified_model_saves_loads_and_runs(model, tmp_path):
@@ -249,8 +253,9 @@ def test_scipy_is_missing(monkeypatch, normal):
 
 
 @pytest.fixture
-def folder(model, tmp_path):
-    model.save_pretrained(tmp_path / "model")
+def folder(tmp_path):
+    """Return the folder of a model of few groups, since each takes most of a second."""
+    make_model(groups=4).save_pretrained(tmp_path / "model")
     make_image_processor(32).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -262,7 +267,7 @@ def test_commands(folder, tmp_path, capsys):
     labels = [one["label"] for one in json.loads(capsys.readouterr().out)["functions"]]
     assert labels == ["layer0_act1_group3", "layer0_act2_group3"]
     assert main(["functions", str(folder), "--format", "c", "-o", f"{out}.c"]) == 0
-    assert capsys.readouterr().out == f"{out}.c written: 32 functions\n"
+    assert capsys.readouterr().out == f"{out}.c written: 16 functions\n"
     arguments = [
         str(folder),
         "-o",
@@ -277,13 +282,13 @@ def test_commands(folder, tmp_path, capsys):
     assert main(["plot", *arguments]) == 0
     assert main(["functions", str(folder), "--simplify", "0.02", "--images", "digits", "-o", out]) == 0
     text = capsys.readouterr().out
-    assert "of 32 functions replaced:" in text
+    assert "of 16 functions replaced:" in text
     assert "predictions: the same for " in text
     assert "of 360 images (held-out)" in text
     assert "accuracy on them: " in text
     record = json.loads((tmp_path / "simple" / "simplification.json").read_text())
     assert record["tested"]["labelled"] == 360
-    assert len(record["functions"]) == 32
+    assert len(record["functions"]) == 16
     assert main(["info", out]) == 0
     assert main(["plot", out, "-o", f"{out}.svg"]) == 0
     capsys.readouterr()
@@ -331,7 +336,7 @@ def test_labels_of_a_folder(folder, images, tmp_path, capsys):
         ("functions MODEL --digits 0", "digits must be 1 to 17, not 0"),
         ("functions BROKEN", "cannot load"),
         ("plot MODEL -o OUT.pdf", "must end with .png, .svg, .html"),
-        ("plot MODEL -o OUT.png --group 8", "there is no group 8: the groups are 0 to 7"),
+        ("plot MODEL -o OUT.png --group 8", "there is no group 8: the groups are 0 to 3"),
         ("plot MODEL -o OUT.png --compare BROKEN", "cannot load"),
         ("explain MODEL BROKEN/a.png -o OUT.png", "cannot read the image"),
         ("explain MODEL BROKEN/a.png -o OUT.gif", "must end with .png, .svg"),
