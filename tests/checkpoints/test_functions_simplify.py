@@ -254,7 +254,7 @@ def test_scipy_is_missing(monkeypatch, normal):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Return the folder of a model of few groups, since each takes most of a second."""
+    """Return the folder of a model of few groups, since fitting one group takes most of a second."""
     make_model(groups=4).save_pretrained(tmp_path / "model")
     make_image_processor(32).save_pretrained(tmp_path / "model")
     return tmp_path / "model"

@@ -104,7 +104,10 @@ def test_it_goes_on_from_a_checkpoint(tmp_path):
 
 @pytest.fixture
 def ahead(monkeypatch) -> list:
-    """Let GraphedTrainer go its way without a GPU, by launches for replays; note each batch made ahead."""
+    """Let GraphedTrainer run its GPU code on a CPU, with launches in place of replays.
+
+    The list gets an entry for each batch that was read ahead and then used.
+    """
     noted = []
 
     class Stream:
@@ -142,7 +145,10 @@ def ahead(monkeypatch) -> list:
 )
 @pytest.mark.parametrize("data", [Images, Augmented])
 def test_batches_made_ahead_are_those_of_the_stock_trainer(data, changes, ahead, tmp_path):
-    """Where the images are augmented in this process, none is made ahead, since evaluation draws, too."""
+    """The trainer reads no batch ahead if augmentation draws random numbers in the main process.
+
+    An evaluation before that batch draws from the same generators, so that its augmentation would differ.
+    """
     changes = {"use_cpu": True, **changes}
     trainer, *rest = trained(GraphedTrainer, tmp_path / "graphed", data=data(), **changes)
     assert_alike((trainer, *rest), trained(Trainer, tmp_path / "stock", data=data(), **changes))
@@ -158,6 +164,35 @@ def test_an_image_that_cannot_be_read_ends_it_where_it_ends_the_stock_trainer(ah
     graphed, stock = (sorted(path.name for path in folder.iterdir()) for folder in tmp_path.iterdir())
     assert graphed == stock != []
     assert ahead
+
+
+def test_the_optimiser_is_put_into_training_mode(ahead, monkeypatch, tmp_path):
+    """A replay does not run the stock step, which does it; schedule-free optimisers need it."""
+    calls = []
+    monkeypatch.setattr(graphed_trainer.GraphedStep, "__call__", lambda step, **batch: torch.zeros(()))
+
+    class Switching(torch.optim.SGD):
+        def train(self) -> None:
+            calls.append("train")
+
+    model = FlashKATForImageClassification(FlashKATConfig.from_size("micro", num_labels=5))
+    arguments = TrainingArguments(str(tmp_path), max_steps=3, use_cpu=True, report_to=[], disable_tqdm=True)
+    optimizers = Switching(model.parameters(), lr=1e-3), None
+    GraphedTrainer(model, arguments, train_dataset=Images(), optimizers=optimizers).train()
+    assert calls.count("train") >= 3
+
+
+def test_operations_are_those_of_the_model_at_hand(tmp_path):
+    inputs = {"pixel_values": torch.zeros(2, 3, 32, 32)}
+    small, large = (
+        FlashKATForImageClassification(FlashKATConfig.from_size("micro", num_labels=labels))
+        for labels in (5, 500)
+    )
+    trainer = GraphedTrainer(small, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    found = [trainer.floating_point_ops(inputs)]
+    trainer.model = large
+    found.append(trainer.floating_point_ops(inputs))
+    assert found == [6 * 2 * 3 * 32 * 32 * model.num_parameters() for model in (small, large)]
 
 
 @pytest.mark.gpu
