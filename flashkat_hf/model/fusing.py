@@ -126,7 +126,7 @@ def tail_parameters(layer: Any, x: Tensor) -> list[Tensor] | None:
     layer has asked whether x `fuses`.
     """
     attention, norm2, mlp, drop_path = map(layer._modules.get, TAIL)
-    if not untouched(attention, norm2, mlp, drop_path) or (drop_path.training and drop_path.rate):
+    if not untouched(attention, norm2, mlp, drop_path) or drop_path.drops:
         return None
     proj, dropout = map(attention._modules.get, ("proj", "dropout"))
     act1, fc1, act2, fc2, mlp_dropout = map(mlp._modules.get, MLP)
@@ -147,7 +147,7 @@ def adds_whole_branches(layer: Any, x: Tensor) -> bool:
     attention, drop_path = layer.attention, layer.drop_path
     if not fuses(x, attention, attention.proj, attention.dropout, drop_path) or drops(attention.dropout):
         return False
-    return not (drop_path.training and drop_path.rate) and fuses_mlp(layer.mlp, x)
+    return not drop_path.drops and fuses_mlp(layer.mlp, x)
 
 
 def stream_and_norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -115,14 +115,20 @@ class FlashKATDropPath(nn.Module):
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
+        # a tensor: torch.compile would compile each block again for its own number
+        self.survival = torch.tensor(1 - rate, dtype=torch.float32, device="cpu") if rate else None
+
+    @property
+    def drops(self) -> bool:
+        """Whether branches are dropped: in training, where the rate is not 0."""
+        return self.training and self.survival is not None
 
     def forward(self, branch: Tensor) -> Tensor:
-        if not self.training or self.rate == 0.0:
+        if not self.training or self.survival is None:
             return branch
-        # compared, since bernoulli_ would make torch.compile write code of its own for each block's rate
         shape = branch.shape[0], *[1] * (branch.ndim - 1)
         uniform = torch.rand(shape, dtype=torch.float32, device=branch.device)
-        return branch * (uniform >= self.rate) / (1 - self.rate)
+        return branch * (uniform < self.survival) / self.survival
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3g}"
