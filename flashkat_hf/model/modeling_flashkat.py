@@ -115,8 +115,7 @@ class FlashKATDropPath(nn.Module):
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
-        # a tensor: torch.compile would compile each block again for its own number
-        self.survival = torch.tensor(1 - rate, dtype=torch.float32, device="cpu") if rate else None
+        self.survival: Tensor | float | None = 1 - rate if rate else None
 
     @property
     def drops(self) -> bool:

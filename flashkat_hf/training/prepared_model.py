@@ -35,9 +35,7 @@ class PreparedModel:
             config["gradient_accumulation_steps"] = plan.accumulate
             config["gradient_clipping"] = settings.clip_norm or 0.0
         if plan.compiled and plan.sharded:  # block by block: the gathering of shards stays outside
-            for block in model.modules():
-                if isinstance(block, FlashKATLayer):
-                    block.compile(mode=plan.compile_mode)
+            compile_blocks(model, mode=plan.compile_mode)
         if plan.graphed:  # without DDP, whose hooks a graph does not run: `reduce_gradients` does its work
             self.module = accelerator.prepare_model(model, evaluation_mode=True)
             self.optimizer = accelerator.prepare(optimizer)
@@ -120,3 +118,16 @@ class PreparedModel:
         norm: Any = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return math.isfinite(norm.item())
+
+
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """Compile each block of a model by itself, with these options of `torch.compile`; all share their code.
+
+    The survival probabilities of stochastic depth become tensors for that: numbers can end up as constants of
+    the code, which each block would then get for itself.
+    """
+    for block in model.modules():
+        if isinstance(block, FlashKATLayer):
+            if isinstance(block.drop_path.survival, float):
+                block.drop_path.survival = torch.tensor(block.drop_path.survival, dtype=torch.float32)
+            block.compile(**options)

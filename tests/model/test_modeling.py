@@ -5,7 +5,6 @@ import pytest
 import torch
 from helpers import micro_config, relative_error, stored_model
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainingArguments
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
@@ -330,20 +329,6 @@ def test_drop_path_grows_linearly_and_drops_whole_samples():
     assert torch.equal(dropped.amin((1, 2)), dropped.amax((1, 2)))
     assert dropped.mean() == pytest.approx(1.0, abs=0.05)
     assert torch.equal(model.layers[4].drop_path.eval()(dropped), dropped)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch asks for that of the blocks' inputs
-def test_compiled_blocks_share_their_code_whatever_their_rate_of_dropping(device):
-    """In a training step: what PyTorch makes constant in a block's code shows only with its backward pass."""
-    torch.compiler.reset()
-    code = CompileCounterWithBackend("aot_eager")
-    model = FlashKATModel(micro_config(num_hidden_layers=12, drop_path_rate=0.1)).to(device).train()
-    for layer in model.layers:
-        layer.compile(backend=code)
-    with torch.autocast(device, torch.bfloat16):
-        output = model(torch.randn(2, 3, 32, 32, device=device)).last_hidden_state
-    output.sum().backward()
-    assert code.frame_count == 2  # one drops nothing
 
 
 def test_patch_projection_is_the_convolution(device):

@@ -6,9 +6,13 @@ import signal
 
 import pytest
 import torch
+from helpers import micro_config
 from small_runs import after_step, losses, weights
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from flashkat_hf.model.modeling_flashkat import FlashKATModel
 from flashkat_hf.training import run as assembly
+from flashkat_hf.training.prepared_model import compile_blocks
 
 
 def test_training_is_in_mixed_precision_and_evaluation_is_not(run, monkeypatch):
@@ -37,6 +41,23 @@ def test_a_compiled_run(run, monkeypatch):
     output = run("compiled", compile=True, max_steps=3)
     assert compiled == [1]
     assert losses(output) == pytest.approx(losses(run("plain", max_steps=3)), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch looks for that of the blocks' inputs
+def test_compiled_blocks_share_their_code_whatever_their_rate_of_dropping(device):
+    """In a training step: what PyTorch makes constant in a block's code shows only with its backward pass."""
+    torch.compiler.reset()
+    code = CompileCounterWithBackend("aot_eager")
+    model = FlashKATModel(micro_config(num_hidden_layers=12, drop_path_rate=0.1)).to(device).train()
+    compile_blocks(model, backend=code)
+    with torch.autocast(device, torch.bfloat16):
+        output = model(torch.randn(2, 3, 32, 32, device=device)).last_hidden_state
+    output.sum().backward()
+    assert code.frame_count == 2  # one drops nothing
+    rates = [layer.drop_path.rate for layer in model.layers]
+    assert [float(layer.drop_path.survival or 1) for layer in model.layers] == pytest.approx(
+        [1 - rate for rate in rates]
+    )
 
 
 @pytest.mark.gpu
