@@ -191,7 +191,8 @@ def training_table(results: list[dict]) -> str:
         rows.append(f"| {' | '.join(map(str, cells))} |")
     places: dict[str, list[str]] = {}  # and the commits
     for about in measured:
-        mode, versions = "compiled" if about["compiled"] else "CUDA graphs", about["versions"]
+        launched = "not compiled" if "fsdp2" in about["case"] else "CUDA graphs"
+        mode, versions = "compiled" if about["compiled"] else launched, about["versions"]
         place = f"{about['device']}, {about['precision']}, {mode}, torch {versions['torch']}"
         places.setdefault(f"{place}, accelerate {versions['accelerate']}", []).append(about["commit"][:7])
     texts = [f"{place}, commit {', '.join(dict.fromkeys(commits))}" for place, commits in places.items()]

@@ -267,7 +267,7 @@ def test_training_table():
     *rows, note = render.training_table([*results, checked]).splitlines()
     assert [row.split(" | ")[3] for row in rows[2:7]] == ["1.00", "0.75", "1.00", "0.95", ""]
     assert rows[2].endswith("| 12.3 s | 0.6 s |")
-    assert "CUDA graphs, torch 2, accelerate 1, commit b; then GPU, bf16, not compiled, torch 2" in note
+    assert "CUDA graphs, torch 2, accelerate 1, commit a, b; then GPU, bf16, not compiled, torch 2" in note
     assert "After SIGTERM to the launcher on 4 GPUs a resumed run" in note
 
 
