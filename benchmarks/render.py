@@ -177,10 +177,10 @@ def training_table(results: list[dict]) -> str:
 
     alone = [result for result in measured if (result["case"], result["processes"]) == ("synthetic", 1)]
     one_gpu = {kind(result): result["images_per_second"] for result in alone}
-    rows = [
-        "| pretraining recipe | GPUs | images/s | of linear | GPU memory, GiB | to update 10 | checkpoint |",
-        "|---" * 7 + "|",
-    ]
+    columns = "pretraining recipe | GPUs | images/s | of linear | GPU memory, GiB | to update 10 | checkpoint"
+    profiled = [name for name in ("update_ms", "nccl_ms", "idle_ms") if any(name in row for row in measured)]
+    columns += " | an update, ms | of it NCCL | GPU idle" if profiled else ""
+    rows = [f"| {columns} |", "|---" * len(columns.split(" | ")) + "|"]
     for result in measured:
         case = ", ".join(result[name] for name in ("case", "on_device") if name in result)
         rate, processes = result["images_per_second"], result["processes"]
@@ -188,6 +188,7 @@ def training_table(results: list[dict]) -> str:
         cells = [f"{result['size']}, {result['batch_size']} a GPU: {case}", processes, f"{rate:,.0f}", share]
         cells.append(result["peak_memory_gib"])
         cells += [f"{result[key]:.1f} s" if key in result else "" for key in ("start_up_s", "checkpoint_s")]
+        cells += [result.get(key, "") for key in profiled]
         rows.append(f"| {' | '.join(map(str, cells))} |")
     places: dict[str, list[str]] = {}  # and the commits
     for about in measured:

@@ -109,6 +109,8 @@ class FlashKATAttention(nn.Module):
 class FlashKATDropPath(nn.Module):
     """Stochastic depth: in training, drops a residual branch of each sample with probability `rate`.
 
+    `survival` is 1 - rate, by which the branches that stay are divided; None where the rate is 0.
+
     Source: Huang et al., Deep Networks with Stochastic Depth, ECCV 2016.
     """
 
