@@ -109,30 +109,29 @@ class FlashKATAttention(nn.Module):
 class FlashKATDropPath(nn.Module):
     """Stochastic depth: in training, drops a residual branch of each sample with probability `rate`.
 
-    `survival` is 1 - rate, by which the branches that stay are divided; None where the rate is 0.
+    The rate is a number or a scalar tensor.
 
     Source: Huang et al., Deep Networks with Stochastic Depth, ECCV 2016.
     """
 
     def __init__(self, rate: float):
         super().__init__()
-        self.rate = rate
-        self.survival: Tensor | float | None = 1 - rate if rate else None
+        self.rate: Tensor | float = rate
 
     @property
     def drops(self) -> bool:
-        """Whether branches are dropped: in training, where the rate is not 0."""
-        return self.training and self.survival is not None
+        """Whether branches are dropped: in training, where the rate is not the number 0."""
+        return self.training and (isinstance(self.rate, Tensor) or self.rate != 0.0)
 
     def forward(self, branch: Tensor) -> Tensor:
-        if not self.training or self.survival is None:
+        if not self.drops:
             return branch
         shape = branch.shape[0], *[1] * (branch.ndim - 1)
         uniform = torch.rand(shape, dtype=torch.float32, device=branch.device)
-        return branch * (uniform < self.survival) / self.survival
+        return branch * (uniform >= self.rate) / (1 - self.rate)
 
     def extra_repr(self) -> str:
-        return f"rate={self.rate:.3g}"
+        return f"rate={float(self.rate):.3g}"
 
 
 class FlashKATLayer(GradientCheckpointingLayer):

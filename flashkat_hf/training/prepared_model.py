@@ -123,11 +123,11 @@ class PreparedModel:
 def compile_blocks(model: nn.Module, **options: Any) -> None:
     """Compile each block of a model by itself, with these options of `torch.compile`; all share their code.
 
-    The survival probabilities of stochastic depth become tensors for that: numbers can end up as constants of
-    the code, which each block would then get for itself.
+    The rates of stochastic depth become tensors for that: numbers can end up as constants of the code, which
+    each block would then get for itself.
     """
     for block in model.modules():
         if isinstance(block, FlashKATLayer):
-            if isinstance(block.drop_path.survival, float):
-                block.drop_path.survival = torch.tensor(block.drop_path.survival, dtype=torch.float32)
+            if block.drop_path.rate != 0.0:
+                block.drop_path.rate = torch.tensor(block.drop_path.rate, dtype=torch.float32)
             block.compile(**options)
