@@ -17,8 +17,7 @@ Each case is a run of its own, a JSON line, and a row of the table:
   --resume, and its weights must be those of an undisturbed run to the bit.
 
 An epoch counts from the second on. The time to update 10 starts with the launcher; a checkpoint is saved
-after it, which is timed, too. On a GPU torch.profiler watches the next two updates of the first process: how
-long one takes, what of it NCCL takes, and how long the GPU does nothing.
+after it, which is timed, too.
 """
 
 import hashlib
@@ -39,7 +38,6 @@ import torch
 from bench_data import Settings as Photographs
 from bench_data import make_folder
 from PIL import Image
-from profile_step import ON_GPU
 from timed_run import UPDATE, after_update
 from transformers import AutoModelForImageClassification, HfArgumentParser
 
@@ -59,7 +57,6 @@ CASES = ("synthetic", "jpeg", "synthetic fsdp2", "resume")
 SEVERAL = CASES[2:]  # cases that need several processes
 RATES = ("images_per_second", "step_images_per_second", "data_images_per_second")
 CLASSES = 2  # of bench_data's folder
-PROFILED = range(UPDATE, UPDATE + 2)  # the profiler watches what follows on these updates
 
 
 @dataclass(frozen=True)
@@ -167,20 +164,6 @@ def work(arguments: Arguments) -> None:
             Path(f"{arguments.folder}.json").write_text(json.dumps(times))
 
     after_update(UPDATE, note)
-    if torch.cuda.is_available() and arguments.case != "resume":
-        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-
-        def begin(trainer: Trainer) -> None:
-            if trainer.main:
-                profiler.start()
-
-        def end(trainer: Trainer) -> None:
-            if trainer.main:
-                profiler.stop()
-                profiler.export_chrome_trace(f"{arguments.folder}.trace.json")
-
-        after_update(PROFILED.start, begin)
-        after_update(PROFILED.stop, end)
     train(parse(["--recipe", "pretrain-small", *flags]))
 
 
@@ -193,20 +176,6 @@ def command(case: str, processes: int, data: str, folder: Path, arguments: Argum
         if (value := getattr(arguments, name)) is not None:
             words += [f"--{name}", str(value)]
     return [*words, "--started", str(time.time())]
-
-
-def gpu_times(trace: dict, updates: int) -> dict[str, float]:
-    """Return the milliseconds of one update of a Chrome trace, what of it NCCL takes, and what is idle."""
-    events = [event for event in trace["traceEvents"] if event.get("cat") in ON_GPU]
-    spans = sorted((event["ts"], event["ts"] + event["dur"]) for event in events)
-    begin = end = spans[0][0]
-    idle = 0.0
-    for start, stop in spans:
-        idle += max(start - end, 0.0)
-        end = max(end, stop)
-    nccl = sum(event["dur"] for event in events if "nccl" in event["name"].lower())
-    times = {"update_ms": end - begin, "nccl_ms": nccl, "idle_ms": idle}
-    return {name: round(microseconds / updates / 1e3, 2) for name, microseconds in times.items()}
 
 
 def measure(case: str, processes: int, data: str, arguments: Arguments) -> dict:
@@ -222,8 +191,6 @@ def measure(case: str, processes: int, data: str, arguments: Arguments) -> dict:
         epochs = [line for line in lines if "kind" not in line][1:]
         settings = json.loads((run / "settings.json").read_text())
         times = json.loads(Path(f"{run}.json").read_text())
-        trace = Path(f"{run}.trace.json")
-        profiled = gpu_times(json.loads(trace.read_text()), len(PROFILED)) if trace.exists() else {}
         AutoModelForImageClassification.from_pretrained(run / "last")  # in one process, made by several
     rates = {rate: round(statistics.median(line[rate] for line in epochs), 1) for rate in RATES}
     names = ("peak_memory_gib", "precision", "compiled", "device", "versions", "commit")
@@ -232,7 +199,6 @@ def measure(case: str, processes: int, data: str, arguments: Arguments) -> dict:
         **({"on_device": settings["on_device"]} if case == "jpeg" else {}),
         **rates,
         **{name: round(seconds, 2) for name, seconds in times.items()},
-        **profiled,
         **{name: summary[name] for name in names},
         **({"commit": arguments.commit} if arguments.commit else {}),
     }

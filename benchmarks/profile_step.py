@@ -58,7 +58,6 @@ CLASSES = (
     ("pointwise and reductions", r"^triton_|at::native|elementwise|[rR]educe|softmax"),
 )
 OTHER = "other"
-ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a Chrome trace's events
 
 
 class Traffic(NamedTuple):
@@ -126,7 +125,7 @@ def kernel_times(trace: dict, steps: int) -> list[dict]:
     """Return calls and milliseconds of a step for each kernel in a trace of several, slowest first."""
     calls, microseconds = Counter(), defaultdict(float)
     for event in trace["traceEvents"]:
-        if event.get("cat") in ON_GPU:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
             calls[event["name"]] += 1
             microseconds[event["name"]] += event["dur"]
     return [

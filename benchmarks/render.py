@@ -177,10 +177,10 @@ def training_table(results: list[dict]) -> str:
 
     alone = [result for result in measured if (result["case"], result["processes"]) == ("synthetic", 1)]
     one_gpu = {kind(result): result["images_per_second"] for result in alone}
-    columns = "pretraining recipe | GPUs | images/s | of linear | GPU memory, GiB | to update 10 | checkpoint"
-    profiled = [name for name in ("update_ms", "nccl_ms", "idle_ms") if any(name in row for row in measured)]
-    columns += " | an update, ms | of it NCCL | GPU idle" if profiled else ""
-    rows = [f"| {columns} |", "|---" * len(columns.split(" | ")) + "|"]
+    rows = [
+        "| pretraining recipe | GPUs | images/s | of linear | GPU memory, GiB | to update 10 | checkpoint |",
+        "|---" * 7 + "|",
+    ]
     for result in measured:
         case = ", ".join(result[name] for name in ("case", "on_device") if name in result)
         rate, processes = result["images_per_second"], result["processes"]
@@ -188,9 +188,8 @@ def training_table(results: list[dict]) -> str:
         cells = [f"{result['size']}, {result['batch_size']} a GPU: {case}", processes, f"{rate:,.0f}", share]
         cells.append(result["peak_memory_gib"])
         cells += [f"{result[key]:.1f} s" if key in result else "" for key in ("start_up_s", "checkpoint_s")]
-        cells += [result.get(key, "") for key in profiled]
         rows.append(f"| {' | '.join(map(str, cells))} |")
-    places: dict[str, list[str]] = {}  # and the commits
+    places: dict[str, list[str]] = {}  # the commits measured at each place
     for about in measured:
         launched = "not compiled" if "fsdp2" in about["case"] else "CUDA graphs"
         mode, versions = "compiled" if about["compiled"] else launched, about["versions"]
@@ -199,8 +198,8 @@ def training_table(results: list[dict]) -> str:
     texts = [f"{place}, commit {', '.join(dict.fromkeys(commits))}" for place, commits in places.items()]
     rows += [
         "",
-        "Linear is the synthetic rate of one GPU times their number. Memory is PyTorch's largest allocation; "
-        "with CUDA graphs it leaves out the optimiser's state, 8 bytes a parameter. "
+        "Linear is the synthetic rate of one GPU times their number. Memory is the most that PyTorch had "
+        "allocated at one time; with CUDA graphs it leaves out the optimiser's state, 8 bytes a parameter. "
         f"{'; then '.join(texts)}. `benchmarks/bench_training.py`.",
     ]
     if same := [result["processes"] for result in results if result.get("same_bits")]:

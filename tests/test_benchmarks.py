@@ -269,19 +269,6 @@ def test_training_table():
     assert rows[2].endswith("| 12.3 s | 0.6 s |")
     assert "CUDA graphs, torch 2, accelerate 1, commit a, b; then GPU, bf16, not compiled, torch 2" in note
     assert "After SIGTERM to the launcher on 4 GPUs a resumed run" in note
-    results[2] |= {"update_ms": 52.3, "nccl_ms": 0.9, "idle_ms": 1.4}
-    rows = render.training_table(results).splitlines()
-    assert rows[0].endswith("| an update, ms | of it NCCL | GPU idle |")
-    assert (rows[4].endswith("| 52.3 | 0.9 | 1.4 |"), rows[5].endswith("|  |  |  |")) == (True, True)
-
-
-def test_what_the_gpu_does_in_an_update():
-    """Kernels of several streams overlap; a millisecond in which none is at work is idle."""
-    spans = [("kernel", "gemm", 0, 4000), ("kernel", "ncclDevKernel_AllReduce", 3000, 3000)]
-    spans += [("gpu_memcpy", "Memcpy", 7000, 500), ("kernel", "adam", 6500, 1500), ("cpu_op", "x", 0, 9000)]
-    events = [dict(zip(("cat", "name", "ts", "dur"), span, strict=True)) for span in spans]
-    found = bench_training.gpu_times({"traceEvents": events}, updates=2)
-    assert found == {"update_ms": 4.0, "nccl_ms": 1.5, "idle_ms": 0.25}
 
 
 def test_documents_are_rendered(monkeypatch):

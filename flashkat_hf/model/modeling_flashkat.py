@@ -109,7 +109,7 @@ class FlashKATAttention(nn.Module):
 class FlashKATDropPath(nn.Module):
     """Stochastic depth: in training, drops a residual branch of each sample with probability `rate`.
 
-    The rate is a number or a scalar tensor.
+    The rate is a number, or a scalar tensor where blocks are compiled one by one.
 
     Source: Huang et al., Deep Networks with Stochastic Depth, ECCV 2016.
     """
@@ -126,6 +126,7 @@ class FlashKATDropPath(nn.Module):
     def forward(self, branch: Tensor) -> Tensor:
         if not self.drops:
             return branch
+        # compared, since bernoulli_ would make torch.compile write code of its own for each block's rate
         shape = branch.shape[0], *[1] * (branch.ndim - 1)
         uniform = torch.rand(shape, dtype=torch.float32, device=branch.device)
         return branch * (uniform >= self.rate) / (1 - self.rate)

@@ -121,13 +121,13 @@ class PreparedModel:
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:
-    """Compile each block of a model by itself, with these options of `torch.compile`; all share their code.
+    """Compile each block of a model by itself, with these options of `torch.compile`.
 
-    The rates of stochastic depth become tensors for that: numbers can end up as constants of the code, which
-    each block would then get for itself.
+    All blocks that drop branches share their code. Their rates become tensors for that: numbers can end up as
+    constants of the code, which each block would then get for itself.
     """
     for block in model.modules():
         if isinstance(block, FlashKATLayer):
             if block.drop_path.rate != 0.0:
-                block.drop_path.rate = torch.tensor(block.drop_path.rate, dtype=torch.float32)
+                block.drop_path.rate = torch.as_tensor(block.drop_path.rate, dtype=torch.float32)
             block.compile(**options)

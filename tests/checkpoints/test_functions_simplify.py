@@ -140,8 +140,13 @@ def test_simplified_activation_differentiates_and_compiles(normal):
     assert identity(normal[0]) is normal[0]
 
 
-def make_model(groups: int) -> FlashKATForImageClassification:
-    """Return a model in which some functions are simple and others are not."""
+@pytest.fixture
+def model() -> FlashKATForImageClassification:
+    """Return a model in which some functions are simple and others are not.
+
+    It has few groups, since fitting one group takes most of a second.
+    """
+    groups = 4
     names = {label: str(label) for label in range(10)}
     config = micro_config(num_groups=groups, num_numerator_groups=groups, id2label=names)
     model = FlashKATForImageClassification(config)
@@ -154,11 +159,6 @@ def make_model(groups: int) -> FlashKATForImageClassification:
         last.numerator.copy_(torch.tensor([0.3, -1, 0, 1, 0, -0.09]).expand(groups, 6))
         last.denominator.copy_(torch.tensor([0, 0, 0, 0.05]).expand(groups, 4))
     return model.eval()
-
-
-@pytest.fixture
-def model() -> FlashKATForImageClassification:
-    return make_model(groups=8)
 
 
 def test_a_simplified_model_saves_loads_and_runs(model, tmp_path):
@@ -253,9 +253,9 @@ def test_scipy_is_missing(monkeypatch, normal):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Return the folder of a model of few groups, since fitting one group takes most of a second."""
-    make_model(groups=4).save_pretrained(tmp_path / "model")
+def folder(tmp_path, model):
+    """Return the folder of a model."""
+    model.save_pretrained(tmp_path / "model")
     make_image_processor(32).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

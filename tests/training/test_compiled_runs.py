@@ -45,7 +45,7 @@ def test_a_compiled_run(run, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch looks for that of the blocks' inputs
 def test_compiled_blocks_share_their_code_whatever_their_rate_of_dropping(device):
-    """In a training step: what PyTorch makes constant in a block's code shows only with its backward pass."""
+    """With rates that are numbers PyTorch 2.11 compiles each block for itself, though only on a GPU."""
     torch.compiler.reset()
     code = CompileCounterWithBackend("aot_eager")
     model = FlashKATModel(micro_config(num_hidden_layers=12, drop_path_rate=0.1)).to(device).train()
@@ -54,8 +54,9 @@ def test_compiled_blocks_share_their_code_whatever_their_rate_of_dropping(device
         output = model(torch.randn(2, 3, 32, 32, device=device)).last_hidden_state
     output.sum().backward()
     assert code.frame_count == 2  # one drops nothing
-    rates = [float(layer.drop_path.rate) for layer in model.layers]
-    assert rates == pytest.approx(torch.linspace(0, 0.1, 12).tolist())
+    rates = [layer.drop_path.rate for layer in model.layers]
+    assert all(isinstance(rate, torch.Tensor) for rate in rates[1:])
+    assert list(map(float, rates)) == pytest.approx(torch.linspace(0, 0.1, 12).tolist())
 
 
 @pytest.mark.gpu
