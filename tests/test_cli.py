@@ -204,9 +204,13 @@ def test_a_closed_pipe_is_no_error(model_folder, arguments):
     [("torch", "info FOLDER"), ("yaml", "finetune"), ("transformers", "convert kat-tiny OUT")],
 )
 def test_ctrl_c_while_importing(model_folder, tmp_path, package, arguments):
-    """The package that stands in sends the signal when it is imported."""
+    """The package that stands in sends the signal when it is imported.
+
+    It sets Python's own handler first, since a shell has the programs that it starts with & ignore Ctrl-C.
+    """
     (tmp_path / "first").mkdir()
-    text = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    text = "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    text += "signal.raise_signal(signal.SIGINT)\ntime.sleep(9)\n"
     (tmp_path / "first" / f"{package}.py").write_text(text)
     environment = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path / 'first'}{os.pathsep}{ROOT}"}
     words = [word.replace("FOLDER", str(model_folder)) for word in arguments.split()]
