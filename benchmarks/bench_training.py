@@ -17,7 +17,9 @@ Each case is a run of its own, a JSON line, and a row of the table:
   --resume, and its weights must be those of an undisturbed run to the bit.
 
 An epoch counts from the second on. The time to update 10 starts with the launcher; a checkpoint is saved
-after it, which is timed, too.
+after it, which is timed, too. On GPUs one more epoch follows, which does not count: torch.profiler watches
+some of its updates in the first process, and finds how long the GPU computes, how long it is in NCCL alone
+and how long it does nothing. The other processes keep its pace, since every update is one of all.
 """
 
 import hashlib
@@ -37,6 +39,7 @@ from pathlib import Path
 import torch
 from bench_data import Settings as Photographs
 from bench_data import make_folder
+from gpu_trace import gpu_times
 from PIL import Image
 from timed_run import UPDATE, after_update
 from transformers import AutoModelForImageClassification, HfArgumentParser
@@ -57,6 +60,7 @@ CASES = ("synthetic", "jpeg", "synthetic fsdp2", "resume")
 SEVERAL = CASES[2:]  # cases that need several processes
 RATES = ("images_per_second", "step_images_per_second", "data_images_per_second")
 CLASSES = 2  # of bench_data's folder
+WARMING, WATCHED = 2, 8  # updates of the profiler
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,9 @@ class Arguments:
     )
     append: bool = field(default=False, metadata={"help": "add to the output file instead of starting it"})
     steps: int = field(default=30, metadata={"help": "of an epoch with synthetic data"})
-    epochs: int = field(default=3, metadata={"help": "of each run; the first is not counted"})
+    epochs: int = field(
+        default=3, metadata={"help": "of each run; the first is not counted. On GPUs one more is profiled"}
+    )
     processes: list[int] = field(
         default_factory=lambda: [2**n for n in range(max(torch.cuda.device_count(), 1).bit_length())],
         metadata={"help": "numbers of processes, a GPU each; default: 1, 2, 4, ... of this host's GPUs"},
@@ -140,10 +146,12 @@ class Synthetic:
 def work(arguments: Arguments) -> None:
     """Train as one process of a run, and note beside its folder how long it took to begin and to save."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    profiled = torch.cuda.is_available() and arguments.case != "resume"
+    epochs = arguments.epochs + profiled
     flags = ["--data", str(arguments.data), "--output", str(arguments.folder)]
     flags += ["--model", arguments.model] if arguments.model else ["--size", arguments.size]
-    flags += ["--batch_size", str(arguments.batch_size * world), "--epochs", str(arguments.epochs)]
-    flags += ["--warmup_epochs", "0", "--evaluate_epochs", str(arguments.epochs)]
+    flags += ["--batch_size", str(arguments.batch_size * world), "--epochs", str(epochs)]
+    flags += ["--warmup_epochs", "0", "--evaluate_epochs", str(epochs)]
     flags += ["--checkpoint_minutes", "1000", *(["--resume"] if arguments.resume else [])]
     if arguments.workers is not None:
         flags += ["--workers", str(arguments.workers)]
@@ -162,9 +170,34 @@ def work(arguments: Arguments) -> None:
         if trainer.main:
             times = {"start_up_s": reached - arguments.started, "checkpoint_s": time.time() - reached}
             Path(f"{arguments.folder}.json").write_text(json.dumps(times))
+            if profiled:
+                watch_updates(trainer, arguments.epochs, Path(f"{arguments.folder}.profile.json"))
 
     after_update(UPDATE, note)
     train(parse(["--recipe", "pretrain-small", *flags]))
+
+
+def watch_updates(trainer: Trainer, epoch: int, result: Path) -> None:
+    """Let the profiler watch updates of an epoch, if it has enough of them, and write what one was."""
+    updates = min(WATCHED, trainer.feed.updates_per_epoch - WARMING - 1)
+    if updates < 1:
+        return
+    profiler = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA],
+        schedule=torch.profiler.schedule(wait=0, warmup=1, active=1),  # of its two steps, not of updates
+    )
+
+    def finish(_: Trainer) -> None:
+        profiler.stop()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder, "trace.json")
+            profiler.export_chrome_trace(str(trace))
+            result.write_text(json.dumps(gpu_times(json.loads(trace.read_text()), updates)))
+
+    first = epoch * trainer.feed.updates_per_epoch + 1
+    after_update(first, lambda _: profiler.start())
+    after_update(first + WARMING, lambda _: profiler.step())
+    after_update(first + WARMING + updates, finish)
 
 
 def command(case: str, processes: int, data: str, folder: Path, arguments: Arguments) -> list[str]:
@@ -188,9 +221,11 @@ def measure(case: str, processes: int, data: str, arguments: Arguments) -> dict:
             raise SystemExit(f"{case} on {processes} processes failed")
         summary = json.loads((run / "summary.json").read_text())
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        epochs = [line for line in lines if "kind" not in line][1:]
+        epochs = [line for line in lines if "kind" not in line][1 : arguments.epochs]
         settings = json.loads((run / "settings.json").read_text())
         times = json.loads(Path(f"{run}.json").read_text())
+        profile = Path(f"{run}.profile.json")
+        times |= json.loads(profile.read_text()) if profile.exists() else {}
         AutoModelForImageClassification.from_pretrained(run / "last")  # in one process, made by several
     rates = {rate: round(statistics.median(line[rate] for line in epochs), 1) for rate in RATES}
     names = ("peak_memory_gib", "precision", "compiled", "device", "versions", "commit")

@@ -35,6 +35,7 @@ from bench_model import (
     together,
     warm_step,
 )
+from gpu_trace import gpu_events
 from torch.profiler import ProfilerActivity
 from transformers import HfArgumentParser
 
@@ -124,10 +125,9 @@ def short_name(name: str) -> str:
 def kernel_times(trace: dict, steps: int) -> list[dict]:
     """Return calls and milliseconds of a step for each kernel in a trace of several, slowest first."""
     calls, microseconds = Counter(), defaultdict(float)
-    for event in trace["traceEvents"]:
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            calls[event["name"]] += 1
-            microseconds[event["name"]] += event["dur"]
+    for event in gpu_events(trace):
+        calls[event["name"]] += 1
+        microseconds[event["name"]] += event["dur"]
     return [
         {
             "kernel": short_name(name),

@@ -168,6 +168,40 @@ ACCURACIES = "Test accuracy of every run from scratch, a row for each contender"
 PERFORMANCE, LEARNING = "docs/performance.md", "docs/learning.md"
 
 
+def trained(result: dict) -> str:
+    """Return what a run of the trainer was."""
+    case = ", ".join(result[name] for name in ("case", "on_device") if name in result)
+    return f"{result['size']}, {result['batch_size']} a GPU: {case}"
+
+
+def update_table(results: list[dict]) -> str:
+    """Return where the time of an update goes, in milliseconds, for each case of the trainer."""
+    measured = [result for result in results if result["case"] != "resume"]
+    profile = {"compute_ms": "computing", "nccl_ms": "NCCL alone", "idle_ms": "idle"}
+    if not any(name in result for result in measured for name in profile):
+        profile = {}
+    head = ["milliseconds of an update", "GPUs", "whole", "on the device", "between updates"]
+    rows = [f"| {' | '.join([*head, *profile.values()])} |", "|---" * (len(head) + len(profile)) + "|"]
+    for result in measured:
+        images = 1e3 * result["batch_size"] * result["processes"]
+        whole, device = (images / result[f"{rate}images_per_second"] for rate in ("", "step_"))
+        times = [f"{time:.1f}" for time in (whole, device, whole - device)]
+        times += [f"{result[name]:.1f}" if name in result else "" for name in profile]
+        rows.append(f"| {' | '.join([trained(result), str(result['processes']), *times])} |")
+    note = (
+        "From the same runs as the table in [What a run leaves](#what-a-run-leaves). An update is on the "
+        "device from the moment at which the GPU begins with its batch. Between updates it waits for a batch."
+    )
+    if profile:
+        note += (
+            " The last three columns are a profile of some updates of the first GPU in a further epoch, "
+            "which torch.profiler can make slower: the time in which anything but NCCL runs, the time in "
+            "which nothing but NCCL runs (which includes waiting for the other GPUs), and the time in which "
+            "nothing runs."
+        )
+    return "\n".join([*rows, "", note])
+
+
 def training_table(results: list[dict]) -> str:
     """Return a row for each case of the trainer, with its share of a linear rate."""
     measured = [result for result in results if result["case"] != "resume"]
@@ -182,10 +216,9 @@ def training_table(results: list[dict]) -> str:
         "|---" * 7 + "|",
     ]
     for result in measured:
-        case = ", ".join(result[name] for name in ("case", "on_device") if name in result)
         rate, processes = result["images_per_second"], result["processes"]
         share = f"{rate / processes / one_gpu[kind(result)]:.2f}" if kind(result) in one_gpu else ""
-        cells = [f"{result['size']}, {result['batch_size']} a GPU: {case}", processes, f"{rate:,.0f}", share]
+        cells = [trained(result), processes, f"{rate:,.0f}", share]
         cells.append(result["peak_memory_gib"])
         cells += [f"{result[key]:.1f} s" if key in result else "" for key in ("start_up_s", "checkpoint_s")]
         rows.append(f"| {' | '.join(map(str, cells))} |")
@@ -237,6 +270,7 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[dict]], str]], ...] = (
     ("docs/training.md", "digits_224", "digits_224", digits_table),
     ("docs/calibration.md", "conversion", "conversion", conversion_table),
     ("docs/training.md", "training", "training", training_table),
+    ("docs/training.md", "updates", "training", update_table),
     ("docs/training.md", "defaults", "defaults", default_tables.defaults_table),
     ("docs/training.md", "defaults_gpu", "defaults_gpu", default_tables.defaults_table),
     ("docs/training.md", "checkpoints", "checkpoints", default_tables.checkpoints_table),

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import bench_model
 import bench_runs
 import bench_training
+import gpu_trace
 import peers
 import plot
 import profile_step
@@ -99,6 +101,52 @@ def test_kernel_times():
         {"kernel": "rational_forward_kernel", "class": "rational", "calls": 1.0, "ms": 2.0},
         {"kernel": "Memset (Device)", "class": "other", "calls": 0.5, "ms": 0.25},
     ]
+
+
+def test_gpu_times():
+    """Of one update; work that runs beside NCCL is computing, and each moment counts once."""
+
+    def event(cat, name, begin, end):
+        return {"ph": "X", "cat": cat, "name": name, "ts": 1e9 + 1e3 * begin, "dur": 1e3 * (end - begin)}
+
+    events = [
+        event("kernel", "matmul", 0, 10),
+        event("kernel", "decode", 2, 4),  # within the first
+        event("kernel", "rational", 8, 12),  # overlaps its end
+        event("kernel", "ncclDevKernel_AllReduce_Sum_f32_RING_LL", 11, 20),
+        event("gpu_memcpy", "Memcpy DtoD", 16, 17),
+        event("cpu_op", "aten::add", 20, 90),
+        event("kernel", "adam", 24, 30),
+    ]
+    times = gpu_trace.gpu_times({"traceEvents": events[::-1]}, updates=2)
+    # computing 0-12, 16-17 and 24-30; NCCL alone 12-16 and 17-20; idle 20-24
+    assert times == {"compute_ms": 9.5, "nccl_ms": 3.5, "idle_ms": 2.0}
+    assert gpu_trace.gpu_times({"traceEvents": events[5:6]}, updates=2) == {}
+
+
+def test_which_updates_are_profiled(tmp_path, monkeypatch):
+    """After two updates of warm-up; fewer where the epoch is short, and none where it is too short."""
+    calls, acts = [], {}
+    profiler = SimpleNamespace(
+        start=lambda: calls.append("start"),
+        step=lambda: calls.append("step"),
+        stop=lambda: calls.append("stop"),
+        export_chrome_trace=lambda path: Path(path).write_text(json.dumps({"traceEvents": [event]})),
+    )
+    event = {"cat": "kernel", "name": "adam", "ts": 5.0, "dur": 16e3}
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: profiler)
+    monkeypatch.setattr(bench_training, "after_update", acts.__setitem__)
+    for updates, expected in ((30, [91, 93, 101]), (6, [19, 21, 24]), (3, [])):
+        acts.clear()
+        trainer = SimpleNamespace(feed=SimpleNamespace(updates_per_epoch=updates))
+        bench_training.watch_updates(trainer, 3, tmp_path / f"{updates}.json")
+        assert list(acts) == expected
+        for act in acts.values():
+            act(trainer)
+    assert calls == ["start", "step", "stop"] * 2
+    assert json.loads((tmp_path / "30.json").read_text())["compute_ms"] == 2.0
+    assert json.loads((tmp_path / "6.json").read_text())["compute_ms"] == 5.33
+    assert not (tmp_path / "3.json").exists()
 
 
 def test_work_of_a_kernel():
@@ -269,6 +317,24 @@ def test_training_table():
     assert rows[2].endswith("| 12.3 s | 0.6 s |")
     assert "CUDA graphs, torch 2, accelerate 1, commit a, b; then GPU, bf16, not compiled, torch 2" in note
     assert "After SIGTERM to the launcher on 4 GPUs a resumed run" in note
+
+
+def test_update_table():
+    """Milliseconds of an update; the columns of the profile are there once a run was profiled."""
+    about = {"case": "synthetic", "size": "small", "batch_size": 8}
+    rates = {"images_per_second": 160.0, "step_images_per_second": 200.0}
+    one = about | rates | {"processes": 1}
+    two = about | rates | {"processes": 2, "compute_ms": 70.04, "nccl_ms": 6.0, "idle_ms": 3.96}
+    resume = {"case": "resume", "processes": 2}
+    head, _, row, _, note = render.update_table([one, resume]).splitlines()
+    assert head == "| milliseconds of an update | GPUs | whole | on the device | between updates |"
+    assert row == "| small, 8 a GPU: synthetic | 1 | 50.0 | 40.0 | 10.0 |"
+    assert "profile" not in note
+    head, _, first, second, _, note = render.update_table([one, two]).splitlines()
+    assert head.endswith("| between updates | computing | NCCL alone | idle |")
+    assert first == "| small, 8 a GPU: synthetic | 1 | 50.0 | 40.0 | 10.0 |  |  |  |"
+    assert second == "| small, 8 a GPU: synthetic | 2 | 100.0 | 80.0 | 20.0 | 70.0 | 6.0 | 4.0 |"
+    assert "a profile of some updates of the first GPU" in note
 
 
 def test_documents_are_rendered(monkeypatch):
