@@ -39,7 +39,7 @@ from pathlib import Path
 import torch
 from bench_data import Settings as Photographs
 from bench_data import make_folder
-from gpu_trace import gpu_times
+from gpu_trace import chrome_trace, gpu_times
 from PIL import Image
 from timed_run import UPDATE, after_update
 from transformers import AutoModelForImageClassification, HfArgumentParser
@@ -178,7 +178,10 @@ def work(arguments: Arguments) -> None:
 
 
 def watch_updates(trainer: Trainer, epoch: int, result: Path) -> None:
-    """Let the profiler watch updates of an epoch, if it has enough of them, and write what one was."""
+    """Profile some updates of an epoch, and write to a file how the GPU spent its time in one of them.
+
+    Epochs count from 0. Nothing is written if the epoch has no update left after those of warm-up.
+    """
     updates = min(WATCHED, trainer.feed.updates_per_epoch - WARMING - 1)
     if updates < 1:
         return
@@ -189,10 +192,7 @@ def watch_updates(trainer: Trainer, epoch: int, result: Path) -> None:
 
     def finish(_: Trainer) -> None:
         profiler.stop()
-        with tempfile.TemporaryDirectory() as folder:
-            trace = Path(folder, "trace.json")
-            profiler.export_chrome_trace(str(trace))
-            result.write_text(json.dumps(gpu_times(json.loads(trace.read_text()), updates)))
+        result.write_text(json.dumps(gpu_times(chrome_trace(profiler), updates)))
 
     first = epoch * trainer.feed.updates_per_epoch + 1
     after_update(first, lambda _: profiler.start())

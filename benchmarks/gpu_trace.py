@@ -1,8 +1,22 @@
-"""What a GPU did, from a Chrome trace of torch.profiler."""
+"""Read from a profile which kernels a GPU ran, and how long it computed, was in NCCL alone or was idle."""
 
-from typing import Any
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.profiler import profile
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of Kineto's events
+
+
+def chrome_trace(profiler: "profile") -> dict:
+    """Return what a profiler that was stopped has seen, as a Chrome trace."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text())
 
 
 def gpu_events(trace: dict) -> list[dict[str, Any]]:

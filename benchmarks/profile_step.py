@@ -12,13 +12,10 @@ copy in the same run, or what it must multiply, at the speed of a large bfloat16
 takes longer.
 """
 
-import json
 import re
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -35,7 +32,7 @@ from bench_model import (
     together,
     warm_step,
 )
-from gpu_trace import gpu_events
+from gpu_trace import chrome_trace, gpu_events
 from torch.profiler import ProfilerActivity
 from transformers import HfArgumentParser
 
@@ -166,10 +163,7 @@ def traced(step: Callable[[], torch.Tensor], steps: int) -> dict:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return json.loads(path.read_text())
+    return chrome_trace(profiler)
 
 
 def main(settings: Settings) -> None:

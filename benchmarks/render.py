@@ -169,7 +169,7 @@ PERFORMANCE, LEARNING = "docs/performance.md", "docs/learning.md"
 
 
 def trained(result: dict) -> str:
-    """Return what a run of the trainer was."""
+    """Return the name of a run of the trainer in the tables: size, images a GPU, case."""
     case = ", ".join(result[name] for name in ("case", "on_device") if name in result)
     return f"{result['size']}, {result['batch_size']} a GPU: {case}"
 
@@ -190,7 +190,8 @@ def update_table(results: list[dict]) -> str:
         rows.append(f"| {' | '.join([trained(result), str(result['processes']), *times])} |")
     note = (
         "From the same runs as the table in [What a run leaves](#what-a-run-leaves). An update is on the "
-        "device from the moment at which the GPU begins with its batch. Between updates it waits for a batch."
+        "device from the moment at which the GPU begins with its batch. Between updates the GPU waits for "
+        "the next batch or for the host."
     )
     if profile:
         note += (

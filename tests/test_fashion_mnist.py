@@ -79,6 +79,7 @@ def test_a_package_that_is_not_installed_says_how(tmp_path):
     assert "\n" not in str(error.value)
 
 
+# mtime=0: the test has the same name in each process of pytest-xdist
 @pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"\0\0\x08\x03 too short", mtime=0)])
 def test_a_file_that_is_none(source, content):
     (source / "train-images-idx3-ubyte.gz").write_bytes(content)

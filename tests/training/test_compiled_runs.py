@@ -45,7 +45,7 @@ def test_a_compiled_run(run, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch looks for that of the blocks' inputs
 def test_compiled_blocks_share_their_code_whatever_their_rate_of_dropping(device):
-    """With rates that are numbers PyTorch 2.11 compiles each block for itself, though only on a GPU."""
+    """If the rates were numbers, PyTorch 2.11 would compile each block for itself, though only on a GPU."""
     torch.compiler.reset()
     code = CompileCounterWithBackend("aot_eager")
     model = FlashKATModel(micro_config(num_hidden_layers=12, drop_path_rate=0.1)).to(device).train()
