@@ -59,8 +59,8 @@ class Settings:
     commit: str | None = field(default=None, metadata={"help": "of the code measured; default: asks git"})
 
     def __post_init__(self):
-        refuse_unknown("--cases", self.cases, dict.fromkeys(CASES))
-        refuse_unknown("--modes", self.modes, dict.fromkeys(MODES))
+        refuse_unknown("--cases", self.cases, CASES)
+        refuse_unknown("--modes", self.modes, MODES)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
 

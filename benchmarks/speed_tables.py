@@ -94,7 +94,8 @@ def model_table(results: list[dict]) -> str:
     turns = distinct(result.get("turn", 1) for result in results)
     mean = f"the mean of {' or '.join(map(str, turns))} steps in a row"
     timing = "each step timed alone" if turns == [1] else mean
-    note = f"Median over turns, {timing}; {pixels} pixels. {measured(results, 'benchmarks/bench_model.py')}."
+    note = f"10th percentile of turns, {timing}; {pixels} pixels. "
+    note += f"{measured(results, 'benchmarks/bench_model.py')}."
     header = [f"{task}, images/s", *(f"{size}, batch {batches[size]}" for size in sizes)]
     return table(header, rows) + "\n\n" + note
 
@@ -169,9 +170,9 @@ def cell_ratios(results: list[dict]) -> dict[tuple, tuple[dict, float, int]]:
         cells[tuple(result[key] for key in CELL)][result["provider"]] = result
     ratios = {}
     for cell, found in cells.items():
-        others = [result["p10_ms"] for provider, result in found.items() if provider != OURS]
+        others = [result["images_per_s"] for provider, result in found.items() if provider != OURS]
         if OURS in found and others:
-            ratios[cell] = found[OURS], min(others) / found[OURS]["p10_ms"], len(others)
+            ratios[cell] = found[OURS], found[OURS]["images_per_s"] / max(others), len(others)
     return ratios
 
 
@@ -186,9 +187,7 @@ def cells_table(results: list[dict]) -> str:
         for mode in modes:
             ours, ratio, count = ratios.get((*cell, mode), (None, 0.0, 0))
             mark = "" if count == len(others) else "\\*"
-            row.append(
-                f"{ours['batch_size'] / ours['p10_ms'] * 1e3:,.0f} ({ratio:.2f}{mark})" if ours else ""
-            )
+            row.append(f"{ours['images_per_s']:,.0f} ({ratio:.2f}{mark})" if ours else "")
         rows.append(row)
     task = "training step" if results[0]["task"] == "train" else "inference"
     note = "Images/s of flashkat_hf, and in brackets how many times as fast it is as the fastest of: "
