@@ -77,6 +77,7 @@ TRAFFIC = {
     "add_norm_rational_forward_kernel": Traffic(hidden=4, row=2),  # residual, branch; total, y; mean, rstd
     # grad_total, grad_y, total; grad; mean, rstd
     "add_norm_rational_backward_kernel": Traffic(hidden=4, row=2),
+    "scale_samples_kernel": Traffic(hidden=3),  # residual, branch; y. It reads no residual in backward
     "norm_forward_kernel": Traffic(hidden=2, row=2),  # x; y; mean, rstd
     "norm_backward_kernel": Traffic(hidden=4, row=2),  # grad_x, grad_y, x; grad; mean, rstd
     "packed_attention_forward_kernel": Traffic(hidden=4, head=1, products=2),  # q, k, v; y; lse

@@ -108,15 +108,16 @@ def one_node_block(layer: Any, x: Tensor, tail: list[Tensor], **kwargs: Any) -> 
 
     `tail_parameters` has asked about x.
     """
-    norm1, attention, norm2 = map(layer._modules.get, ("norm1", "attention", "norm2"))
+    norm1, attention, norm2, drop_path = map(layer._modules.get, ("norm1", *TAIL[:2], "drop_path"))
+    factors = drop_path.factors(x, branches=2) if drop_path.drops else None
     qkv = attention._modules["qkv"]
     head = [*map(norm1._parameters.get, LINEAR), *map(qkv._parameters.get, LINEAR)]
     if untouched(norm1, qkv) and attends_plainly(attention, x) and block_serves(x, head):
         heads = attention.num_heads, attention.scaling, is_short(attention, x)
-        return block(x, heads, (norm1.eps, norm2.eps), working_dtype(x), head + tail)
+        return block(x, factors, heads, (norm1.eps, norm2.eps), working_dtype(x), head + tail)
     x, normed = stream_and_norm(norm1, x)
     mixed, _ = attention.mix(normed, **kwargs)
-    return block_tail(x, mixed.to(working_dtype(x)), norm2.eps, tail)
+    return block_tail(x, mixed.to(working_dtype(x)), factors, norm2.eps, tail)
 
 
 def tail_parameters(layer: Any, x: Tensor) -> list[Tensor] | None:
@@ -126,7 +127,7 @@ def tail_parameters(layer: Any, x: Tensor) -> list[Tensor] | None:
     layer has asked whether x `fuses`.
     """
     attention, norm2, mlp, drop_path = map(layer._modules.get, TAIL)
-    if not untouched(attention, norm2, mlp, drop_path) or drop_path.drops:
+    if not untouched(attention, norm2, mlp, drop_path):
         return None
     proj, dropout = map(attention._modules.get, ("proj", "dropout"))
     act1, fc1, act2, fc2, mlp_dropout = map(mlp._modules.get, MLP)

@@ -126,10 +126,18 @@ class FlashKATDropPath(nn.Module):
     def forward(self, branch: Tensor) -> Tensor:
         if not self.drops:
             return branch
+        factors = self.factors(branch).view(-1, *[1] * (branch.ndim - 1))
+        return (branch * factors).to(branch.dtype)
+
+    def factors(self, x: Tensor, branches: int = 1) -> Tensor:
+        """Draw by what some branches of x's samples are multiplied: 0, or what keeps the mean.
+
+        Returns:
+            `(branches, len(x))` float32, on x's device.
+        """
         # compared, since bernoulli_ would make torch.compile write code of its own for each block's rate
-        shape = branch.shape[0], *[1] * (branch.ndim - 1)
-        uniform = torch.rand(shape, dtype=torch.float32, device=branch.device)
-        return branch * (uniform >= self.rate) / (1 - self.rate)
+        uniform = torch.rand(branches, x.shape[0], dtype=torch.float32, device=x.device)
+        return (uniform >= self.rate) / (1 - self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={float(self.rate):.3g}"

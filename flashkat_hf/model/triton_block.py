@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from .pytorch_attention import Attended, attention_backward, attention_forward
 from .triton_attention import attention_scratch, launch_attention_backward, launch_attention_forward
+from .triton_drop_path import scale_samples
 from .triton_launch import launch, planned
 from .triton_math import tl, triton
 from .triton_norm import launch_norm_backward, launch_norm_forward, row_plan
@@ -97,6 +98,7 @@ class Tail(NamedTuple):
     denominator1: Tensor
     numerator2: Tensor
     denominator2: Tensor
+    factors: Tensor | None  # (2, batch) float32, of both branches; None: they are added as they are
 
 
 TABLE = ("offset", "rows", "segments", "rows_a", "rows_b", "place")
@@ -159,7 +161,12 @@ def gather_block_sums_kernel(
 
 
 def block_forward(
-    x: Tensor, mixed: Tensor | None, parameters: Parameters, block: Block, keep: bool
+    x: Tensor,
+    mixed: Tensor | None,
+    factors: Tensor | None,
+    parameters: Parameters,
+    block: Block,
+    keep: bool,
 ) -> tuple[Tensor, Head | None, Tail | None]:
     """Compute a block.
 
@@ -167,6 +174,8 @@ def block_forward(
         x: the residual stream `(batch, num_tokens, hidden_size)`, contiguous, and not empty.
         mixed: what the heads made of norm1's tokens, like x, in the products' dtype; None: that is still to
             do, and the products are in half precision.
+        factors: `(2, batch)` float32: by what the two branches of each sample are multiplied; None: they are
+            added as they are.
         parameters: of the block.
         block: what else there is to know.
         keep: whether backward is to come.
@@ -198,19 +207,23 @@ def block_forward(
     total, act = torch.empty_like(x), torch.empty_like(x, dtype=block.dtype)
     norm = p.norm2_weight, p.norm2_bias
     table1, table2 = (p.numerator1, p.denominator1), (p.numerator2, p.denominator2)
-    launch_norm_rational_forward(x, branch, *norm, *table1, total, act, mean2, rstd2, eps=block.eps2)
-    del branch
+    factor1, factor2 = (None, None) if factors is None else factors
+    tensors = x, branch, *norm, *table1, total, act, mean2, rstd2
+    launch_norm_rational_forward(*tensors, eps=block.eps2, factor=factor1)
+    del branch, tensors
     table_rows = table2[0].shape[0], table2[1].shape[0]
     if block.dtype.itemsize == 2 and linear_plan(rows, hidden_size, p.fc1_weight.shape[0], *table_rows):
         hidden, product = rational_mlp_forward(act, fc1_weight, p.fc1_bias, *table2, keep)
     else:
         product = linear(act, fc1_weight, biases[2])
         hidden = rational_forward(product, *table2)
-    y = total + linear(hidden, fc2_weight, biases[3])
+    branch = linear(hidden, fc2_weight, biases[3])
+    y = total + branch if factor2 is None else scale_samples(branch, factor2, total)
     if not keep:
         return y, None, None
     weights = proj_weight, fc1_weight, fc2_weight
-    return y, head, Tail(total, mixed, act, product, mean2, rstd2, *weights, *norm, *table1, *table2)
+    tensors = total, mixed, act, product, mean2, rstd2, *weights, *norm, *table1, *table2
+    return y, head, Tail(*tensors, factors)
 
 
 def block_backward(
@@ -289,7 +302,8 @@ def tail_backward(
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of `total`, of `mixed`, and of the weights of proj, fc1 and fc2."""
     t, rows, hidden_size = tail, grad.shape[0] * grad.shape[1], grad.shape[2]
-    grad_rows = grad.to(dtype).view(rows, hidden_size)
+    branch = grad.to(dtype) if t.factors is None else scale_samples(grad, t.factors[1], dtype=dtype)
+    grad_rows = branch.view(rows, hidden_size)
     act, mixed = t.act.view(rows, hidden_size), t.mixed.view(rows, hidden_size)
     grad_hidden = grad_rows.mm(t.fc2_weight)
     grad_product, hidden = torch.empty_like(grad_hidden), torch.empty_like(grad_hidden)
@@ -303,8 +317,10 @@ def tail_backward(
     del grad_product
     norm = t.mean, t.rstd, t.norm_weight, t.norm_bias
     inputs = grad, grad_act, t.total, *norm, *table1
-    launch_norm_rational_backward(*inputs, grad_total, *sums[0], plan=plans[0], totals=True)
-    grad_rows = grad_total.to(dtype).view(rows, hidden_size)
+    scaled = None if t.factors is None else (t.factors, torch.empty_like(grad_total, dtype=dtype))
+    launch_norm_rational_backward(*inputs, grad_total, *sums[0], plan=plans[0], totals=True, scaled=scaled)
+    branch = grad_total.to(dtype) if scaled is None else scaled[1]
+    grad_rows = branch.view(rows, hidden_size)
     proj_weight = grad_rows.t().mm(mixed) if wanted[4] else None
     return grad_total, grad_rows.mm(t.proj_weight), proj_weight, fc1_weight, fc2_weight
 

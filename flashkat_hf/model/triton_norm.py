@@ -105,6 +105,16 @@ def load_statistics(mean_ptr, rstd_ptr, row, num_rows, ROWS: tl.constexpr):
 
 
 @triton.jit
+def load_of_sample(ptr, row, num_rows, rows_per_sample, ROWS: tl.constexpr):
+    """Load the number of each lane's sample, of which so many rows in a row belong to one.
+
+    Lanes beyond the last row read the last one's.
+    """
+    last = row if ROWS == 1 else tl.minimum(row, num_rows - 1)
+    return tl.load(ptr + last // rows_per_sample)
+
+
+@triton.jit
 def store_columns(ptr, sums, mask, PARTS: tl.constexpr, WIDTH: tl.constexpr):
     """Store a program's sums over its rows, one for each column."""
     for part in tl.static_range(PARTS):

@@ -20,6 +20,7 @@ from .triton_math import (
     triton,
 )
 from .triton_norm import (
+    load_of_sample,
     load_parts,
     load_statistics,
     no_parts,
@@ -35,7 +36,7 @@ from .triton_rational import LAYOUT
 from .triton_sums import gather_sums
 from .triton_tiles import NORM_BACKWARD_TOTALS, NORM_FORWARD, NORM_RATIONAL_BACKWARD, NormTile
 
-UNSPECIALIZED = ("num_rows", *LAYOUT[1:], "eps")
+UNSPECIALIZED = ("num_rows", *LAYOUT[1:], "rows_per_sample", "eps")
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -50,20 +51,23 @@ def add_norm_rational_forward_kernel(
     y_ptr,  # (num_rows, hidden_size), any float
     mean_ptr,  # (num_rows,) float32
     rstd_ptr,  # (num_rows,) float32
+    factor_ptr,  # (num_rows / rows_per_sample,) float32; any tensor where not SCALED
     num_rows: tl.int64,
     segments_per_row: tl.int32,
     segments_per_group: tl.int32,
     numerator_stride: tl.int32,
     denominator_stride: tl.int32,
+    rows_per_sample: tl.int32,
     eps: tl.float32,
     ROWS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
-    """Compute total = residual + branch, rounded to its dtype.
+    """Compute total = residual + branch, rounded to its dtype; y = rational(layer norm of total).
 
-    Y = rational(layer norm of total); the norm's statistics.
+    Also the norm's statistics. With SCALED the branch is multiplied by the factor of its sample.
 
     Grid (num_programs,). Memory: two reads and two writes of each element. Arithmetic: float32.
     """
@@ -81,9 +85,14 @@ def add_norm_rational_forward_kernel(
         offset = row * hidden_size + column
         residual = load_parts(residual_ptr + offset, mask, PARTS, WIDTH)
         branch = load_parts(branch_ptr + offset, mask, PARTS, WIDTH)
+        if SCALED:
+            factor = load_of_sample(factor_ptr, row, num_rows, rows_per_sample, ROWS)
         totals = ()
         for part in tl.static_range(PARTS):
-            total = (residual[part] + branch[part]).to(total_ptr.dtype.element_ty)
+            summand = branch[part]
+            if SCALED:
+                summand = factor * summand
+            total = (residual[part] + summand).to(total_ptr.dtype.element_ty)
             tl.store(total_ptr + offset + part * WIDTH, total, mask=mask)
             totals = totals + (total.to(tl.float32),)
         mean, rstd = row_statistics(totals, in_row, hidden_size, eps, ROWS, SEGMENTS, PARTS, WIDTH)
@@ -107,22 +116,27 @@ def add_norm_rational_backward_kernel(
     grad_ptr,  # like total: the gradient of both summands
     partial_ptr,  # (10, num_programs * ROWS, segments_per_row) float32: the sums for a_0..a_5, |b_1|..|b_4|
     column_ptr,  # (2 or 4, num_programs * ROWS, hidden_size) float32: the sums for weight, bias, totals
+    factor_ptr,  # (2, num_rows / rows_per_sample) float32; any tensor where not SCALED, as the next one
+    grad_branch_ptr,  # (num_rows, hidden_size), any float
     num_rows: tl.int64,
     segments_per_row: tl.int32,
     segments_per_group: tl.int32,
     numerator_stride: tl.int32,
     denominator_stride: tl.int32,
+    rows_per_sample: tl.int32,
     ROWS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     TOTALS: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """Compute the gradient of total, both ways joined, and each program's sums for coefficients and norm.
 
     With TOTALS also the sums of both ways' gradient and of grad_total: those of biases that the branch and
     whatever is added to total contain. A switch and no kernel of its own: they are two sums more in the same
-    registers, where a launch of their own would read both gradients again.
+    registers, where a launch of their own would read both gradients again. With SCALED both are multiplied by
+    the two factors of their sample before, and the gradient of the branch is written, too.
 
     Grid (num_programs,). Memory: three reads and one write of each element. Arithmetic: float32.
     """
@@ -168,13 +182,22 @@ def add_norm_rational_backward_kernel(
         weight_sum, bias_sum = weight_sums, bias_sums
         mean_product = row_mean(products, hidden_size, ROWS, SEGMENTS)
         mean_grad = row_mean(grads, hidden_size, ROWS, SEGMENTS)
+        if SCALED:
+            factor = load_of_sample(factor_ptr, row, num_rows, rows_per_sample, ROWS)
+            later_ptr = factor_ptr + num_rows // rows_per_sample
+            later_factor = load_of_sample(later_ptr, row, num_rows, rows_per_sample, ROWS)
         grad_sums, grad_total_sums = (), ()
         for part in tl.static_range(PARTS):
             grad = grad_total[part] + rstd * (grad_normals[part] - mean_grad - normals[part] * mean_product)
             tl.store(grad_ptr + offset + part * WIDTH, grad.to(grad_ptr.dtype.element_ty), mask=mask)
             if TOTALS:
-                grad_sums = grad_sums + (grad_sum[part] + grad,)
-                grad_total_sums = grad_total_sums + (grad_total_sum[part] + grad_total[part],)
+                grad_branch, grad_later = grad, grad_total[part]
+                if SCALED:
+                    grad_branch, grad_later = factor * grad, later_factor * grad_total[part]
+                    branch = grad_branch.to(grad_branch_ptr.dtype.element_ty)
+                    tl.store(grad_branch_ptr + offset + part * WIDTH, branch, mask=mask)
+                grad_sums = grad_sums + (grad_sum[part] + grad_branch,)
+                grad_total_sums = grad_total_sums + (grad_total_sum[part] + grad_later,)
         if TOTALS:
             grad_sum, grad_total_sum = grad_sums, grad_total_sums
     rows = programs * ROWS
@@ -212,13 +235,19 @@ def add_norm_rational_forward(
     return total, y, mean, rstd
 
 
-def launch_norm_rational_forward(*tensors: Tensor, eps: float) -> None:
-    """Launch the forward kernel on its tensors, if they have elements."""
-    residual, _, _, _, numerator, denominator, *_ = tensors
+def launch_norm_rational_forward(*tensors: Tensor, eps: float, factor: Tensor | None = None) -> None:
+    """Launch the forward kernel on its tensors, if they have elements.
+
+    `factor` `(samples,)` multiplies the branch, of whose rows each sample has equally many.
+    """
+    residual, _, weight, _, numerator, denominator, *_ = tensors
     tile, numbers = row_and_table_plan(residual, numerator, denominator, NORM_FORWARD)
     if residual.numel():
         kernel, grid = add_norm_rational_forward_kernel, (tile.num_programs, 1, 1)
-        launch(kernel, grid, tensors, (*numbers, eps), tile[:4], tile.num_warps)
+        rows_per_sample = 1 if factor is None else numbers[0] // len(factor)
+        pointers = (*tensors, weight if factor is None else factor)
+        numbers, constants = (*numbers, rows_per_sample, eps), (*tile[:4], factor is not None)
+        launch(kernel, grid, pointers, numbers, constants, tile.num_warps)
 
 
 def add_norm_rational_backward(
@@ -253,13 +282,23 @@ def add_norm_rational_backward(
 
 
 def launch_norm_rational_backward(
-    *tensors: Tensor, plan: tuple[NormTile, tuple[int, ...]], totals: bool
+    *tensors: Tensor,
+    plan: tuple[NormTile, tuple[int, ...]],
+    totals: bool,
+    scaled: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Launch the backward kernel on its tensors, if they have elements."""
+    """Launch the backward kernel on its tensors, if they have elements.
+
+    `scaled` has the factors of both branches `(2, samples)` and where the gradient of the first one goes.
+    """
     tile, numbers = plan
-    if tensors[0].numel():
-        grid, constants = (tile.num_programs, 1, 1), (*tile[:4], totals)
-        launch(add_norm_rational_backward_kernel, grid, tensors, numbers, constants, tile.num_warps)
+    grad_total, weight = tensors[0], tensors[5]
+    if grad_total.numel():
+        kernel, grid = add_norm_rational_backward_kernel, (tile.num_programs, 1, 1)
+        rows_per_sample = 1 if scaled is None else numbers[0] // scaled[0].shape[1]
+        pointers = (*tensors, *(scaled or (weight, weight)))
+        numbers, constants = (*numbers, rows_per_sample), (*tile[:4], totals, scaled is not None)
+        launch(kernel, grid, pointers, numbers, constants, tile.num_warps)
 
 
 def norm_rational_backward_plan(

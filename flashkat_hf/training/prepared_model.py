@@ -89,8 +89,9 @@ class PreparedModel:
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             torch.distributed.all_reduce(flat, torch.distributed.ReduceOp.AVG)
             parts = flat.split([gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+            # a few launches, where copy_ takes one for each parameter
+            parts = [*map(Tensor.view_as, parts, gradients)]
+            torch._foreach_copy_(gradients, parts)  # pyright: ignore[reportPrivateImportUsage]
 
     def _replays(self) -> bool:
         return self.step is not None and self.step.holds_gradients()

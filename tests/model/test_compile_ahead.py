@@ -16,6 +16,7 @@ from flashkat_hf.data.gpu import triton_augmentation, triton_crops
 from flashkat_hf.model import (
     triton_attention,
     triton_block,
+    triton_drop_path,
     triton_norm,
     triton_norm_rational,
     triton_rational,
@@ -33,7 +34,16 @@ from flashkat_hf.model.triton_tiles import (
 
 POINTER_TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 FLOAT32 = {
-    *("numerator_ptr", "denominator_ptr", "weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "lse_ptr"),
+    *(
+        "numerator_ptr",
+        "denominator_ptr",
+        "weight_ptr",
+        "bias_ptr",
+        "mean_ptr",
+        "rstd_ptr",
+        "lse_ptr",
+        "factor_ptr",
+    ),
     *("partial_ptr", "column_ptr", "column_sum_ptr", "statistics_ptr", "rest_ptr"),
 }
 # torch.compile launches these itself and passes numbers in float64, in which nothing is to be computed.
@@ -102,9 +112,11 @@ def test_norm_compiles(hidden_size, capability, dtype):
     for kernel, flags in (
         (triton_norm.norm_forward_kernel, {}),
         (triton_norm.norm_backward_kernel, {}),
-        (triton_norm_rational.add_norm_rational_forward_kernel, {}),
-        (triton_norm_rational.add_norm_rational_backward_kernel, {"TOTALS": False}),
-        (triton_norm_rational.add_norm_rational_backward_kernel, {"TOTALS": True}),
+        (triton_norm_rational.add_norm_rational_forward_kernel, {"SCALED": False}),
+        (triton_norm_rational.add_norm_rational_forward_kernel, {"SCALED": True}),
+        (triton_norm_rational.add_norm_rational_backward_kernel, {"TOTALS": False, "SCALED": False}),
+        (triton_norm_rational.add_norm_rational_backward_kernel, {"TOTALS": True, "SCALED": False}),
+        (triton_norm_rational.add_norm_rational_backward_kernel, {"TOTALS": True, "SCALED": True}),
     ):
         target = GPUTarget("cuda", capability, 32)
         ptx = compile_with(kernel, {**sizes, **flags}, tile.num_warps, dtype, target).asm["ptx"]
@@ -112,6 +124,18 @@ def test_norm_compiles(hidden_size, capability, dtype):
         assert ".local" not in ptx
         assert not re.search(FLOAT64, ptx)
         assert ("bar.sync" in ptx) == (hidden_size == 768)  # smaller rows are reduced inside a warp
+
+
+@pytest.mark.parametrize("dtype", POINTER_TYPES)
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("adds", [False, True])
+def test_stochastic_depth_compiles(adds, capability, dtype):
+    constants = {"SEGMENTS": 256, "WIDTH": 16 // BYTES[dtype], "ADDS": adds}
+    target = GPUTarget("cuda", capability, 32)
+    ptx = compile_with(triton_drop_path.scale_samples_kernel, constants, 2, dtype, target).asm["ptx"]
+    assert ".local" not in ptx
+    assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\..*, 0x10", ptx)  # 16 bytes
+    assert re.search(r"st\.global\S*\.v4\.b32", ptx)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -8,6 +8,7 @@ from torch.autograd.graph import save_on_cpu
 
 from flashkat_hf import FlashKATForImageClassification
 from flashkat_hf.model import fusing, op_block, operators, triton_launch, triton_sums
+from flashkat_hf.model.modeling_flashkat import FlashKATDropPath
 
 pytestmark = pytest.mark.parametrize("device", KERNEL_DEVICES)
 # Triton's interpreter multiplies matrices of bfloat16 by the integers that they are stored as.
@@ -27,9 +28,9 @@ def blocks(monkeypatch) -> list[str]:
     calls: list[str] = []
     whole = op_block.block_forward
 
-    def counted(x, mixed, parameters, block, keep):
+    def counted(x, mixed, factors, parameters, block, keep):
         calls.append(("whole" if mixed is None else "tail") + ("" if keep else ", nothing kept"))
-        return whole(x, mixed, parameters, block, keep)
+        return whole(x, mixed, factors, parameters, block, keep)
 
     monkeypatch.setattr(op_block, "block_forward", counted)
     return calls
@@ -118,6 +119,53 @@ def test_a_block_calls_the_attention_of_pytorch(overrides, dtype, device, blocks
             # roundings of the scores' and the bias's gradients to half precision
             allowed = 8 * torch.finfo(dtype).eps * expected.abs().max()
             assert (whole[name] - expected).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("dtype", [*HALF, None], ids=str)
+@pytest.mark.parametrize("overrides", [{}, {"attn_implementation": "eager"}], ids=str)
+def test_stochastic_depth(overrides, dtype, device, blocks, monkeypatch):
+    """A block drops branches as its modules do, up to roundings, which one node of autograd has fewer of."""
+    model = random_model(device, **overrides)
+    drop_path = model.flashkat.layers[0].drop_path
+    drop_path.rate = 0.25
+    factors = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 1, 1, 1]], dtype=torch.float32, device=device) / 0.75
+
+    def drawn(x, branches=1):
+        rows = iter([factors] if branches == 2 else [factors[:1], factors[1:]])
+        drop_path.factors = lambda *_, **__: next(rows)
+        return next(rows)
+
+    found = {}
+    for name in ("whole", "pieces"):
+        drop_path.factors = drawn
+        found[name] = step(model, dtype, batch=5)
+        monkeypatch.setattr(fusing, "tail_parameters", lambda *_: None)
+    assert blocks == ["tail" if overrides or dtype is None else "whole"]
+    for name, expected in found["pieces"].items():
+        actual = found["whole"][name]
+        assert (actual is None) == (expected is None), name
+        if expected is not None:
+            allowed = (16 * torch.finfo(dtype).eps if dtype else 1e-5) * expected.abs().max()
+            assert (actual - expected).abs().max() <= allowed, name
+
+
+def test_a_block_draws_for_both_branches(device, blocks):
+    """What is dropped follows the seed; a sample that loses both branches passes a block unchanged."""
+    model = random_model(device)
+    layer = model.flashkat.layers[0]
+    layer.drop_path.rate = 0.5
+    x, passed = torch.randn(64, 5, layer.norm1.weight.numel(), device=device), []
+    for _ in range(2):
+        torch.manual_seed(3)
+        with torch.autocast(device, torch.float16):
+            y = layer(x)
+        passed.append((y == x).flatten(1).all(1))
+    torch.manual_seed(3)
+    kept = FlashKATDropPath(0.5).train().factors(x, branches=2) > 0
+    assert torch.equal(passed[0], passed[1])
+    assert torch.equal(passed[0], ~kept.any(0))
+    assert 4 < passed[0].sum() < 32
+    assert blocks == ["whole"] * 2
 
 
 def test_gradients_of_a_long_sequence_twice_and_by_checkpoints(device, blocks, long):
@@ -229,7 +277,7 @@ def transpose_fc1(layer):
         *((touch(name), ["tail"]) for name in ("norm1", "attention.qkv")),
         *((touch(name), []) for name in ("attention.dropout", "mlp", "mlp.act1", "drop_path")),
         (transpose_fc1, []),
-        (lambda layer: setattr(layer.drop_path, "rate", 0.5), []),
+        (lambda layer: setattr(layer.drop_path, "rate", 0.5), ["whole"]),
         (lambda layer: setattr(layer.mlp.dropout, "p", 0.5), []),
     ],
 )

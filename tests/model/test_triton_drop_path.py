@@ -1,0 +1,26 @@
+"""The kernel of stochastic depth against its formula."""
+
+import pytest
+import torch
+from helpers import KERNEL_DEVICES
+
+from flashkat_hf.model.triton_drop_path import scale_samples
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 24), (2, 7, 9), (1, 300, 48)], ids=str)
+@pytest.mark.parametrize("adds", [False, True])
+def test_branches_are_scaled(adds, shape, dtype, device):
+    """Also where a sample has a rest of a tile, and where its branch, which is dropped, is not finite."""
+    branch = torch.randn(shape, device=device, dtype=dtype)
+    residual = torch.randn(shape, device=device) if adds else None
+    factor = torch.tensor([0.0, 1.25, 2.0], device=device)[-len(branch) :]
+    expected = branch.float() * factor.view(-1, 1, 1) + (residual if adds else 0.0)
+    if factor[0] == 0:
+        branch[0] = torch.nan
+    y = scale_samples(branch, factor, residual)
+    assert y.dtype == (torch.float32 if adds else dtype)
+    assert torch.equal(y, expected.to(y.dtype))
+    half = scale_samples(branch, factor, residual, dtype=torch.float16)
+    assert torch.equal(half, expected.half())
