@@ -111,7 +111,9 @@ def load_of_sample(ptr, row, num_rows, rows_per_sample, ROWS: tl.constexpr):
     Lanes beyond the last row read the last one's.
     """
     last = row if ROWS == 1 else tl.minimum(row, num_rows - 1)
-    return tl.load(ptr + last // rows_per_sample)
+    return tl.load(
+        ptr + last.to(tl.int32) // rows_per_sample
+    )  # a division of int64 is slow, and a row no use
 
 
 @triton.jit

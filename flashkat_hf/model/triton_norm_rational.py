@@ -184,7 +184,7 @@ def add_norm_rational_backward_kernel(
         mean_grad = row_mean(grads, hidden_size, ROWS, SEGMENTS)
         if SCALED:
             factor = load_of_sample(factor_ptr, row, num_rows, rows_per_sample, ROWS)
-            later_ptr = factor_ptr + num_rows // rows_per_sample
+            later_ptr = factor_ptr + num_rows.to(tl.int32) // rows_per_sample
             later_factor = load_of_sample(later_ptr, row, num_rows, rows_per_sample, ROWS)
         grad_sums, grad_total_sums = (), ()
         for part in tl.static_range(PARTS):

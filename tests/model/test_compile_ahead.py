@@ -25,6 +25,8 @@ from flashkat_hf.model import (
 )
 from flashkat_hf.model.triton_tiles import (
     NORM_BACKWARD,
+    NORM_BACKWARD_TOTALS,
+    NORM_FORWARD,
     attention_blocks,
     backward_tile,
     forward_tile,
@@ -54,6 +56,7 @@ OPEN = (
     triton_norm_rational.add_norm_rational_forward_kernel,
 )
 FLOAT64 = r"\b(add|sub|mul|fma|div|sqrt|rcp|ex2)\.\S*f64"
+UNSCALED, SCALED = {"TOTALS": True, "SCALED": False}, {"TOTALS": True, "SCALED": True}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -115,8 +118,8 @@ def test_norm_compiles(hidden_size, capability, dtype):
         (triton_norm_rational.add_norm_rational_forward_kernel, {"SCALED": False}),
         (triton_norm_rational.add_norm_rational_forward_kernel, {"SCALED": True}),
         (triton_norm_rational.add_norm_rational_backward_kernel, {"TOTALS": False, "SCALED": False}),
-        (triton_norm_rational.add_norm_rational_backward_kernel, {"TOTALS": True, "SCALED": False}),
-        (triton_norm_rational.add_norm_rational_backward_kernel, {"TOTALS": True, "SCALED": True}),
+        (triton_norm_rational.add_norm_rational_backward_kernel, UNSCALED),
+        (triton_norm_rational.add_norm_rational_backward_kernel, SCALED),
     ):
         target = GPUTarget("cuda", capability, 32)
         ptx = compile_with(kernel, {**sizes, **flags}, tile.num_warps, dtype, target).asm["ptx"]
@@ -124,6 +127,27 @@ def test_norm_compiles(hidden_size, capability, dtype):
         assert ".local" not in ptx
         assert not re.search(FLOAT64, ptx)
         assert ("bar.sync" in ptx) == (hidden_size == 768)  # smaller rows are reduced inside a warp
+
+
+@pytest.mark.parametrize("hidden_size", [192, 384, 768])
+@pytest.mark.parametrize(
+    ("kernel", "flags", "registers"),
+    [
+        (triton_norm.norm_forward_kernel, {}, NORM_FORWARD),
+        (triton_norm.norm_backward_kernel, {}, NORM_BACKWARD),
+        (triton_norm_rational.add_norm_rational_forward_kernel, {"SCALED": False}, NORM_FORWARD),
+        (triton_norm_rational.add_norm_rational_forward_kernel, {"SCALED": True}, NORM_FORWARD),
+        (triton_norm_rational.add_norm_rational_backward_kernel, UNSCALED, NORM_BACKWARD_TOTALS),
+        (triton_norm_rational.add_norm_rational_backward_kernel, SCALED, NORM_BACKWARD_TOTALS),
+    ],
+)
+def test_a_norm_has_the_registers_that_its_tile_counts_on(kernel, flags, registers, hidden_size):
+    """Else not all programs run at once, and a few of them after all others."""
+    tile = norm_tile(2**17, hidden_size, hidden_size // 8, 132, registers)
+    sizes = {"ROWS": tile.rows, "SEGMENTS": tile.segments, "PARTS": tile.parts, "WIDTH": tile.width}
+    target = GPUTarget("cuda", 90, 32)
+    ptx = compile_with(kernel, {**sizes, **flags}, tile.num_warps, "bfloat16", target).asm["ptx"]
+    check_assembly(ptx, int(registers[0] + registers[1] * tile.parts * tile.width))
 
 
 @pytest.mark.parametrize("dtype", POINTER_TYPES)
