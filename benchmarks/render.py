@@ -180,14 +180,15 @@ def update_table(results: list[dict]) -> str:
     profile = {"compute_ms": "computing", "nccl_ms": "NCCL alone", "idle_ms": "idle"}
     if not any(name in result for result in measured for name in profile):
         profile = {}
-    head = ["milliseconds of an update", "GPUs", "whole", "on the device", "between updates"]
+    head = ["milliseconds of an update", "commit", "GPUs", "whole", "on the device", "between updates"]
     rows = [f"| {' | '.join([*head, *profile.values()])} |", "|---" * (len(head) + len(profile)) + "|"]
     for result in measured:
         images = 1e3 * result["batch_size"] * result["processes"]
         whole, device = (images / result[f"{rate}images_per_second"] for rate in ("", "step_"))
         times = [f"{time:.1f}" for time in (whole, device, whole - device)]
         times += [f"{result[name]:.1f}" if name in result else "" for name in profile]
-        rows.append(f"| {' | '.join([trained(result), str(result['processes']), *times])} |")
+        case = trained(result), result["commit"][:7], str(result["processes"])
+        rows.append(f"| {' | '.join([*case, *times])} |")
     note = (
         "From the same runs as the table in [What a run leaves](#what-a-run-leaves). An update is on the "
         "device from the moment at which the GPU begins with its batch. Between updates the GPU waits for "
@@ -213,13 +214,14 @@ def training_table(results: list[dict]) -> str:
     alone = [result for result in measured if (result["case"], result["processes"]) == ("synthetic", 1)]
     one_gpu = {kind(result): result["images_per_second"] for result in alone}
     rows = [
-        "| pretraining recipe | GPUs | images/s | of linear | GPU memory, GiB | to update 10 | checkpoint |",
-        "|---" * 7 + "|",
+        "| pretraining recipe | commit | GPUs | images/s | of linear | GPU memory, GiB | to update 10 | "
+        "checkpoint |",
+        "|---" * 8 + "|",
     ]
     for result in measured:
         rate, processes = result["images_per_second"], result["processes"]
         share = f"{rate / processes / one_gpu[kind(result)]:.2f}" if kind(result) in one_gpu else ""
-        cells = [trained(result), processes, f"{rate:,.0f}", share]
+        cells = [trained(result), result["commit"][:7], processes, f"{rate:,.0f}", share]
         cells.append(result["peak_memory_gib"])
         cells += [f"{result[key]:.1f} s" if key in result else "" for key in ("start_up_s", "checkpoint_s")]
         rows.append(f"| {' | '.join(map(str, cells))} |")

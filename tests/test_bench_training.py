@@ -129,7 +129,8 @@ def test_training_table():
     results[0] |= {"start_up_s": 12.34, "checkpoint_s": 0.56}
     checked = {"case": "resume", "processes": 4, "same_bits": True, "commit": "b"}
     *rows, note = render.training_table([*results, checked]).splitlines()
-    assert [row.split(" | ")[3] for row in rows[2:7]] == ["1.00", "0.75", "1.00", "0.95", ""]
+    assert [row.split(" | ")[4] for row in rows[2:7]] == ["1.00", "0.75", "1.00", "0.95", ""]
+    assert [row.split(" | ")[1] for row in rows[2:7]] == ["a", "a", "b", "b", "b"]
     assert rows[2].endswith("| 12.3 s | 0.6 s |")
     assert "CUDA graphs, torch 2, accelerate 1, commit a, b; then GPU, bf16, not compiled, torch 2" in note
     assert "After SIGTERM to the launcher on 4 GPUs a resumed run" in note
@@ -137,17 +138,17 @@ def test_training_table():
 
 def test_update_table():
     """Milliseconds of an update; the columns of the profile are there once a run was profiled."""
-    about = {"case": "synthetic", "size": "small", "batch_size": 8}
+    about = {"case": "synthetic", "size": "small", "batch_size": 8, "commit": "0123456789"}
     rates = {"images_per_second": 160.0, "step_images_per_second": 200.0}
     one = about | rates | {"processes": 1}
     two = about | rates | {"processes": 2, "compute_ms": 70.04, "nccl_ms": 6.0, "idle_ms": 3.96}
     resume = {"case": "resume", "processes": 2}
     head, _, row, _, note = render.update_table([one, resume]).splitlines()
-    assert head == "| milliseconds of an update | GPUs | whole | on the device | between updates |"
-    assert row == "| small, 8 a GPU: synthetic | 1 | 50.0 | 40.0 | 10.0 |"
+    assert head == "| milliseconds of an update | commit | GPUs | whole | on the device | between updates |"
+    assert row == "| small, 8 a GPU: synthetic | 0123456 | 1 | 50.0 | 40.0 | 10.0 |"
     assert "profile" not in note
     head, _, first, second, _, note = render.update_table([one, two]).splitlines()
     assert head.endswith("| between updates | computing | NCCL alone | idle |")
-    assert first == "| small, 8 a GPU: synthetic | 1 | 50.0 | 40.0 | 10.0 |  |  |  |"
-    assert second == "| small, 8 a GPU: synthetic | 2 | 100.0 | 80.0 | 20.0 | 70.0 | 6.0 | 4.0 |"
+    assert first == "| small, 8 a GPU: synthetic | 0123456 | 1 | 50.0 | 40.0 | 10.0 |  |  |  |"
+    assert second == "| small, 8 a GPU: synthetic | 0123456 | 2 | 100.0 | 80.0 | 20.0 | 70.0 | 6.0 | 4.0 |"
     assert "a profile of some updates of the first GPU" in note
