@@ -21,6 +21,6 @@ def test_branches_are_scaled(adds, shape, dtype, device):
         branch[0] = torch.nan
     y = scale_samples(branch, factor, residual)
     assert y.dtype == (torch.float32 if adds else dtype)
-    assert torch.equal(y, expected.to(y.dtype))
+    torch.testing.assert_close(y, expected.to(y.dtype))  # a GPU rounds the product and the sum at once
     half = scale_samples(branch, factor, residual, dtype=torch.float16)
-    assert torch.equal(half, expected.half())
+    torch.testing.assert_close(half, expected.half())
