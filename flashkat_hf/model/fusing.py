@@ -108,7 +108,7 @@ def one_node_block(layer: Any, x: Tensor, tail: list[Tensor], **kwargs: Any) -> 
 
     `tail_parameters` has asked about x.
     """
-    norm1, attention, norm2, drop_path = map(layer._modules.get, ("norm1", *TAIL[:2], "drop_path"))
+    norm1, attention, norm2, drop_path = map(layer._modules.get, ("norm1", "attention", "norm2", "drop_path"))
     factors = drop_path.factors(x, branches=2) if drop_path.drops else None
     qkv = attention._modules["qkv"]
     head = [*map(norm1._parameters.get, LINEAR), *map(qkv._parameters.get, LINEAR)]

@@ -207,9 +207,8 @@ def block_forward(
     total, act = torch.empty_like(x), torch.empty_like(x, dtype=block.dtype)
     norm = p.norm2_weight, p.norm2_bias
     table1, table2 = (p.numerator1, p.denominator1), (p.numerator2, p.denominator2)
-    factor1, factor2 = (None, None) if factors is None else factors
     tensors = x, branch, *norm, *table1, total, act, mean2, rstd2
-    launch_norm_rational_forward(*tensors, eps=block.eps2, factor=factor1)
+    launch_norm_rational_forward(*tensors, eps=block.eps2, factors=factors)
     del branch, tensors
     table_rows = table2[0].shape[0], table2[1].shape[0]
     if block.dtype.itemsize == 2 and linear_plan(rows, hidden_size, p.fc1_weight.shape[0], *table_rows):
@@ -218,7 +217,7 @@ def block_forward(
         product = linear(act, fc1_weight, biases[2])
         hidden = rational_forward(product, *table2)
     branch = linear(hidden, fc2_weight, biases[3])
-    y = total + branch if factor2 is None else scale_samples(branch, factor2, total)
+    y = total + branch if factors is None else scale_samples(branch, factors, total)
     if not keep:
         return y, None, None
     weights = proj_weight, fc1_weight, fc2_weight
@@ -302,7 +301,7 @@ def tail_backward(
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of `total`, of `mixed`, and of the weights of proj, fc1 and fc2."""
     t, rows, hidden_size = tail, grad.shape[0] * grad.shape[1], grad.shape[2]
-    branch = grad.to(dtype) if t.factors is None else scale_samples(grad, t.factors[1], dtype=dtype)
+    branch = grad.to(dtype) if t.factors is None else scale_samples(grad, t.factors, dtype=dtype)
     grad_rows = branch.view(rows, hidden_size)
     act, mixed = t.act.view(rows, hidden_size), t.mixed.view(rows, hidden_size)
     grad_hidden = grad_rows.mm(t.fc2_weight)

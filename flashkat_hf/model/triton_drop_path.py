@@ -10,13 +10,14 @@ from .triton_tiles import segment_width
 SEGMENTS, NUM_WARPS = 256, 2  # of a program, which takes as much as one of the rational's forward kernel
 
 
-@triton.jit(do_not_specialize=("segments_per_sample",))
+@triton.jit(do_not_specialize=("segments_per_sample", "last_row"))
 def scale_samples_kernel(
     branch_ptr,  # (num_samples, segments_per_sample * WIDTH), contiguous, any float
-    factor_ptr,  # (num_samples,) float32
+    factor_ptr,  # (rows, num_samples) float32, of which the last row counts
     residual_ptr,  # like branch, any float; any tensor where not ADDS
     y_ptr,  # like branch, any float
     segments_per_sample: tl.int32,
+    last_row: tl.int32,
     SEGMENTS: tl.constexpr,
     WIDTH: tl.constexpr,
     ADDS: tl.constexpr,
@@ -29,7 +30,7 @@ def scale_samples_kernel(
     sample = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1) * SEGMENTS + tl.arange(0, SEGMENTS)[:, None]
     offset = (sample * segments_per_sample + segment) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    factor = tl.load(factor_ptr + sample)
+    factor = tl.load(factor_ptr + last_row * tl.num_programs(0) + sample)
     kept_segments = tl.where(factor == 0.0, 0, segments_per_sample)
     y = factor * tl.load(branch_ptr + offset, mask=segment < kept_segments, other=0.0).to(tl.float32)
     mask = segment < segments_per_sample
@@ -39,13 +40,14 @@ def scale_samples_kernel(
 
 
 def scale_samples(
-    branch: Tensor, factor: Tensor, residual: Tensor | None = None, dtype: torch.dtype | None = None
+    branch: Tensor, factors: Tensor, residual: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Launch the kernel.
 
     Args:
         branch: `(samples, ...)`, contiguous and not empty.
-        factor: `(samples,)` float32, contiguous.
+        factors: `(rows, samples)` float32, contiguous; those of the last row count. A view of that row would
+            not be aligned to 16 bytes, which launches rest on.
         residual: like the branch, contiguous; added if there is one.
         dtype: of the result; by default that of the sum of what is there.
     """
@@ -56,5 +58,6 @@ def scale_samples(
     segments = size // width
     grid = len(branch), triton.cdiv(segments, SEGMENTS), 1
     constants = SEGMENTS, width, residual is not None
-    launch(scale_samples_kernel, grid, (branch, factor, summand, y), (segments,), constants, NUM_WARPS)
+    tensors, numbers = (branch, factors, summand, y), (segments, len(factors) - 1)
+    launch(scale_samples_kernel, grid, tensors, numbers, constants, NUM_WARPS)
     return y

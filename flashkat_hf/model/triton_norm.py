@@ -111,9 +111,8 @@ def load_of_sample(ptr, row, num_rows, rows_per_sample, ROWS: tl.constexpr):
     Lanes beyond the last row read the last one's.
     """
     last = row if ROWS == 1 else tl.minimum(row, num_rows - 1)
-    return tl.load(
-        ptr + last.to(tl.int32) // rows_per_sample
-    )  # a division of int64 is slow, and a row no use
+    # There are fewer rows than 2**31, and a division of int64 takes many registers.
+    return tl.load(ptr + last.to(tl.int32) // rows_per_sample)
 
 
 @triton.jit

@@ -51,7 +51,7 @@ def add_norm_rational_forward_kernel(
     y_ptr,  # (num_rows, hidden_size), any float
     mean_ptr,  # (num_rows,) float32
     rstd_ptr,  # (num_rows,) float32
-    factor_ptr,  # (num_rows / rows_per_sample,) float32; any tensor where not SCALED
+    factor_ptr,  # (2, num_rows / rows_per_sample) float32; any tensor where not SCALED
     num_rows: tl.int64,
     segments_per_row: tl.int32,
     segments_per_group: tl.int32,
@@ -67,7 +67,7 @@ def add_norm_rational_forward_kernel(
 ):
     """Compute total = residual + branch, rounded to its dtype; y = rational(layer norm of total).
 
-    Also the norm's statistics. With SCALED the branch is multiplied by the factor of its sample.
+    Also the norm's statistics. With SCALED the branch is multiplied by its sample's factor in the first row.
 
     Grid (num_programs,). Memory: two reads and two writes of each element. Arithmetic: float32.
     """
@@ -136,9 +136,11 @@ def add_norm_rational_backward_kernel(
     With TOTALS also the sums of both ways' gradient and of grad_total: those of biases that the branch and
     whatever is added to total contain. A switch and no kernel of its own: they are two sums more in the same
     registers, where a launch of their own would read both gradients again. With SCALED both are multiplied by
-    the two factors of their sample before, and the gradient of the branch is written, too.
+    the two factors of their sample before, and the gradient of the branch, which is one of the two, is
+    written, too.
 
-    Grid (num_programs,). Memory: three reads and one write of each element. Arithmetic: float32.
+    Grid (num_programs,). Memory: three reads and one write of each element, with SCALED two writes.
+    Arithmetic: float32.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     LANES: tl.constexpr = ROWS * SEGMENTS
@@ -235,18 +237,18 @@ def add_norm_rational_forward(
     return total, y, mean, rstd
 
 
-def launch_norm_rational_forward(*tensors: Tensor, eps: float, factor: Tensor | None = None) -> None:
+def launch_norm_rational_forward(*tensors: Tensor, eps: float, factors: Tensor | None = None) -> None:
     """Launch the forward kernel on its tensors, if they have elements.
 
-    `factor` `(samples,)` multiplies the branch, of whose rows each sample has equally many.
+    The first row of `factors` `(2, samples)` multiplies the branch; each sample has equally many of its rows.
     """
     residual, _, weight, _, numerator, denominator, *_ = tensors
     tile, numbers = row_and_table_plan(residual, numerator, denominator, NORM_FORWARD)
     if residual.numel():
         kernel, grid = add_norm_rational_forward_kernel, (tile.num_programs, 1, 1)
-        rows_per_sample = 1 if factor is None else numbers[0] // len(factor)
-        pointers = (*tensors, weight if factor is None else factor)
-        numbers, constants = (*numbers, rows_per_sample, eps), (*tile[:4], factor is not None)
+        rows_per_sample = 1 if factors is None else numbers[0] // factors.shape[1]
+        pointers = (*tensors, weight if factors is None else factors)
+        numbers, constants = (*numbers, rows_per_sample, eps), (*tile[:4], factors is not None)
         launch(kernel, grid, pointers, numbers, constants, tile.num_warps)
 
 

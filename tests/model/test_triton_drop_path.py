@@ -15,12 +15,12 @@ def test_branches_are_scaled(adds, shape, dtype, device):
     """Also where a sample has a rest of a tile, and where its branch, which is dropped, is not finite."""
     branch = torch.randn(shape, device=device, dtype=dtype)
     residual = torch.randn(shape, device=device) if adds else None
-    factor = torch.tensor([0.0, 1.25, 2.0], device=device)[-len(branch) :]
-    expected = branch.float() * factor.view(-1, 1, 1) + (residual if adds else 0.0)
-    if factor[0] == 0:
+    factors = torch.tensor([[3.0] * 3, [0.0, 1.25, 2.0]], device=device)[:, -len(branch) :].contiguous()
+    expected = branch.float() * factors[-1].view(-1, 1, 1) + (residual if adds else 0.0)
+    if factors[-1, 0] == 0:
         branch[0] = torch.nan
-    y = scale_samples(branch, factor, residual)
+    y = scale_samples(branch, factors, residual)
     assert y.dtype == (torch.float32 if adds else dtype)
     torch.testing.assert_close(y, expected.to(y.dtype))  # a GPU rounds the product and the sum at once
-    half = scale_samples(branch, factor, residual, dtype=torch.float16)
+    half = scale_samples(branch, factors, residual, dtype=torch.float16)
     torch.testing.assert_close(half, expected.half())
