@@ -25,8 +25,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
+import numpy
 import torch
 import transformers
 from bench_data import Settings as Photographs
@@ -130,9 +131,9 @@ def trainer_runs(settings: Settings) -> Iterator[dict]:
                 times = clock.times[5:]
                 found += [after - before for before, after in pairwise(times)]
         for (name, mode, *_), found in zip(kinds, intervals, strict=True):
-            rates = {"images_per_s": quantiles(found, n=10)[0], "median_images_per_s": median(found)}
+            rates = {"images_per_s": numpy.percentile(found, 10), "median_images_per_s": median(found)}
             case = {"case": "Trainer", "provider": name, "mode": mode, "batch_size": batch_size}
-            yield case | {rate: round(batch_size / seconds, 1) for rate, seconds in rates.items()}
+            yield case | {rate: round(batch_size / float(seconds), 1) for rate, seconds in rates.items()}
 
 
 def run(

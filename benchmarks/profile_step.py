@@ -75,7 +75,7 @@ TRAFFIC = {
     "rational_mlp_backward_kernel": Traffic(intermediate=4),  # grad_y, x; grad_x, y
     "rational_mlp_forward_kernel": Traffic(hidden=1, intermediate=2, maps=1),  # x; product, y
     "add_norm_rational_forward_kernel": Traffic(hidden=4, row=2),  # residual, branch; total, y; mean, rstd
-    # grad_total, grad_y, total; grad; mean, rstd
+    # grad_total, grad_y, total; grad; mean, rstd; with stochastic depth also grad_branch
     "add_norm_rational_backward_kernel": Traffic(hidden=4, row=2),
     "scale_samples_kernel": Traffic(hidden=3),  # residual, branch; y. It reads no residual in backward
     "norm_forward_kernel": Traffic(hidden=2, row=2),  # x; y; mean, rstd

@@ -81,7 +81,7 @@ def fused_block(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     """Compute a `FlashKATLayer` by fused operators, as far as its modules allow.
 
     The bias gradients of proj and fc2 come from norm2's backward, which has the gradients of both branches,
-    if both branches are added as they are.
+    if both branches are added as they are, or if one node of autograd is the block and multiplies them.
     """
     tail = None if torch.compiler.is_compiling() else tail_parameters(layer, hidden_states)
     if tail is not None:

@@ -130,14 +130,14 @@ class FlashKATDropPath(nn.Module):
         return (branch * factors).to(branch.dtype)
 
     def factors(self, x: Tensor, branches: int = 1) -> Tensor:
-        """Draw by what some branches of x's samples are multiplied: 0, or what keeps the mean.
+        """Draw the factors of each sample's branches: 0 drops a branch, 1 / (1 - rate) keeps the mean.
 
         Returns:
             `(branches, len(x))` float32, on x's device.
         """
         # compared, since bernoulli_ would make torch.compile write code of its own for each block's rate
         uniform = torch.rand(branches, x.shape[0], dtype=torch.float32, device=x.device)
-        return (uniform >= self.rate) / (1 - self.rate)
+        return uniform.ge_(self.rate).div_(1 - self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={float(self.rate):.3g}"

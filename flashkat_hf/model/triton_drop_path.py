@@ -22,7 +22,7 @@ def scale_samples_kernel(
     WIDTH: tl.constexpr,
     ADDS: tl.constexpr,
 ):
-    """Compute y = factor * branch, with ADDS residual + factor * branch; a branch of factor 0 is not read.
+    """Compute y = factor * branch, with ADDS residual + factor * branch.
 
     Grid (num_samples, ceil(segments_per_sample / SEGMENTS)). Memory: one or two reads and one write of each
     element. Arithmetic: float32.
@@ -31,9 +31,8 @@ def scale_samples_kernel(
     segment = tl.program_id(1) * SEGMENTS + tl.arange(0, SEGMENTS)[:, None]
     offset = (sample * segments_per_sample + segment) * WIDTH + tl.arange(0, WIDTH)[None, :]
     factor = tl.load(factor_ptr + last_row * tl.num_programs(0) + sample)
-    kept_segments = tl.where(factor == 0.0, 0, segments_per_sample)
-    y = factor * tl.load(branch_ptr + offset, mask=segment < kept_segments, other=0.0).to(tl.float32)
     mask = segment < segments_per_sample
+    y = factor * tl.load(branch_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     if ADDS:
         y += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -47,7 +46,7 @@ def scale_samples(
     Args:
         branch: `(samples, ...)`, contiguous and not empty.
         factors: `(rows, samples)` float32, contiguous; those of the last row count. A view of that row would
-            not be aligned to 16 bytes, which launches rest on.
+            often not be aligned to 16 bytes, and Triton's own launches, which serve such tensors, are slower.
         residual: like the branch, contiguous; added if there is one.
         dtype: of the result; by default that of the sum of what is there.
     """

@@ -106,9 +106,9 @@ def load_statistics(mean_ptr, rstd_ptr, row, num_rows, ROWS: tl.constexpr):
 
 @triton.jit
 def load_of_sample(ptr, row, num_rows, rows_per_sample, ROWS: tl.constexpr):
-    """Load the number of each lane's sample, of which so many rows in a row belong to one.
+    """Load, for each lane, the number of the sample that its row belongs to: `rows_per_sample` rows are one.
 
-    Lanes beyond the last row read the last one's.
+    Lanes beyond the last row read that of the last one.
     """
     last = row if ROWS == 1 else tl.minimum(row, num_rows - 1)
     # There are fewer rows than 2**31, and a division of int64 takes many registers.

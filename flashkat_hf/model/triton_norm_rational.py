@@ -135,9 +135,9 @@ def add_norm_rational_backward_kernel(
 
     With TOTALS also the sums of both ways' gradient and of grad_total: those of biases that the branch and
     whatever is added to total contain. A switch and no kernel of its own: they are two sums more in the same
-    registers, where a launch of their own would read both gradients again. With SCALED both are multiplied by
-    the two factors of their sample before, and the gradient of the branch, which is one of the two, is
-    written, too.
+    registers, where a launch of their own would read both gradients again. With SCALED these
+    sums are of the gradient times the first factor of its sample and of grad_total times the second one; the
+    former product, the gradient of the branch, is written, too.
 
     Grid (num_programs,). Memory: three reads and one write of each element, with SCALED two writes.
     Arithmetic: float32.

@@ -11,7 +11,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from flashkat_hf import FlashKATConfig, FlashKATForImageClassification, FlashKATModel
 from flashkat_hf.model import fusing
-from flashkat_hf.model.modeling_flashkat import FlashKATPatchProjection
+from flashkat_hf.model.modeling_flashkat import FlashKATDropPath, FlashKATPatchProjection
 
 ATTENTION = ["eager", "sdpa"]
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 1e-4  # asked of float32; the original's own error is 4e-6
@@ -319,6 +319,19 @@ def test_variance_preserving_start():
     hidden = mlp.fc1(mlp.act1(x))
     assert hidden.var() == pytest.approx(1.0, rel=0.05)
     assert mlp.fc2(mlp.act2(hidden)).var() == pytest.approx(1.0, rel=0.05)
+
+
+@pytest.mark.parametrize("rate", [0.25, torch.tensor(0.25, dtype=torch.float64)], ids=str)
+def test_factors_of_branches_are_float32_whatever_the_default(rate):
+    """In bfloat16 they would not keep the mean."""
+    drop_path = FlashKATDropPath(rate).train()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        factors = drop_path.factors(torch.empty(64, 1, dtype=torch.float64), branches=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (factors.dtype, factors.shape) == (torch.float32, (2, 64))
+    assert {*factors.flatten().tolist()} == {0.0, torch.tensor(1 / 0.75).item()}
 
 
 def test_drop_path_grows_linearly_and_drops_whole_samples():
