@@ -52,7 +52,7 @@ import fcntl
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -206,7 +206,7 @@ def refuse(condition: object, message: str) -> None:
         raise SystemExit(message)
 
 
-def refuse_unknown(option: str, values: list[str], known: Iterable[str]) -> None:
+def refuse_unknown(option: str, values: list[str], known: Collection[str]) -> None:
     unknown = sorted(set(values) - set(known))
     refuse(unknown, f"{option}: {', '.join(unknown)} unknown; known are {', '.join(known)}")
 

@@ -46,9 +46,9 @@ IMAGE_SIZE, TOKENS, SHOWN = 224, 197, 110
 CLASSES = (
     ("matrix products", r"^rational_mlp_forward"),  # with act2 in it
     ("norm", r"add_norm_rational"),  # with act1 in it
-    ("rational", r"rational|gather_sums"),
+    ("rational", r"rational|gather_(block_)?sums"),
     ("norm", r"^triton_(poi|red|per)_.*layer_norm"),
-    ("pointwise and reductions", r"^triton_(poi|red|per)_"),
+    ("pointwise and reductions", r"^triton_(poi|red|per)_|^scale_samples"),
     ("attention", r"attention|sdpa|flash|fmha|dot_do_o|convert_dq"),
     ("optimiser", r"FusedAdam|FusedOptimizer|multi_tensor_apply"),
     ("matrix products", r"nvjet|gemm|cutlass|cublas|splitK|^triton_tem|conv(?!ert)|[wd]grad|xmma"),

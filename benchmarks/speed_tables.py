@@ -208,11 +208,11 @@ def runs_table(results: list[dict]) -> str:
         parts = name, result.get("provider", OURS), result["mode"], f"batch {result['batch_size']}"
         rates = f"{result['images_per_s']:,.0f}" if "images_per_s" in result else ""
         seconds = result.get("update_10_s") if result["case"] == "start" else result.get("wall_s")
-        rows.append([", ".join(parts), rates, f"{seconds:.1f}" if seconds else ""])
-    about, commits = results[0], distinct(result["commit"][:7] for result in results)
+        rows.append([", ".join(parts), result["commit"][:7], rates, f"{seconds:.1f}" if seconds else ""])
+    about = results[0]
     note = f"{about['size']}, 224 pixels, {about['machine']}, {about['precision']}, torch {about['torch']}, "
-    note += f"transformers {about['transformers']}, commit {', '.join(commits)}; `benchmarks/bench_runs.py`."
-    return table(["run", "images/s", "seconds"], rows) + "\n\n" + note
+    note += f"transformers {about['transformers']}; `benchmarks/bench_runs.py`."
+    return table(["run", "commit", "images/s", "seconds"], rows) + "\n\n" + note
 
 
 def case_name(result: dict) -> str:

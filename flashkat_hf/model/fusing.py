@@ -114,10 +114,10 @@ def one_node_block(layer: Any, x: Tensor, tail: list[Tensor], **kwargs: Any) -> 
     head = [*map(norm1._parameters.get, LINEAR), *map(qkv._parameters.get, LINEAR)]
     if untouched(norm1, qkv) and attends_plainly(attention, x) and block_serves(x, head):
         heads = attention.num_heads, attention.scaling, is_short(attention, x)
-        return block(x, factors, heads, (norm1.eps, norm2.eps), working_dtype(x), head + tail)
+        return block(x, heads, (norm1.eps, norm2.eps), working_dtype(x), factors, head + tail)
     x, normed = stream_and_norm(norm1, x)
     mixed, _ = attention.mix(normed, **kwargs)
-    return block_tail(x, mixed.to(working_dtype(x)), factors, norm2.eps, tail)
+    return block_tail(x, mixed.to(working_dtype(x)), norm2.eps, factors, tail)
 
 
 def tail_parameters(layer: Any, x: Tensor) -> list[Tensor] | None:

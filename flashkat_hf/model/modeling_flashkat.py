@@ -120,7 +120,7 @@ class FlashKATDropPath(nn.Module):
 
     @property
     def drops(self) -> bool:
-        """Whether this module drops branches: it does in training, unless its rate is the number 0."""
+        """True if a forward pass draws which branches it drops: in training, unless the rate is 0."""
         return self.training and (isinstance(self.rate, Tensor) or self.rate != 0.0)
 
     def forward(self, branch: Tensor) -> Tensor:

@@ -50,69 +50,61 @@ def _takes(parameters: Sequence[Tensor | None], device: int) -> bool:
 
 def block(
     x: Tensor,
-    factors: Tensor | None,
     heads: tuple[int, float, bool],
     eps: tuple[float, float],
     dtype: torch.dtype,
+    factors: Tensor | None,
     parameters: Sequence[Tensor | None],
 ) -> Tensor:
     """Compute `total = x + proj(attention(norm1(x)))`, then `total + fc2(act2(fc1(act1(norm2(total)))))`.
 
     Args:
         x: `(batch, num_tokens, hidden_size)`; what `block_serves` takes.
-        factors: `(2, batch)` float32: by what the two branches of each sample are multiplied before they are
-            added, as stochastic depth does; None: they are added as they are.
         heads: number of heads, factor of the scores, and whether our attention kernel takes x.
         eps: added to the variances of norm1 and norm2.
         dtype: of the matrix products, half precision; float32 arithmetic elsewhere.
+        factors: `(2, batch)` float32: by what the two branches of each sample are multiplied before they are
+            added, as stochastic depth does; None: they are added as they are.
         parameters: in the order of `Parameters`.
 
     Returns:
         `(batch, num_tokens, hidden_size)`, in the dtype of the sum of x and a product.
     """
-    settings = Block(*heads, *eps, dtype)  # pyright: ignore[reportOptionalCall]
-    return _apply(x, None, factors, settings, parameters)
+    settings = Block(*heads, *eps, dtype, factors)  # pyright: ignore[reportOptionalCall]
+    return _apply(x, None, settings, parameters)
 
 
 def block_tail(
-    x: Tensor, mixed: Tensor, factors: Tensor | None, eps: float, parameters: Sequence[Tensor | None]
+    x: Tensor, mixed: Tensor, eps: float, factors: Tensor | None, parameters: Sequence[Tensor | None]
 ) -> Tensor:
     """Compute `total = x + proj(mixed)`, then `total + fc2(act2(fc1(act1(norm2(total)))))`.
 
     Args:
         x: `(batch, num_tokens, hidden_size)`; what `tail_serves` takes.
         mixed: like x, what the heads made of it; products are in its dtype.
-        factors: as for `block`.
         eps: added to norm2's variance.
+        factors: as for `block`.
         parameters: those of `Parameters` from proj on.
 
     Returns:
         As `block`.
     """
-    settings = Block(0, 0.0, True, 0.0, eps, mixed.dtype)  # pyright: ignore[reportOptionalCall]
-    parameters = *(None,) * NUM_HEAD_PARAMETERS, *parameters
-    return _apply(x, mixed.contiguous(), factors, settings, parameters)
+    settings = Block(0, 0.0, True, 0.0, eps, mixed.dtype, factors)  # pyright: ignore[reportOptionalCall]
+    return _apply(x, mixed.contiguous(), settings, (*(None,) * NUM_HEAD_PARAMETERS, *parameters))
 
 
-def _apply(
-    x: Tensor,
-    mixed: Tensor | None,
-    factors: Tensor | None,
-    block: Any,
-    parameters: Sequence[Tensor | None],
-) -> Tensor:
+def _apply(x: Tensor, mixed: Tensor | None, block: Any, parameters: Sequence[Tensor | None]) -> Tensor:
     """Compute a block; as a node of autograd only where there may be a backward, since a node takes time."""
     if not torch.is_grad_enabled():
-        return block_forward(x, mixed, factors, Parameters(*parameters), block, False)[0]  # pyright: ignore
-    return _Block.apply(x, mixed, factors, block, *parameters)  # pyright: ignore
+        return block_forward(x, mixed, Parameters(*parameters), block, False)[0]  # pyright: ignore
+    return _Block.apply(x, mixed, block, *parameters)  # pyright: ignore
 
 
 class _Block(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, mixed, factors, block, *parameters):
+    def forward(ctx: Any, x, mixed, block, *parameters):
         keep = any(ctx.needs_input_grad)
-        arguments = x, mixed, factors, Parameters(*parameters), block, keep  # pyright: ignore
-        y, head, tail = block_forward(*arguments)  # pyright: ignore
+        y, head, tail = block_forward(x, mixed, Parameters(*parameters), block, keep)  # pyright: ignore
         if tail is not None:
             ctx.save_for_backward(*(head or (None,) * NUM_HEAD), *tail)
             ctx.block = block
@@ -123,10 +115,10 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         if needs_formula(grad):
             raise RuntimeError(NO_SECOND_DERIVATIVES)
-        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[4:]
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
         head = None if saved[0] is None else Head(*saved[:NUM_HEAD])  # pyright: ignore
         tail = Tail(*saved[NUM_HEAD:])  # pyright: ignore
         grad_x, grad_mixed, grads = block_backward(  # pyright: ignore
             grad.contiguous(), head, tail, ctx.block, ctx.dtypes, wanted
         )
-        return grad_x, grad_mixed, None, None, *grads
+        return grad_x, grad_mixed, None, *grads

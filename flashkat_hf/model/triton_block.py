@@ -4,7 +4,7 @@ What backward's kernels sum up lies in one piece of memory, and one launch turns
 tables, biases and norms. Weights are cast to the products' dtype together, their gradients likewise back.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,9 +13,9 @@ from torch.nn.functional import linear
 
 from .pytorch_attention import Attended, attention_backward, attention_forward
 from .triton_attention import attention_scratch, launch_attention_backward, launch_attention_forward
+from .triton_block_sums import gather_block_sums_kernel, gather_plan, in_lines
 from .triton_drop_path import scale_samples
-from .triton_launch import launch, planned
-from .triton_math import tl, triton
+from .triton_launch import launch
 from .triton_norm import launch_norm_backward, launch_norm_forward, row_plan
 from .triton_norm_rational import (
     launch_norm_rational_backward,
@@ -24,14 +24,12 @@ from .triton_norm_rational import (
 )
 from .triton_rational import backward_plan, rational_forward
 from .triton_rational_mlp import launch_mlp_backward, linear_plan, rational_mlp_forward
-from .triton_sums import COLUMNS, NUM_WARPS, TILE, column_sums, table_sums, tile_of
+from .triton_sums import NUM_WARPS
 from .triton_tiles import NORM_BACKWARD
-
-LINE = 256  # bytes; pieces of one allocation start as far apart, so that products take the same kernels
 
 
 class Block(NamedTuple):
-    """What a block's tensors do not say."""
+    """What a block computes with beside its input and its parameters."""
 
     num_heads: int
     scale: float  # of the scores
@@ -39,6 +37,7 @@ class Block(NamedTuple):
     eps1: float
     eps2: float
     dtype: torch.dtype  # of the products
+    factors: Tensor | None  # (2, batch) float32, of both branches; None: they are added as they are
 
 
 class Parameters(NamedTuple):
@@ -98,75 +97,10 @@ class Tail(NamedTuple):
     denominator1: Tensor
     numerator2: Tensor
     denominator2: Tensor
-    factors: Tensor | None  # (2, batch) float32, of both branches; None: they are added as they are
-
-
-TABLE = ("offset", "rows", "segments", "rows_a", "rows_b", "place")
-SUMS = ("offset", "rows", "width", "first", "place")
-
-
-@triton.jit(
-    do_not_specialize=(
-        *(f"{name}_{i}" for i in "12" for name in TABLE),
-        *(f"{name}_{i}" for i in "pqrs" for name in SUMS),
-    )
-)
-def gather_block_sums_kernel(
-    scratch_ptr,  # float32: the partial sums of two tables and four sets of columns
-    denominator1_ptr,  # (rows_b_1, 4), any float
-    denominator2_ptr,  # (rows_b_2, 4), any float
-    sum_ptr,  # float32: at `place` the gradients of a numerator and its denominator, or the column sums
-    offset_1: tl.int64, rows_1: tl.int32, segments_1: tl.int32,
-    rows_a_1: tl.int32, rows_b_1: tl.int32, place_1: tl.int32,
-    offset_2: tl.int64, rows_2: tl.int32, segments_2: tl.int32,
-    rows_a_2: tl.int32, rows_b_2: tl.int32, place_2: tl.int32,
-    offset_p: tl.int64, rows_p: tl.int32, width_p: tl.int32, first_p: tl.int32, place_p: tl.int32,
-    offset_q: tl.int64, rows_q: tl.int32, width_q: tl.int32, first_q: tl.int32, place_q: tl.int32,
-    offset_r: tl.int64, rows_r: tl.int32, width_r: tl.int32, first_r: tl.int32, place_r: tl.int32,
-    offset_s: tl.int64, rows_s: tl.int32, width_s: tl.int32, first_s: tl.int32, place_s: tl.int32,
-    ROWS_1: tl.constexpr,
-    SEGMENTS_1: tl.constexpr,
-    ROWS_2: tl.constexpr,
-    SEGMENTS_2: tl.constexpr,
-    COLUMN_ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Compute what a `gather_sums_kernel` for each table and set would, in the same order of additions.
-
-    Grid (20 + blocks of columns,): ten programs a table, then one for each COLUMNS columns; a set's begin at
-    `first`, and its next row of sums stands the columns of whole blocks behind.
-    """
-    program = tl.program_id(0)
-    if program < 10:
-        ptr = sum_ptr + place_1
-        pointers = scratch_ptr + offset_1, denominator1_ptr, ptr, ptr + rows_a_1 * 6
-        table_sums(program, *pointers, rows_1, segments_1, rows_a_1, rows_b_1, ROWS_1, SEGMENTS_1)
-    elif program < 20:
-        ptr = sum_ptr + place_2
-        pointers = scratch_ptr + offset_2, denominator2_ptr, ptr, ptr + rows_a_2 * 6
-        table_sums(program - 10, *pointers, rows_2, segments_2, rows_a_2, rows_b_2, ROWS_2, SEGMENTS_2)
-    else:
-        offset, rows, width, first, place = offset_p, rows_p, width_p, first_p, place_p
-        if program >= first_q:
-            offset, rows, width, first, place = offset_q, rows_q, width_q, first_q, place_q
-        if program >= first_r:
-            offset, rows, width, first, place = offset_r, rows_r, width_r, first_r, place_r
-        if program >= first_s:
-            offset, rows, width, first, place = offset_s, rows_s, width_s, first_s, place_s
-        blocks = tl.cdiv(width, COLUMNS)
-        block, row = (program - first) % blocks, (program - first) // blocks
-        column_ptr = scratch_ptr + offset + row.to(tl.int64) * rows * width
-        sums_ptr = sum_ptr + place + row * blocks * COLUMNS
-        column_sums(block, column_ptr, sums_ptr, rows, width, COLUMN_ROWS, COLUMNS)
 
 
 def block_forward(
-    x: Tensor,
-    mixed: Tensor | None,
-    factors: Tensor | None,
-    parameters: Parameters,
-    block: Block,
-    keep: bool,
+    x: Tensor, mixed: Tensor | None, parameters: Parameters, block: Block, keep: bool
 ) -> tuple[Tensor, Head | None, Tail | None]:
     """Compute a block.
 
@@ -174,8 +108,6 @@ def block_forward(
         x: the residual stream `(batch, num_tokens, hidden_size)`, contiguous, and not empty.
         mixed: what the heads made of norm1's tokens, like x, in the products' dtype; None: that is still to
             do, and the products are in half precision.
-        factors: `(2, batch)` float32: by what the two branches of each sample are multiplied; None: they are
-            added as they are.
         parameters: of the block.
         block: what else there is to know.
         keep: whether backward is to come.
@@ -208,7 +140,7 @@ def block_forward(
     norm = p.norm2_weight, p.norm2_bias
     table1, table2 = (p.numerator1, p.denominator1), (p.numerator2, p.denominator2)
     tensors = x, branch, *norm, *table1, total, act, mean2, rstd2
-    launch_norm_rational_forward(*tensors, eps=block.eps2, factors=factors)
+    launch_norm_rational_forward(*tensors, eps=block.eps2, factors=block.factors)
     del branch, tensors
     table_rows = table2[0].shape[0], table2[1].shape[0]
     if block.dtype.itemsize == 2 and linear_plan(rows, hidden_size, p.fc1_weight.shape[0], *table_rows):
@@ -217,12 +149,11 @@ def block_forward(
         product = linear(act, fc1_weight, biases[2])
         hidden = rational_forward(product, *table2)
     branch = linear(hidden, fc2_weight, biases[3])
-    y = total + branch if factors is None else scale_samples(branch, factors, total)
+    y = total + branch if block.factors is None else scale_samples(branch, block.factors, total)
     if not keep:
         return y, None, None
     weights = proj_weight, fc1_weight, fc2_weight
-    tensors = total, mixed, act, product, mean2, rstd2, *weights, *norm, *table1, *table2
-    return y, head, Tail(*tensors, factors)
+    return y, head, Tail(total, mixed, act, product, mean2, rstd2, *weights, *norm, *table1, *table2)
 
 
 def block_backward(
@@ -268,7 +199,7 @@ def block_backward(
     partial1, partial2, columns2, columns_fc1, *of_head = plan.scratch.cut(scratch)
     sums_of_tail = (partial1, columns2), (partial2, columns_fc1)
     plans = norm2_plan, mlp_plan
-    grad, grad_mixed, *products = tail_backward(grad, tail, block.dtype, wanted, plans, sums_of_tail)
+    grad, grad_mixed, *products = tail_backward(grad, tail, block, wanted, plans, sums_of_tail)
     if head is None:
         grad_mixed, products = grad_mixed.view_as(tail.mixed), [None, *products]
     else:
@@ -297,11 +228,12 @@ def block_backward(
 
 
 def tail_backward(
-    grad: Tensor, tail: Tail, dtype: torch.dtype, wanted: Sequence[bool], plans: tuple, sums: tuple
+    grad: Tensor, tail: Tail, block: Block, wanted: Sequence[bool], plans: tuple, sums: tuple
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of `total`, of `mixed`, and of the weights of proj, fc1 and fc2."""
     t, rows, hidden_size = tail, grad.shape[0] * grad.shape[1], grad.shape[2]
-    branch = grad.to(dtype) if t.factors is None else scale_samples(grad, t.factors, dtype=dtype)
+    dtype, factors = block.dtype, block.factors
+    branch = grad.to(dtype) if factors is None else scale_samples(grad, factors, dtype=dtype)
     grad_rows = branch.view(rows, hidden_size)
     act, mixed = t.act.view(rows, hidden_size), t.mixed.view(rows, hidden_size)
     grad_hidden = grad_rows.mm(t.fc2_weight)
@@ -316,7 +248,7 @@ def tail_backward(
     del grad_product
     norm = t.mean, t.rstd, t.norm_weight, t.norm_bias
     inputs = grad, grad_act, t.total, *norm, *table1
-    scaled = None if t.factors is None else (t.factors, torch.empty_like(grad_total, dtype=dtype))
+    scaled = None if factors is None else (factors, torch.empty_like(grad_total, dtype=dtype))
     launch_norm_rational_backward(*inputs, grad_total, *sums[0], plan=plans[0], totals=True, scaled=scaled)
     branch = grad_total.to(dtype) if scaled is None else scaled[1]
     grad_rows = branch.view(rows, hidden_size)
@@ -369,82 +301,3 @@ def pieces(like: Tensor, dtype: torch.dtype, sizes: Sequence[int]) -> Sequence[T
     """Return flat tensors of these sizes, pieces of one allocation that is made as `like` was."""
     layout = in_lines(dtype.itemsize, *sizes)
     return layout.cut(like.new_empty(layout.size, dtype=dtype))
-
-
-class Layout(NamedTuple):
-    """Sizes of the pieces of a flat tensor, and of the gaps behind them."""
-
-    size: int  # of the whole tensor
-    splits: list[int]  # of pieces and gaps in order; a gap of size 0 is left out, since a view takes time
-    places: list[int]  # indices of the pieces in `splits`
-
-    def cut(self, flat: Tensor) -> list[Tensor]:
-        """Return the pieces of a flat tensor, as views."""
-        views = flat.split_with_sizes(self.splits)
-        return [views[place] for place in self.places]
-
-
-def laid_out(sizes_and_gaps: Iterable[tuple[int, int]]) -> Layout:
-    """Return the layout of pieces, each given by its size and the size of the gap behind it."""
-    splits: list[int] = []
-    places: list[int] = []
-    for size, gap in sizes_and_gaps:
-        places.append(len(splits))
-        splits += [size, gap] if gap else [size]
-    return Layout(sum(splits), splits, places)
-
-
-@planned
-def in_lines(element_bytes: int, *sizes: int) -> Layout:
-    """Return the layout of pieces of these sizes, each at a multiple of LINE bytes."""
-    line = LINE // element_bytes
-    return laid_out((size, -size % line) for size in sizes)
-
-
-class GatherPlan(NamedTuple):
-    scratch: Layout  # both partial sums, four sets of columns, the attention's two
-    sums: Layout  # gradients: four tables, five columns, and three of the head
-    numbers: tuple[int, ...]
-    constants: tuple[int, ...]
-    programs: int
-
-
-@planned
-def gather_plan(
-    hidden_size: int, inner_size: int, mlp_rows: int, mlp_segments: int, norm2_rows: int, norm2_segments: int,
-    norm1_rows: int, attention_rows: int, statistics: int, rests: int, _: int, *table_rows: int,
-) -> GatherPlan:  # fmt: skip
-    """Return where `block_backward` puts its partial sums and their sums; arguments as it computes them."""
-    rows_a1, rows_b1, rows_a2, rows_b2 = table_rows
-    sets = (  # sets of sums, rows, columns
-        (4, norm2_rows, hidden_size),
-        (1, mlp_rows, inner_size),
-        (1, attention_rows, 3 * hidden_size),
-        (2, norm1_rows, hidden_size),
-    )
-    partials = 10 * norm2_rows * norm2_segments, 10 * mlp_rows * mlp_segments
-    column_sizes = [count * rows * width for count, rows, width in sets]
-    scratch = in_lines(4, *partials, *column_sizes, statistics, rests)
-    offsets = [sum(scratch.splits[:place]) for place in scratch.places]
-    tables: list[int] = []  # the kernel's numbers
-    sums: list[tuple[int, int]] = []  # sizes and gaps
-    place = 0  # of the next of them
-    for offset, rows, segments, rows_a, rows_b in (
-        (offsets[0], norm2_rows, norm2_segments, rows_a1, rows_b1),
-        (offsets[1], mlp_rows, mlp_segments, rows_a2, rows_b2),
-    ):
-        tables += offset, rows, segments, rows_a, rows_b, place
-        size = 6 * rows_a + 4 * rows_b
-        sums += (6 * rows_a, 0), (4 * rows_b, -size % COLUMNS)
-        place += size + -size % COLUMNS
-    columns: list[int] = []  # likewise
-    first = 20
-    for (count, rows, width), offset in zip(sets, offsets[2:6], strict=True):
-        columns += offset, rows, width, first, place
-        if rows:  # else the set has neither programs nor sums
-            sums += [(width, -width % COLUMNS)] * count
-            blocks = count * triton.cdiv(width, COLUMNS)
-            first += blocks
-            place += blocks * COLUMNS
-    constants = *tile_of(norm2_segments), *tile_of(mlp_segments), TILE // COLUMNS, COLUMNS
-    return GatherPlan(scratch, laid_out(sums), (*tables, *columns), constants, programs=first)

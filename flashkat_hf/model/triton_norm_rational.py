@@ -67,7 +67,8 @@ def add_norm_rational_forward_kernel(
 ):
     """Compute total = residual + branch, rounded to its dtype; y = rational(layer norm of total).
 
-    Also the norm's statistics. With SCALED the branch is multiplied by its sample's factor in the first row.
+    The norm's statistics are stored, too. With SCALED the branch is multiplied by its sample's factor in the
+    first row.
 
     Grid (num_programs,). Memory: two reads and two writes of each element. Arithmetic: float32.
     """
@@ -135,9 +136,9 @@ def add_norm_rational_backward_kernel(
 
     With TOTALS also the sums of both ways' gradient and of grad_total: those of biases that the branch and
     whatever is added to total contain. A switch and no kernel of its own: they are two sums more in the same
-    registers, where a launch of their own would read both gradients again. With SCALED these
-    sums are of the gradient times the first factor of its sample and of grad_total times the second one; the
-    former product, the gradient of the branch, is written, too.
+    registers, where a launch of their own would read both gradients again. With SCALED, which needs TOTALS,
+    these sums are of the gradient times the first factor of its sample, and of grad_total times the second.
+    The former product, the gradient of the branch, is written, too.
 
     Grid (num_programs,). Memory: three reads and one write of each element, with SCALED two writes.
     Arithmetic: float32.
@@ -291,7 +292,8 @@ def launch_norm_rational_backward(
 ) -> None:
     """Launch the backward kernel on its tensors, if they have elements.
 
-    `scaled` has the factors of both branches `(2, samples)` and where the gradient of the first one goes.
+    `scaled`, for which `totals` must be True, has the factors of both branches `(2, samples)` and the tensor
+    that the gradient of the first branch is written to.
     """
     tile, numbers = plan
     grad_total, weight = tensors[0], tensors[5]

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from flashkat_hf.data.gpu import triton_augmentation, triton_crops
 from flashkat_hf.model import (
     triton_attention,
-    triton_block,
+    triton_block_sums,
     triton_drop_path,
     triton_norm,
     triton_norm_rational,
@@ -168,7 +168,7 @@ def test_sums_compile(capability):
     tiles = {"ROWS_1": 256, "SEGMENTS_1": 64, "ROWS_2": 64, "SEGMENTS_2": 256}
     for kernel, sizes in (
         (triton_sums.gather_sums_kernel, constants),
-        (triton_block.gather_block_sums_kernel, {**tiles, "COLUMN_ROWS": 512, "COLUMNS": 32}),
+        (triton_block_sums.gather_block_sums_kernel, {**tiles, "COLUMN_ROWS": 512, "COLUMNS": 32}),
     ):
         ptx = compile_with(kernel, sizes, 16, "float32", GPUTarget("cuda", capability, 32)).asm["ptx"]
         assert not re.search(r"\b(atom|red)\.", ptx)

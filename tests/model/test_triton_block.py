@@ -28,9 +28,9 @@ def blocks(monkeypatch) -> list[str]:
     calls: list[str] = []
     whole = op_block.block_forward
 
-    def counted(x, mixed, factors, parameters, block, keep):
+    def counted(x, mixed, parameters, block, keep):
         calls.append(("whole" if mixed is None else "tail") + ("" if keep else ", nothing kept"))
-        return whole(x, mixed, factors, parameters, block, keep)
+        return whole(x, mixed, parameters, block, keep)
 
     monkeypatch.setattr(op_block, "block_forward", counted)
     return calls
@@ -158,7 +158,7 @@ def test_stochastic_depth(overrides, dtype, device, blocks, monkeypatch):
 
 
 def test_a_block_draws_for_both_branches(device, blocks):
-    """What is dropped follows the seed; a sample that loses both branches passes a block unchanged."""
+    """The seed decides which branches are dropped; a block returns a sample as it is if it drops both."""
     model = random_model(device)
     layer = model.flashkat.layers[0]
     layer.drop_path.rate = 0.5
@@ -298,7 +298,7 @@ def test_a_touched_block_is_put_together_from_pieces(change, left, device, block
 
 def test_sums_of_many_rows(device):
     """One launch adds up in the order of the launches that it stands for, also over several tiles."""
-    from flashkat_hf.model.triton_block import gather_block_sums_kernel, gather_plan
+    from flashkat_hf.model.triton_block_sums import gather_block_sums_kernel, gather_plan
     from flashkat_hf.model.triton_launch import launch
 
     sizes = {"hidden_size": 40, "inner_size": 72, "mlp_rows": 2100, "mlp_segments": 18}
